@@ -120,39 +120,46 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_table(outcomes: Sequence[Outcome]) -> None:
     table = Table(show_lines=True)
-    table.add_column("prompt and answer", min_width=32, overflow="fold")
-    table.add_column("blocks here > there", overflow="fold")
-    for heading in ("tokens", "layers early", "bytes", "WRs"):
+    table.add_column("prompt, answer, blocks here>there", overflow="fold")
+    for heading in ("tokens", "moved", "WRs"):
         table.add_column(heading, justify="right")
     table.add_column("device")
-    table.add_column("same tokens")
+    table.add_column("same")
     for outcome in outcomes:
         split = outcome.split
         pairs = zip(split.local_block_ids, split.remote_block_ids, strict=True)
+        blocks = " ".join(f"{local}>{remote}" for local, remote in pairs)
         table.add_row(
-            f"[dim]{escape(outcome.prompt)}[/dim]\n{escape(outcome.text.strip())}",
-            " ".join(f"{local}>{remote}" for local, remote in pairs),
-            f"{outcome.n_prompt_tokens} + {len(split.tokens)}",
-            str(split.early_layers),
-            f"{split.bytes:,}",
-            f"{split.wrs:,}",
+            f"[dim]{escape(outcome.prompt)}[/dim]\n"
+            f"{escape(outcome.text.strip())}\n[dim]{blocks}[/dim]",
+            f"{outcome.n_prompt_tokens}+{len(split.tokens)}",
+            f"{split.bytes / 1e6:.2f} MB",
+            str(split.wrs),
             escape(split.device),
             "[green]yes[/green]" if outcome.equal else "[red]NO[/red]",
         )
     console = Console()
     console.print(table)
-    different = [outcome for outcome in outcomes if not outcome.equal]
-    for outcome in different:
-        console.print("split:", outcome.split.tokens)
-        console.print("whole:", outcome.whole_tokens)
-    if different:
-        console.print(f"{len(different)} of {len(outcomes)} prompts DIFFER")
-    else:
-        n_tokens = sum(len(outcome.split.tokens) for outcome in outcomes)
-        console.print(
-            f"{len(outcomes)} prompts at once, {n_tokens} tokens: all the same as the "
-            "whole model's"
-        )
+    for outcome in outcomes:
+        if not outcome.equal:
+            console.print("split:", outcome.split.tokens)
+            console.print("whole:", outcome.whole_tokens)
+    console.print(_summary(outcomes))
+
+
+def _summary(outcomes: Sequence[Outcome]) -> str:
+    n_prompts = len(outcomes)
+    n_different = sum(not outcome.equal for outcome in outcomes)
+    if n_different:
+        return f"{n_different} of {n_prompts} prompts gave DIFFERENT tokens."
+    n_tokens = sum(len(outcome.split.tokens) for outcome in outcomes)
+    n_layers = sum(outcome.n_layers for outcome in outcomes)
+    n_early = sum(outcome.split.early_layers for outcome in outcomes)
+    return (
+        f"{n_prompts} prompts at once, {n_tokens} tokens: all as the whole model gives "
+        f"them. {n_early} of {n_layers} layers were in place before their prompt was "
+        "computed to its end."
+    )
 
 
 def _print_json(outcomes: Sequence[Outcome]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Outcome:
 
     prompt: str
     n_prompt_tokens: int
+    n_layers: int
     split: Split
     whole_tokens: list[int]
     text: str
@@ -61,7 +63,8 @@ async def compare(
     Raises:
       WorkerError: One of the processes failed.
     """
-    checkpoint = await asyncio.to_thread(prepare_checkpoint, checkpoints)
+    _say("loading the model")
+    checkpoint = await asyncio.to_thread(prepare_checkpoint, checkpoints, _say)
     model = await asyncio.to_thread(Model, checkpoint)
     tokenizer = Tokenizer(checkpoint)
     token_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
@@ -69,17 +72,27 @@ async def compare(
     def run_whole() -> list[list[int]]:
         return [model.run_whole(ids, max_new_tokens) for ids in token_ids]
 
+    _say("starting a prefill and a decode process")
     reference = asyncio.ensure_future(asyncio.to_thread(run_whole))
     async with _both_processes(checkpoint, token_ids, host) as (prefill, decode):
+        _say(f"running {len(prompts)} prompts through both")
         splits = await asyncio.gather(
             *(
                 _run_split(prefill, decode, f"request-{number}", ids, max_new_tokens)
                 for number, ids in enumerate(token_ids)
             )
         )
+    _say("running them whole, for comparison")
     whole = await reference
     return [
-        Outcome(prompt, len(ids), split, expected, tokenizer.decode(split.tokens))
+        Outcome(
+            prompt=prompt,
+            n_prompt_tokens=len(ids),
+            n_layers=model.shape.n_layers,
+            split=split,
+            whole_tokens=expected,
+            text=tokenizer.decode(split.tokens),
+        )
         for prompt, ids, split, expected in zip(
             prompts, token_ids, splits, whole, strict=True
         )
@@ -140,3 +153,7 @@ async def _run_split(
     return Split(
         tokens=generated["tokens"], remote_block_ids=remote_block_ids, **computed
     )
+
+
+def _say(text: str) -> None:
+    print(f"split_llm: {text}", file=sys.stderr, flush=True)

@@ -7,7 +7,6 @@ is fetched while this runs. Only this module knows transformers.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -42,7 +41,7 @@ def gguf_path() -> Path:
     raise ModuleNotFoundError(f"the package {PACKAGE} holds no GGUF file")
 
 
-def prepare_checkpoint(root: Path) -> Path:
+def prepare_checkpoint(root: Path, say: Callable[[str], None]) -> Path:
     """Unpack the GGUF weights below ``root`` as plain float32; return the directory.
 
     Unpacking takes some 15 s of CPU, loading the result well under one, and the
@@ -53,6 +52,7 @@ def prepare_checkpoint(root: Path) -> Path:
     ready = root / f"{source.stem}-{source.stat().st_size}"
     if ready.is_dir():
         return ready
+    say(f"unpacking {source.name}; this takes a while, and only once a directory")
     root.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f"{source.stem}-", dir=root))
     try:
@@ -69,6 +69,7 @@ def prepare_checkpoint(root: Path) -> Path:
 
 
 def _unpack(source: Path, target: Path) -> None:
+    transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         str(source.parent), gguf_file=source.name, local_files_only=True
     )
@@ -120,7 +121,7 @@ class Model:
         # The example runs three processes; one thread each is what a small
         # machine has room for, and it keeps the arithmetic the same in all.
         torch.set_num_threads(1)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        transformers.utils.logging.disable_progress_bar()
         self._lm = transformers.AutoModelForCausalLM.from_pretrained(
             str(checkpoint), local_files_only=True
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -110,7 +111,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--blocks", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
-    asyncio.run(run(parser.parse_args(), calls))
+    options = parser.parse_args()
+    try:
+        asyncio.run(run(options, calls))
+    except kvxfer.KVXferError as error:
+        sys.exit(f"split_llm: prefill: {type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
