@@ -1,0 +1,84 @@
+from collections.abc import Sequence
+from typing import NamedTuple, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvxfer._verbs import CompletionQueue, Device, QueuePair
+
+CANCELLED_STATUS: int
+
+class Finished(NamedTuple):
+    op_id: int
+    status: int
+    culprit: bool
+    n_bytes: int
+    n_wrs: int
+    seconds: float
+    wr_id: int
+    qp_num: int
+    vendor_err: int
+
+class RingArrival(NamedTuple):
+    slot: int
+    record: bytes
+    head: int
+    error: str | None
+
+class Progress(NamedTuple):
+    finished: list[Finished]
+    arrivals: list[RingArrival]
+    failed: list[int]
+    more: bool
+
+# local_base, local_stride, remote_base, remote_stride, block_bytes, lkey, rkey
+Pair = tuple[int, int, int, int, int, int, int]
+# layer, group, n_local, n_remote, pairs
+Row = tuple[int, int, int, int, Sequence[Pair]]
+# local_addr, lkey, remote_addr, rkey, length, max_records
+Ring = tuple[int, int, int, int, int, int]
+
+@final
+class Engine:
+    def __init__(
+        self,
+        device: Device,
+        *,
+        cq_depth: int,
+        chain: int = 64,
+        max_sge: int = 8,
+        merge_bytes: int = ...,
+        max_wr_bytes: int = ...,
+    ) -> None: ...
+    @property
+    def cq(self) -> CompletionQueue: ...
+    @property
+    def fd(self) -> int: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def attention(self) -> bool: ...
+    def close(self) -> None: ...
+    def add_initiator(
+        self, qp: QueuePair, rows: Sequence[Row], ring: Ring | None = None
+    ) -> int: ...
+    def add_target(
+        self, qp: QueuePair, ring_addr: int, ring_bytes: int, receives: int
+    ) -> int: ...
+    def remove(self, slot: int) -> None: ...
+    def abort(self, slot: int) -> None: ...
+    def flush(self, slot: int) -> None: ...
+    def forget(self, slot: int) -> None: ...
+    def unretired(self, slot: int) -> int: ...
+    def grant(self, slot: int, consumed_bytes: int, consumed_records: int) -> None: ...
+    def submit(
+        self,
+        slot: int,
+        rows: Sequence[int],
+        local_ids: NDArray[np.int64],
+        remote_ids: NDArray[np.int64],
+        request_id: bytes = b"",
+        key: int = 0,
+    ) -> list[int]: ...
+    def cancel(self, op_id: int) -> None: ...
+    def progress(self) -> Progress: ...

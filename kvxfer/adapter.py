@@ -1,0 +1,203 @@
+"""One open device with the cache registered on it, driven from one event loop.
+
+What a client and a server have in common: device, protection domain, one memory
+region an allocation, engine, completions, scheduler, and a thread for the verbs
+that may wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from kvxfer import devices
+from kvxfer._engine import Engine, RingArrival
+from kvxfer._verbs import Device, MemoryRegion, ProtectionDomain
+from kvxfer.cache import KVCache
+from kvxfer.completions import Completions
+from kvxfer.errors import InternalError
+from kvxfer.options import Options
+from kvxfer.scheduler import Scheduler
+from kvxfer.verbs_types import Access
+from kvxfer.wire import DeviceCandidate
+
+_log = logging.getLogger("kvxfer.adapter")
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+# A device may hold millions; this bounds the memory of one engine's CQ.
+_CQ_DEPTH = 65535
+
+
+class Adapter:
+    """An open device of this process, see the module. Made by :meth:`open`."""
+
+    def __init__(
+        self,
+        spec: devices.DeviceSpec,
+        options: Options,
+        on_arrival: Callable[[RingArrival], None],
+        on_failed: Callable[[int], None],
+    ) -> None:
+        self.spec = spec
+        self.options = options
+        self._on_arrival = on_arrival
+        self._on_failed = on_failed
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvxfer-verbs")
+        self._regions: list[MemoryRegion] = []
+        self._device: Device | None = None
+        self._engine: Engine | None = None
+        self.completions: Completions | None = None
+
+    @classmethod
+    async def open(
+        cls,
+        spec: devices.DeviceSpec,
+        cache: KVCache,
+        access: Access,
+        options: Options,
+        *,
+        address: str | None,
+        on_arrival: Callable[[RingArrival], None],
+        on_failed: Callable[[int], None],
+    ) -> Adapter:
+        """Open a device and register the cache on it.
+
+        Args:
+          access: What peers may do with the cache.
+          address: Numeric address that peers reach this host at.
+
+        Raises:
+          DeviceUnavailableError, VerbsError: Nothing is left open.
+        """
+        self = cls(spec, options, on_arrival, on_failed)
+        try:
+            await self.call(self._open, cache, access, address)
+        except BaseException:
+            await self.close()
+            raise
+        self.completions = Completions(self.engine, on_arrival, on_failed)
+        self.completions.start()
+        self.scheduler = Scheduler(
+            self.engine, self.completions, options.drain_timeout
+        )
+        return self
+
+    def _open(self, cache: KVCache, access: Access, address: str | None) -> None:
+        options = self.options
+        device = Device(
+            self.spec.name,
+            provider=self.spec.provider,
+            address=address,
+            path=options.ibverbs_path,
+        )
+        self._device = device
+        limits = device.query()
+        self.port = device.query_port(self.spec.port_num)
+        self.gid = devices.choose_gid(device, self.spec, options.gid_index)
+        self.max_rd_atomic = max(1, min(16, limits.max_qp_rd_atom))
+        self.max_sge = max(1, min(options.max_sge, limits.max_sge))
+        self.max_qp_wr = limits.max_qp_wr
+        self.pd = ProtectionDomain(device)
+        if options.relaxed_ordering:
+            access |= Access.RELAXED_ORDERING
+        for region in cache.regions:
+            self._regions.append(
+                MemoryRegion(self.pd, region.addr, region.length, access)
+            )
+        self._engine = Engine(
+            device,
+            cq_depth=min(_CQ_DEPTH, limits.max_cqe),
+            chain=options.chain,
+            max_sge=self.max_sge,
+            merge_bytes=options.merge_bytes,
+            max_wr_bytes=self.port.max_msg_bytes,
+        )
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; the adapter must be open."""
+        if self._engine is None:
+            raise InternalError("the adapter is not open")
+        return self._engine
+
+    @property
+    def name(self) -> str:
+        """Name of the device, as peers are told it."""
+        return self.spec.name
+
+    @property
+    def is_software(self) -> bool:
+        """Whether this is the software device."""
+        return self.spec.provider == "soft"
+
+    @property
+    def candidate(self) -> DeviceCandidate:
+        """How this device is offered to peers."""
+        return DeviceCandidate(
+            name=self.name,
+            kind="soft" if self.is_software else "rdma",
+            link_layer=self.port.link_layer,
+            gid=self.gid.gid,
+            gid_type=self.gid.gid_type,
+            lid=self.port.lid,
+            mtu=self.port.active_mtu,
+        )
+
+    def region_of(self, addr: int, length: int) -> MemoryRegion:
+        """Return the region that holds ``[addr, addr + length)``."""
+        for region in self._regions:
+            if (
+                region.addr <= addr
+                and addr + length <= region.addr + region.length
+            ):
+                return region
+        raise InternalError(f"{length} bytes at {addr:#x} are in no memory region")
+
+    async def call(
+        self, verb: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
+    ) -> _T:
+        """Run verbs that may wait, one after the other, off the loop.
+
+        Cancellation:
+          A running verb cannot be stopped: raised when it has returned.
+        """
+        running = asyncio.get_running_loop().run_in_executor(
+            self._thread, lambda: verb(*args, **kwargs)
+        )
+        cancelled: asyncio.CancelledError | None = None
+        while not running.done():
+            try:
+                await asyncio.wait({running})
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            if not running.cancelled():
+                # Its own failure matters less than the cancellation, but must
+                # have been looked at.
+                running.exception()
+            raise cancelled
+        return running.result()
+
+    async def close(self) -> None:
+        """Close all, children first. Twice is fine; links must be closed before."""
+        if self.completions is not None:
+            self.completions.close()
+        quiet = False
+        try:
+            await self.call(self._close)
+            quiet = True
+        finally:
+            # Idle by now, so this returns at once; after a failure the thread may
+            # hang in a verb, and must not take the loop with it.
+            self._thread.shutdown(wait=quiet)
+
+    def _close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        if self._device is not None:
+            self._device.close()

@@ -1,0 +1,72 @@
+"""Finished operations become resolved futures: the engine's end in an event loop.
+
+The only module that adds a reader to a loop. The loop wakes when the completion
+channel is readable; one wake takes everything that has finished. A wake-up is a
+hint: there may be nothing, and there may be more than one call's budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from kvxfer._engine import Engine, Finished, RingArrival
+
+OnFinished = Callable[[Finished], None]
+
+
+class Completions:
+    """Hands what an engine finishes to whoever waits for it, on one loop.
+
+    Args:
+      engine: Its :meth:`~kvxfer._engine.Engine.progress` is called from here only.
+      on_arrival: Called for each notification that a peer has written.
+      on_failed: Called with the slot of each queue that has failed by itself.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        on_arrival: Callable[[RingArrival], None],
+        on_failed: Callable[[int], None],
+    ) -> None:
+        self._engine = engine
+        self._on_arrival = on_arrival
+        self._on_failed = on_failed
+        self._waiting: dict[int, OnFinished] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._fd = -1
+
+    def start(self) -> None:
+        """Begin to listen on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._fd = self._engine.fd
+        self._loop.add_reader(self._fd, self.wake)
+
+    def expect(self, op_ids: list[int], on_finished: OnFinished) -> None:
+        """Call ``on_finished`` once for each of these operations.
+
+        To be called right after they were submitted, before the loop runs again.
+        """
+        for op_id in op_ids:
+            self._waiting[op_id] = on_finished
+
+    def wake(self) -> None:
+        """Take what has finished; go on in the loop's next round if there is more."""
+        if self._loop is None:
+            return
+        progress = self._engine.progress()
+        for finished in progress.finished:
+            self._waiting.pop(finished.op_id)(finished)
+        for arrival in progress.arrivals:
+            self._on_arrival(arrival)
+        for slot in progress.failed:
+            self._on_failed(slot)
+        if progress.more:
+            self._loop.call_soon(self.wake)
+
+    def close(self) -> None:
+        """Stop listening. Twice is fine."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._fd)
+            self._loop = None

@@ -1,0 +1,300 @@
+"""One QP to one peer, from its creation to its destruction.
+
+A link is made in INIT, connected once the peer's half of the exchange is known,
+and ends in one of two ways, both of which leave the device done with all memory:
+:meth:`Link.fail` moves the QP to ERR and lets what is posted come back, and
+:meth:`Link.close` destroys the QP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import ipaddress
+import logging
+import mmap
+import secrets
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvxfer import _engine
+from kvxfer._verbs import MemoryRegion, QueuePair
+from kvxfer.adapter import Adapter
+from kvxfer.errors import InternalError, KVXferError
+from kvxfer.verbs_types import Access, PeerHint, QPLimits, QPPath
+from kvxfer.wire import NotifyRing, QPInfo
+
+_log = logging.getLogger("kvxfer.link")
+
+_TOKEN_BYTES = 32
+
+
+class LinkState(enum.Enum):
+    """Where a link stands; it only moves downwards."""
+
+    INIT = enum.auto()
+    CONNECTED = enum.auto()
+    FAILED = enum.auto()
+    CLOSED = enum.auto()
+
+
+class RingMemory:
+    """Page-aligned memory for notify records, registered on an adapter."""
+
+    def __init__(self, adapter: Adapter, length: int, access: Access) -> None:
+        self._memory = mmap.mmap(-1, length)
+        self.length = length
+        self.addr = int(np.frombuffer(self._memory, np.uint8).ctypes.data)
+        try:
+            self.mr = MemoryRegion(adapter.pd, self.addr, length, access)
+        except BaseException:
+            self._memory.close()
+            raise
+
+    def close(self) -> None:
+        """Deregister, then unmap. Twice is fine."""
+        self.mr.close()
+        self._memory.close()
+
+
+class Link:
+    """A QP of ours and what belongs to it; made by :meth:`open`."""
+
+    def __init__(self, adapter: Adapter, address: str) -> None:
+        self.adapter = adapter
+        self.state = LinkState.INIT
+        self.slot = -1
+        self._address = address
+        self._qp: QueuePair | None = None
+        self._ring: RingMemory | None = None
+        self._psn = secrets.randbits(24)
+        self._token = secrets.token_bytes(_TOKEN_BYTES)
+        self._failing: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(
+        cls, adapter: Adapter, access: Access, receives: int, address: str = ""
+    ) -> Link:
+        """Make a QP in INIT.
+
+        Args:
+          access: What the peer may do through this QP.
+          receives: Receive WRs that it can hold, 0 where none is needed.
+          address: Where the peer reaches this host, empty: where it reaches the
+            control connection.
+        """
+        self = cls(adapter, address)
+        limits = QPLimits(
+            max_send_wr=min(adapter.options.sq_depth, adapter.max_qp_wr),
+            max_recv_wr=max(1, receives),
+            max_send_sge=adapter.max_sge,
+        )
+
+        def create() -> None:
+            qp = QueuePair(adapter.pd, adapter.engine.cq, limits)
+            try:
+                qp.to_init(
+                    port_num=adapter.spec.port_num,
+                    pkey_index=adapter.options.pkey_index,
+                    access=access,
+                )
+            except BaseException:
+                qp.close()
+                raise
+            self._qp = qp
+
+        try:
+            await adapter.call(create)
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    @property
+    def qp(self) -> QueuePair:
+        """The QP; the link must be open."""
+        if self._qp is None:
+            raise InternalError("the link has no QP")
+        return self._qp
+
+    @property
+    def wire(self) -> str:
+        """How bytes travel, as the device reports it."""
+        return self.qp.wire
+
+    @property
+    def info(self) -> QPInfo:
+        """Our half of what the two QPs must know of each other."""
+        adapter = self.adapter
+        return QPInfo(
+            qp_num=self.qp.qp_num,
+            psn=self._psn,
+            gid=adapter.gid.gid,
+            lid=adapter.port.lid,
+            mtu=adapter.port.active_mtu,
+            port_num=adapter.spec.port_num,
+            address=self._address,
+            token=self._token,
+            max_rd_atomic=adapter.max_rd_atomic,
+        )
+
+    async def connect(self, remote: QPInfo, control_address: str) -> None:
+        """Bring the QP to RTS, towards the peer's.
+
+        Args:
+          remote: The peer's half.
+          control_address: Numeric address of the control connection, for a peer
+            that names no other.
+        """
+        adapter = self.adapter
+        options = adapter.options
+        path = QPPath(
+            qp_num=remote.qp_num,
+            psn=remote.psn,
+            gid=remote.gid,
+            lid=remote.lid,
+            mtu=min(remote.mtu, adapter.port.active_mtu),
+            own_psn=self._psn,
+            port_num=adapter.spec.port_num,
+            gid_index=adapter.gid.index,
+            is_global=adapter.port.link_layer == "ethernet",
+            timeout=options.ib_timeout,
+            retry_cnt=options.retry_cnt,
+            rnr_retry=options.rnr_retry,
+            min_rnr_timer=options.min_rnr_timer,
+            max_rd_atomic=min(adapter.max_rd_atomic, max(1, remote.max_rd_atomic)),
+            max_dest_rd_atomic=adapter.max_rd_atomic,
+            traffic_class=options.traffic_class,
+            service_level=options.service_level,
+        )
+        hint = PeerHint(
+            address=remote.address or _numeric(control_address),
+            local_token=self._token,
+            remote_token=remote.token,
+        )
+
+        def modify() -> None:
+            self.qp.bind_peer(hint)
+            self.qp.to_rtr(path)
+            self.qp.to_rts(path)
+
+        await adapter.call(modify)
+        if self.state is LinkState.INIT:
+            self.state = LinkState.CONNECTED
+
+    async def start_initiator(
+        self, rows: Sequence[_engine.Row], ring: NotifyRing | None
+    ) -> None:
+        """Let the engine write through this QP, into ``rows`` of the peer."""
+        adapter = self.adapter
+        parameters: _engine.Ring | None = None
+        if ring is not None:
+            memory = await adapter.call(RingMemory, adapter, ring.length, Access(0))
+            self._ring = memory
+            parameters = (
+                memory.addr,
+                memory.mr.lkey,
+                ring.address,
+                ring.rkey,
+                ring.length,
+                ring.receives,
+            )
+        self.slot = adapter.engine.add_initiator(self.qp, rows, parameters)
+
+    async def start_target(self, ring_bytes: int, receives: int) -> NotifyRing:
+        """Let the peer write notify records; return what it must know for that."""
+        adapter = self.adapter
+        memory = await adapter.call(
+            RingMemory, adapter, ring_bytes, Access.LOCAL_WRITE | Access.REMOTE_WRITE
+        )
+        self._ring = memory
+        self.slot = adapter.engine.add_target(
+            self.qp, memory.addr, ring_bytes, receives
+        )
+        return NotifyRing(
+            address=memory.addr,
+            length=ring_bytes,
+            rkey=memory.mr.rkey,
+            receives=receives,
+        )
+
+    def break_(self) -> None:
+        """Begin to fail, if that has not begun: for callers that cannot wait."""
+        if self._failing is None and self.state is not LinkState.CLOSED:
+            self._failing = asyncio.get_running_loop().create_task(self._fail())
+
+    async def fail(self) -> None:
+        """Move the QP to ERR.
+
+        When this returns nothing of the peer lands through it any more, and
+        operations on it have ended or are about to. Idempotent.
+
+        Cancellation:
+          Ends the wait only.
+        """
+        self.break_()
+        if self._failing is not None:
+            await asyncio.shield(self._failing)
+
+    async def _fail(self) -> None:
+        adapter = self.adapter
+        self.state = LinkState.FAILED
+        if self.slot >= 0:
+            adapter.engine.abort(self.slot)
+        try:
+            await adapter.call(self.qp.to_error)
+        except KVXferError as error:
+            _log.warning("QP %#x does not go to ERR: %s", self.qp.qp_num, error)
+        if self.slot >= 0:
+            adapter.engine.flush(self.slot)
+            self._look()
+            if adapter.engine.unretired(self.slot):
+                asyncio.get_running_loop().call_later(
+                    adapter.options.drain_timeout, self._destroy_unless_drained
+                )
+
+    def _look(self) -> None:
+        if self.adapter.completions is not None:
+            self.adapter.completions.wake()
+
+    def _destroy_unless_drained(self) -> None:
+        if self.state is LinkState.FAILED and self.adapter.engine.unretired(self.slot):
+            self._failing = asyncio.get_running_loop().create_task(self.close())
+
+    async def close(self) -> None:
+        """Destroy the QP: when this returns the device touches nothing through it.
+
+        Operations that were in flight end as failed. Twice is fine.
+
+        Raises:
+          VerbsError: The QP could not be destroyed; waiting transfers end with
+            NotQuiescentError.
+        """
+        if self.state is LinkState.CLOSED:
+            return
+        self.state = LinkState.CLOSED
+        adapter = self.adapter
+        if self.slot >= 0:
+            adapter.engine.abort(self.slot)
+        try:
+            if self._qp is not None:
+                await adapter.call(self._qp.close)
+        except KVXferError:
+            adapter.scheduler.abandon(self.slot)
+            raise
+        if self.slot >= 0:
+            adapter.engine.forget(self.slot)
+            self._look()
+            adapter.engine.remove(self.slot)
+            self.slot = -1
+        if self._ring is not None:
+            await adapter.call(self._ring.close)
+
+
+def _numeric(address: str) -> str:
+    """Return a numeric address as the device takes it, or empty if it is none."""
+    try:
+        return str(ipaddress.ip_address(address.strip("[]")))
+    except ValueError:
+        return ""
