@@ -1,0 +1,111 @@
+"""Options, and the check after every test that nothing of it is left."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Iterator
+
+# Some libraries start threads of their own when they are first imported; here,
+# before the first test, they are nobody's leak.
+import numpy as np  # noqa: F401
+import pytest
+
+from tests.leaks import leaked_since, pending_tasks, take_census
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("kvxfer")
+    group.addoption(
+        "--run-slow",
+        action="store_true",
+        help="run the tests marked slow too (scripts/check does)",
+    )
+    group.addoption(
+        "--rdma-device",
+        metavar="NAME",
+        help="run the contract suite on this device of libibverbs as well",
+    )
+    group.addoption(
+        "--gid-index",
+        type=int,
+        default=None,
+        metavar="N",
+        help="GID index to use on --rdma-device (default: the library's choice)",
+    )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    absent = []
+    if not config.getoption("--run-slow"):
+        absent.append(("slow", "slow: runs with --run-slow, as scripts/check does"))
+    if not config.getoption("--rdma-device"):
+        absent.append(("rdma", "no RDMA device was named: --rdma-device NAME"))
+    for name, reason in absent:
+        skip = pytest.mark.skip(reason=reason)
+        for item in items:
+            if item.get_closest_marker(name) is not None:
+                item.add_marker(skip)
+    for item in items:
+        _watch_tasks(item)
+
+
+def _watch_tasks(item: pytest.Item) -> None:
+    """Have a coroutine test fail for tasks that outlive its fixtures."""
+    function = getattr(item, "function", None)
+    # hypothesis puts a plain function around the coroutine function.
+    hypothesis = getattr(function, "hypothesis", None)
+    function = getattr(hypothesis, "inner_test", function)
+    names: list[str] = getattr(item, "fixturenames", [])
+    if inspect.iscoroutinefunction(function) and "no_leaks" in names:
+        names.insert(names.index("no_leaks") + 1, "no_leaked_tasks")
+
+
+@pytest.fixture(scope="session")
+def rdma_device(pytestconfig: pytest.Config) -> str | None:
+    """The device named by --rdma-device, or None."""
+    name: str | None = pytestconfig.getoption("--rdma-device")
+    return name
+
+
+@pytest.fixture(scope="session")
+def gid_index(pytestconfig: pytest.Config) -> int | None:
+    """The GID index given by --gid-index, or None."""
+    index: int | None = pytestconfig.getoption("--gid-index")
+    return index
+
+
+@pytest.fixture(autouse=True)
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves descriptors, threads, processes or objects behind.
+
+    It is set up before the other fixtures of the test, its event loop among
+    them, so it looks after they are torn down. Mark a test ``leaky("why")`` to
+    leave it out.
+    """
+    if request.node.get_closest_marker("leaky") is not None:
+        yield
+        return
+    before = take_census()
+    yield
+    leaks = leaked_since(before)
+    if leaks:
+        pytest.fail(
+            "the test left behind:\n  " + "\n  ".join(sorted(leaks)), pytrace=False
+        )
+
+
+@pytest.fixture
+async def no_leaked_tasks() -> AsyncIterator[None]:
+    """Fail a coroutine test that leaves tasks running on its loop."""
+    yield
+    # Tasks that were cancelled or just finished get their last turn.
+    for _ in range(10):
+        if not pending_tasks(asyncio.get_running_loop()):
+            return
+        await asyncio.sleep(0)
+    tasks = pending_tasks(asyncio.get_running_loop())
+    if tasks:
+        pytest.fail("the test left running:\n  " + "\n  ".join(tasks), pytrace=False)
