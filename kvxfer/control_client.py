@@ -1,0 +1,416 @@
+"""The dialing half of the control plane: one DEALER, one connection.
+
+ZMQ connects again by itself and in silence. That suits a listener that is not up
+yet; once it has answered, a broken link is the end of the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import warnings
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
+
+from kvxfer import wire
+from kvxfer.control_io import (
+    LINGER_MS,
+    Address,
+    Sockets,
+    parse_address,
+    resolve,
+    set_up,
+    try_send,
+)
+from kvxfer.control_link import (
+    CLOSE_GRACE,
+    FRAMES_A_TURN,
+    Link,
+    end_error,
+    run_closing,
+    timing,
+)
+from kvxfer.errors import (
+    ClosedResourceError,
+    ConnectTimeoutError,
+    ControlError,
+    InternalError,
+    UsageError,
+)
+from kvxfer.options import Options
+from kvxfer.protocol import (
+    AcceptWanted,
+    Action,
+    Closed,
+    CloseReason,
+    CreditReceived,
+    DialerProtocol,
+    Established,
+    FailedReceived,
+    FenceWanted,
+)
+
+__all__ = ["ControlClient", "DialerDelegate", "EstablishedInfo"]
+
+_log = logging.getLogger("kvxfer.control")
+
+
+class DialerDelegate(Protocol):
+    """What a :class:`ControlClient` asks of its owner.
+
+    ``closed`` comes exactly once if ``accept`` returned, also when ``connect`` then
+    fails; an ``accept`` that raises, or is cancelled, releases what it made itself.
+    """
+
+    def hello(self) -> wire.Hello:
+        """Say who dials, with a fresh nonce (``wire.new_nonce()``)."""
+
+    async def accept(self, offer: wire.Offer) -> wire.Accept:
+        """Make this side's end and bring its QPs to RTS."""
+
+    async def fence(self, conn_id: int, reason: str) -> None:
+        """Let nothing of this connection land any more, then return."""
+
+    def failed(self, conn_id: int, message: wire.Failed) -> None:
+        """The peer gave up these layers of this request."""
+
+    def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
+        """The peer (a target) consumed so much of its ring since the start."""
+
+    async def closed(self, reason: CloseReason) -> None:
+        """The connection is over; release its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class EstablishedInfo:
+    """What the dialer knows of an established connection.
+
+    Attributes:
+      conn_id: Names the connection at both ends.
+      version: The protocol version in use.
+      features: Feature bits both sides know.
+      role: This side's role.
+      peer_address: The host dialed, resolved; empty for ``ipc://``.
+      offer: The listener's Offer: incarnation, geometry, device, endpoint.
+    """
+
+    conn_id: int
+    version: int
+    features: int
+    role: wire.Role
+    peer_address: str
+    offer: wire.Offer = field(repr=False)
+
+
+_MONITORED = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_NOT_ZMQ = "something answers there that does not speak this protocol"
+_NOTES: dict[int, str] = {
+    zmq.EVENT_CONNECTED: "something accepts connections there, but says nothing",
+    zmq.EVENT_CONNECT_RETRIED: "nobody accepts connections there",
+    zmq.EVENT_DISCONNECTED: "something accepts connections there and hangs up",
+    zmq.EVENT_HANDSHAKE_SUCCEEDED: "connected, but no answer to the Hello",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: _NOT_ZMQ,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: _NOT_ZMQ,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "the listener does not know this side's key",
+}
+
+
+class ControlClient:
+    """Dial one listener; one object is one connection's whole life.
+
+    Args:
+      delegate: Makes and releases this side's end.
+      options: ``ping_interval``, ``ping_timeout`` and ``connect_timeout`` are used.
+    """
+
+    def __init__(
+        self, delegate: DialerDelegate, *, options: Options | None = None
+    ) -> None:
+        self._delegate = delegate
+        self._options = options if options is not None else Options()
+        self._address = ""
+        self._host = ""
+        self._note = "no connection yet"
+        self._sockets: Sockets | None = None
+        self._dealer: zmq.asyncio.Socket | None = None
+        self._link: Link | None = None
+        self._ready: asyncio.Future[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing: asyncio.Task[None] | None = None
+        self._grace = CLOSE_GRACE
+        self._heard_zmq = False
+
+    # -- life --------------------------------------------------------------
+
+    async def connect(
+        self, address: str, *, timeout: float | None = None
+    ) -> EstablishedInfo:
+        """Do the dialer's half of the handshake, once in this object's life.
+
+        While nobody listens at ``address`` it goes on trying.
+
+        Args:
+          address: ``host:port``, ``[ipv6]:port`` or ``ipc://path``.
+          timeout: Seconds for all of it; ``None`` takes ``connect_timeout``.
+
+        Returns:
+          What was agreed on; both sides are in RTS.
+
+        Raises:
+          ConnectTimeoutError: It took too long; the message says how far it got.
+          GeometryMismatchError, VersionMismatchError, DeviceUnavailableError,
+          RefusedError: The listener said no, with its reasons.
+          ProtocolError: What answers breaks the protocol.
+          ControlError: The link broke, or the host's name is unknown.
+          ClosedResourceError: It was closed, before or during the call.
+          UsageError: A second call, or an address that is none.
+
+        After any exception, and after cancellation, nothing is left open.
+        """
+        if self._closing is not None:
+            raise ClosedResourceError("the control client is closed")
+        if self._sockets is not None:
+            raise UsageError("a control client connects once")
+        parsed = parse_address(address)
+        timeout = self._options.connect_timeout if timeout is None else timeout
+        self._address = address
+        loop = asyncio.get_running_loop()
+        core = DialerProtocol(self._delegate.hello(), timing(self._options, timeout))
+        self._ready = loop.create_future()
+        self._sockets = Sockets()
+        try:
+            start = loop.time()
+            await self._open(parsed, timeout)
+            self._link = Link(core, self, self._host)
+            self._link.apply(core.start(start))
+            await self._ready
+        except BaseException:
+            if not self._ready.cancel() and not self._ready.cancelled():
+                self._ready.exception()  # it is raised already, or outrun
+            await self.close("connect failed or was cancelled")
+            raise
+        return self._info(core)
+
+    async def _open(self, parsed: Address, timeout: float) -> None:
+        assert self._sockets is not None
+        loop = asyncio.get_running_loop()
+        lookup = loop.create_task(resolve(parsed))
+        try:
+            await asyncio.wait({lookup}, timeout=timeout)
+            if not lookup.done():
+                raise ConnectTimeoutError(
+                    f"{self._address}: the name did not resolve within {timeout:g} s",
+                    hint="Check the name, or give an IP address.",
+                )
+            resolved = lookup.result()
+        finally:
+            lookup.cancel()
+        self._host = resolved.host
+        dealer = self._sockets.socket(zmq.DEALER)
+        set_up(dealer, resolved)
+        monitor = self._sockets.monitor(dealer, _MONITORED)
+        try:
+            dealer.connect(resolved.endpoint)
+        except zmq.ZMQError as exc:
+            raise ControlError(f"cannot dial {self._address}: {exc}") from exc
+        self._dealer = dealer
+        for coro in (self._read(dealer), self._watch(monitor)):
+            self._tasks.add(loop.create_task(coro))
+
+    def _info(self, core: DialerProtocol) -> EstablishedInfo:
+        assert core.offer is not None
+        return EstablishedInfo(
+            conn_id=core.offer.conn_id,
+            version=core.version,
+            features=core.features,
+            role=core.role,
+            peer_address=self._host,
+            offer=core.offer,
+        )
+
+    def __del__(self) -> None:
+        if self._sockets is not None and self._closing is None:
+            warnings.warn(
+                f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self
+            )
+
+    def __repr__(self) -> str:
+        state = self._link.core.state.value if self._link else "not connected"
+        return f"<ControlClient {self._address or '-'}, {state}>"
+
+    @property
+    def is_established(self) -> bool:
+        """Whether the handshake is done and the connection not over."""
+        return self._link is not None and self._link.core.is_established
+
+    async def close(self, reason: str = "the client closed") -> None:
+        """Say goodbye, release this side's end, close the socket.
+
+        It always closes, twice is fine, and afterwards no task, thread or socket
+        of it is left. A delegate call that takes longer than 5 s is cancelled.
+
+        Cancellation:
+          A running delegate call is cancelled at once, the rest is done, and the
+          cancellation goes on.
+        """
+        if self._link is not None and self._link.worker is asyncio.current_task():
+            self._start_closing(reason)  # waiting here would wait for ourselves
+            return
+        await run_closing(lambda: self._start_closing(reason), self._hurry)
+
+    def _start_closing(self, reason: str) -> asyncio.Task[None]:
+        if self._closing is None:
+            loop = asyncio.get_running_loop()
+            self._closing = loop.create_task(self._close(reason))
+        return self._closing
+
+    def _hurry(self) -> None:
+        self._grace = 0.1
+        if self._link is not None:
+            self._link.worker.cancel()
+
+    async def _close(self, reason: str) -> None:
+        if self._link is not None:
+            self._link.apply(self._link.core.close(reason))
+            await self._link.wait_over(self._grace)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._sockets is not None:
+            linger_ms = LINGER_MS if self._heard_zmq else 0
+            await self._sockets.close(linger_ms=linger_ms)
+
+    # -- use ---------------------------------------------------------------
+
+    def send_credit(self, consumed_bytes: int, consumed_records: int) -> bool:
+        """Tell the initiator what was consumed; false if it is gone."""
+        return self._link is not None and self._link.send_credit(
+            consumed_bytes, consumed_records
+        )
+
+    def send_failed(self, request_id: bytes, layers: list[int], reason: str) -> bool:
+        """Tell the peer which layers will not come; false if it is gone."""
+        return self._link is not None and self._link.send_failed(
+            request_id, layers, reason
+        )
+
+    async def request_fence(self, reason: str, *, timeout: float = 2.0) -> bool:
+        """Ask the peer to let nothing land any more; true if it confirmed in time.
+
+        Args:
+          reason: For the peer's log.
+          timeout: Seconds.
+        """
+        return self._link is not None and await self._link.fence(reason, timeout)
+
+    def send_bye(self, reason: str) -> None:
+        """End the connection without waiting; ``closed`` follows."""
+        if self._link is not None:
+            self._link.apply(self._link.core.close(reason))
+
+    # -- what comes in -----------------------------------------------------
+
+    async def _read(self, dealer: zmq.asyncio.Socket) -> None:
+        while True:
+            for _ in range(FRAMES_A_TURN):
+                self._take(await dealer.recv_multipart())
+            await asyncio.sleep(0)  # see ControlServer._read
+
+    def _take(self, frames: list[bytes]) -> None:
+        if self._link is None:
+            return
+        if len(frames) == 1:
+            self._link.feed(frames[0])
+        else:
+            text = f"a message of {len(frames)} frames, not one"
+            self._link.apply(self._link.core.violation(text))
+
+    async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
+        while True:
+            event = parse_monitor_message(await monitor.recv_multipart())
+            kind = int(event["event"])
+            if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._heard_zmq = True
+            if kind == zmq.EVENT_DISCONNECTED and self._heard_zmq:
+                # ZMQ would connect again, to a listener that knows us no more.
+                self._lost()
+                return
+            if self._note != _NOT_ZMQ:
+                self._note = _NOTES.get(kind, self._note)
+
+    def _lost(self) -> None:
+        # What the peer said before it hung up may still be unread.
+        while self._dealer is not None:
+            pending = asyncio.ensure_future(
+                self._dealer.recv_multipart(flags=zmq.NOBLOCK)
+            )
+            if pending.exception() is not None:
+                break
+            self._take(pending.result())
+        if self._link is not None:
+            self._link.apply(self._link.core.lost("the listener closed the link"))
+
+    # -- LinkOwner ---------------------------------------------------------
+
+    def link_send(self, link: Link, frame: bytes) -> str:
+        """Send one frame to the listener."""
+        return try_send(self._dealer, [frame]) if self._dealer else "not connected"
+
+    async def link_job(self, link: Link, job: Action) -> None:
+        """Call the delegate's coroutine for ``job``."""
+        core = link.core
+        assert isinstance(core, DialerProtocol) and core.conn_id is not None
+        if isinstance(job, AcceptWanted):
+            accept = await self._delegate.accept(job.offer)
+            link.owned = True
+            link.apply(core.accept(accept))
+        elif isinstance(job, FenceWanted):
+            await self._delegate.fence(core.conn_id, job.reason)
+            link.apply(core.fenced())
+        else:
+            raise InternalError(f"control: no job for a dialer: {job!r}")
+
+    def link_event(self, link: Link, event: Action) -> None:
+        """Tell the delegate, or whoever awaits ``connect``."""
+        conn_id = link.core.conn_id
+        if isinstance(event, Closed):
+            self._settle(link, event.reason)
+            return
+        assert conn_id is not None
+        if isinstance(event, Established):
+            if self._ready is not None and not self._ready.done():
+                self._ready.set_result(None)
+        elif isinstance(event, FailedReceived):
+            self._delegate.failed(conn_id, event.message)
+        elif isinstance(event, CreditReceived):
+            self._delegate.credit(conn_id, event.consumed_bytes, event.consumed_records)
+
+    def _settle(self, link: Link, reason: CloseReason) -> None:
+        _log.info("control: %s: %s", self._address, reason.text)
+        if self._ready is None or self._ready.done():
+            return
+        if isinstance(link.failure, Exception):
+            self._ready.set_exception(link.failure)
+        else:
+            self._ready.set_exception(end_error(self._address, reason, self._note))
+
+    async def link_over(self, link: Link, reason: CloseReason) -> None:
+        """Let the delegate release its end, if it made one, and close."""
+        try:
+            if link.owned:
+                await self._delegate.closed(reason)
+        finally:
+            self._start_closing(reason.text)

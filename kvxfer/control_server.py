@@ -1,0 +1,474 @@
+"""The listening half of the control plane: one ROUTER, many connections.
+
+The only reader hands each message to its connection and never waits for one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import warnings
+from dataclasses import dataclass
+from typing import Protocol
+
+import zmq
+import zmq.asyncio
+
+from kvxfer import wire
+from kvxfer.control_io import (
+    LINGER_MS,
+    Address,
+    Sockets,
+    bind,
+    parse_address,
+    resolve,
+    try_send,
+)
+from kvxfer.control_link import (
+    CLOSE_GRACE,
+    FRAMES_A_TURN,
+    Link,
+    refuse_of,
+    run_closing,
+    timing,
+)
+from kvxfer.errors import (
+    ClosedResourceError,
+    InternalError,
+    ProtocolError,
+    UsageError,
+    VersionMismatchError,
+)
+from kvxfer.options import Options
+from kvxfer.protocol import (
+    Action,
+    CloseCause,
+    Closed,
+    CloseReason,
+    ConfirmWanted,
+    CreditReceived,
+    Established,
+    FailedReceived,
+    FenceWanted,
+    ListenerConnection,
+    OfferParts,
+    OfferWanted,
+)
+
+__all__ = ["ControlServer", "ControlStatistics", "ListenerDelegate"]
+
+_log = logging.getLogger("kvxfer.control")
+
+
+class ListenerDelegate(Protocol):
+    """What a :class:`ControlServer` asks of its owner, one connection at a time.
+
+    The coroutines of one connection never overlap. An exception in any of them
+    ends that connection and no other. ``closed`` comes exactly once for each
+    ``conn_id`` for which ``offer`` returned; an ``offer`` that raises, or is
+    cancelled, releases what it made itself.
+    """
+
+    async def offer(
+        self, hello: wire.Hello, conn_id: int, peer_address: str
+    ) -> OfferParts:
+        """Make this side's end (QPs in INIT); a KVXferError refuses the peer."""
+
+    async def accept(self, conn_id: int, accept: wire.Accept) -> None:
+        """Bring this side's QPs to RTS; Ready goes out when this returns."""
+
+    def established(self, conn_id: int) -> None:
+        """Ready is on its way: both sides are in RTS."""
+
+    async def fence(self, conn_id: int, reason: str) -> None:
+        """Let nothing of this connection land any more, then return."""
+
+    def failed(self, conn_id: int, message: wire.Failed) -> None:
+        """The peer gave up these layers of this request."""
+
+    def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
+        """The peer (a target) consumed so much of its ring since the start."""
+
+    async def closed(self, conn_id: int, reason: CloseReason) -> None:
+        """The connection is over; release its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControlStatistics:
+    """Counts of a :class:`ControlServer` since its start.
+
+    Attributes:
+      connections: Established now.
+      pending: Handshakes under way now.
+      accepted: Handshakes completed.
+      refused: Hellos refused.
+      garbage: Frames that were no valid message.
+      strangers: Messages of peers without a connection.
+    """
+
+    connections: int
+    pending: int
+    accepted: int
+    refused: int
+    garbage: int
+    strangers: int
+
+
+def _peer_address(frame: zmq.Frame) -> str:
+    try:
+        address = str(frame.get("Peer-Address"))
+    except (zmq.ZMQError, ValueError, UnicodeDecodeError):
+        return ""  # ipc has none
+    return address.removeprefix("::ffff:")
+
+
+class ControlServer:
+    """Listen for dialers and do the listener's half of every handshake.
+
+    Args:
+      delegate: Makes and releases this side's ends.
+      host: Address, host name, or ``ipc://path``.
+      port: Port; 0 takes a free one. Ignored for ``ipc://``.
+      incarnation: 16 random bytes, made once in this process.
+      versions: Lowest and highest protocol version to speak.
+      features: Feature bits to offer.
+      options: ``ping_interval``, ``ping_timeout``, ``connect_timeout`` (a
+        handshake's deadline here) and ``max_handshakes`` are used.
+    """
+
+    # For __del__ of an object whose __init__ refused its arguments.
+    _reader: asyncio.Task[None] | None = None
+    _closing: asyncio.Task[None] | None = None
+
+    def __init__(
+        self,
+        delegate: ListenerDelegate,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        incarnation: bytes,
+        versions: tuple[int, int] = wire.VERSIONS,
+        features: int = wire.FEATURES,
+        options: Options | None = None,
+    ) -> None:
+        self._delegate = delegate
+        self._address = _listen_address(host, port)
+        self._incarnation = incarnation
+        self._versions = versions
+        self._features = features
+        self._options = options if options is not None else Options()
+        self._timing = timing(self._options, self._options.connect_timeout)
+        self._sockets: Sockets | None = None
+        self._router: zmq.asyncio.Socket | None = None
+        self._grace = CLOSE_GRACE
+        self._by_identity: dict[bytes, Link] = {}
+        self._by_conn_id: dict[int, Link] = {}
+        self._identities: dict[Link, bytes] = {}
+        self._pending: set[Link] = set()
+        self._accepted = self._refused = self._garbage = self._strangers = 0
+
+    # -- life --------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Bind and begin to answer.
+
+        Raises:
+          AddressInUseError: Somebody listens there already.
+          ControlError: The address cannot be bound. Nothing is left open.
+          ClosedResourceError: It was closed.
+          UsageError: It runs already.
+        """
+        if self._closing is not None:
+            raise ClosedResourceError("the control server is closed")
+        if self._sockets is not None:
+            raise UsageError("the control server runs already")
+        self._sockets = Sockets()
+        try:
+            address = await resolve(self._address)
+            router = self._sockets.socket(zmq.ROUTER)
+            router.set(zmq.ROUTER_MANDATORY, 1)
+            router.set(zmq.BACKLOG, 1024)
+            self._address = bind(router, address)
+        except BaseException:
+            sockets, self._sockets = self._sockets, None
+            await sockets.close()
+            raise
+        self._router = router
+        self._reader = asyncio.get_running_loop().create_task(self._read(router))
+        _log.info("control: listening on %s", self._address)
+
+    async def __aenter__(self) -> ControlServer:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    def __del__(self) -> None:
+        if self._reader is not None and self._closing is None:
+            warnings.warn(
+                f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self
+            )
+
+    def __repr__(self) -> str:
+        return f"<ControlServer {self._address}, {len(self._by_conn_id)} connections>"
+
+    @property
+    def endpoint(self) -> str:
+        """What to dial: ``host:port``, ``[ipv6]:port`` or ``ipc://path``."""
+        return str(self._address)
+
+    @property
+    def port(self) -> int:
+        """The port bound; 0 before ``start`` with port 0, and for ``ipc://``."""
+        return self._address.port
+
+    async def close(self, reason: str = "the server closed") -> None:
+        """Say goodbye to every peer, release every end, stop listening.
+
+        It always closes, twice is fine, and afterwards no task, thread or socket
+        of it is left. A delegate call that takes longer than 5 s is cancelled.
+
+        Cancellation:
+          Running delegate calls are cancelled at once, the rest is done, and the
+          cancellation goes on.
+        """
+        current = asyncio.current_task()
+        if any(link.worker is current for link in self._identities):
+            self._start_closing(reason)  # waiting here would wait for ourselves
+            return
+        await run_closing(lambda: self._start_closing(reason), self._hurry)
+
+    def _start_closing(self, reason: str) -> asyncio.Task[None]:
+        if self._closing is None:
+            loop = asyncio.get_running_loop()
+            self._closing = loop.create_task(self._close(reason))
+        return self._closing
+
+    def _hurry(self) -> None:
+        self._grace = 0.1
+        for link in self._identities:
+            link.worker.cancel()
+
+    async def _close(self, reason: str) -> None:
+        links = list(self._identities)
+        for link in links:
+            link.apply(link.core.close(reason))
+        if links:
+            await asyncio.gather(*(link.wait_over(self._grace) for link in links))
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.wait({self._reader})
+        if self._sockets is not None:
+            await self._sockets.close(linger_ms=LINGER_MS)
+
+    # -- use ---------------------------------------------------------------
+
+    @property
+    def connections(self) -> list[int]:
+        """The ``conn_id`` of every established connection."""
+        return [c for c, link in self._by_conn_id.items() if link.core.is_established]
+
+    def send_credit(
+        self, conn_id: int, consumed_bytes: int, consumed_records: int
+    ) -> bool:
+        """Tell the initiator what was consumed; false if it is gone."""
+        link = self._by_conn_id.get(conn_id)
+        return link is not None and link.send_credit(consumed_bytes, consumed_records)
+
+    def send_failed(
+        self, conn_id: int, request_id: bytes, layers: list[int], reason: str
+    ) -> bool:
+        """Tell the peer which layers will not come; false if it is gone."""
+        link = self._by_conn_id.get(conn_id)
+        return link is not None and link.send_failed(request_id, layers, reason)
+
+    async def fence(self, conn_id: int, reason: str, *, timeout: float = 2.0) -> bool:
+        """Ask the peer to let nothing land any more; true if it confirmed in time.
+
+        Args:
+          conn_id: The connection; an unknown one gives false.
+          reason: For the peer's log.
+          timeout: Seconds.
+        """
+        link = self._by_conn_id.get(conn_id)
+        return link is not None and await link.fence(reason, timeout)
+
+    def drop(self, conn_id: int, reason: str) -> bool:
+        """Say goodbye; the delegate's ``closed`` follows. False if unknown."""
+        link = self._by_conn_id.get(conn_id)
+        if link is None:
+            return False
+        link.apply(link.core.close(reason))
+        return True
+
+    def statistics(self) -> ControlStatistics:
+        """Return the counts of this moment."""
+        return ControlStatistics(
+            connections=len(self.connections),
+            pending=len(self._pending),
+            accepted=self._accepted,
+            refused=self._refused,
+            garbage=self._garbage,
+            strangers=self._strangers,
+        )
+
+    # -- what comes in -----------------------------------------------------
+
+    async def _read(self, router: zmq.asyncio.Socket) -> None:
+        while True:
+            for _ in range(FRAMES_A_TURN):
+                frames = await router.recv_multipart(copy=False)
+                try:
+                    self._take(frames)
+                except Exception:  # noqa: BLE001 - one peer must not stop the rest
+                    _log.exception("control: a message could not be handled")
+            # recv_multipart does not yield while messages are waiting.
+            await asyncio.sleep(0)
+
+    def _take(self, frames: list[zmq.Frame]) -> None:
+        identity = frames[0].bytes
+        link = self._by_identity.get(identity)
+        try:
+            if len(frames) != 2:
+                raise ProtocolError(f"a message of {len(frames) - 1} frames, not one")
+            message = wire.decode(frames[1].bytes)
+        except (ProtocolError, VersionMismatchError) as exc:
+            self._garbage += 1
+            if link is not None:
+                link.apply(link.core.violation(str(exc)))
+            elif isinstance(exc, VersionMismatchError):
+                self._answer(identity, refuse_of(exc))
+            return
+        if link is not None:
+            link.receive(message)
+            core = link.core
+            assert isinstance(core, ListenerConnection)
+            if core.was_superseded and isinstance(message, wire.Hello):
+                self._greet(identity, message, _peer_address(frames[1]))
+        elif isinstance(message, wire.Hello):
+            self._greet(identity, message, _peer_address(frames[1]))
+        else:
+            self._stranger(identity, message)
+
+    def _stranger(self, identity: bytes, message: wire.Message) -> None:
+        self._strangers += 1
+        if isinstance(message, (wire.Bye, wire.Refuse)):
+            return
+        # A peer of our past life, or one taken for dead: let it know at once.
+        text = "no such connection: the listener restarted or has dropped it"
+        code = wire.RefuseCode.UNKNOWN_CONNECTION.value
+        self._answer(identity, wire.Refuse(code=code, message=text))
+
+    def _greet(self, identity: bytes, hello: wire.Hello, peer_address: str) -> None:
+        if self._closing is not None:
+            self._refuse(identity, wire.RefuseCode.CLOSING, "the listener is closing")
+            return
+        if len(self._pending) >= self._options.max_handshakes:
+            text = f"{len(self._pending)} handshakes are pending; try again later"
+            self._refuse(identity, wire.RefuseCode.BUSY, text)
+            return
+        conn_id = secrets.randbits(64)
+        while conn_id in self._by_conn_id:
+            conn_id = secrets.randbits(64)
+        core = ListenerConnection(
+            conn_id,
+            incarnation=self._incarnation,
+            timing=self._timing,
+            versions=self._versions,
+            features=self._features,
+        )
+        link = Link(core, self, peer_address)
+        self._identities[link] = identity
+        self._by_identity[identity] = link
+        self._by_conn_id[conn_id] = link
+        self._pending.add(link)
+        link.worker.add_done_callback(lambda _: self._forget(link))
+        link.receive(hello)
+
+    def _refuse(self, identity: bytes, code: wire.RefuseCode, text: str) -> None:
+        self._refused += 1
+        self._answer(identity, wire.Refuse(code=code.value, message=text))
+
+    def _answer(self, identity: bytes, message: wire.Message) -> None:
+        if self._router is not None:
+            problem = try_send(self._router, [identity, wire.encode(message)])
+            if problem:
+                _log.debug("control: answer not sent: %s", problem)
+
+    def _forget(self, link: Link) -> None:
+        self._identities.pop(link, None)
+        self._pending.discard(link)
+
+    # -- LinkOwner ---------------------------------------------------------
+
+    def link_send(self, link: Link, frame: bytes) -> str:
+        """Send one frame to the link's peer."""
+        if self._router is None:
+            return "not started"
+        return try_send(self._router, [self._identities[link], frame])
+
+    async def link_job(self, link: Link, job: Action) -> None:
+        """Call the delegate's coroutine for ``job``."""
+        core = link.core
+        assert isinstance(core, ListenerConnection) and core.conn_id is not None
+        if isinstance(job, FenceWanted):
+            await self._delegate.fence(core.conn_id, job.reason)
+            link.apply(core.fenced())
+            return
+        try:
+            if isinstance(job, OfferWanted):
+                parts = await self._delegate.offer(
+                    job.hello, core.conn_id, link.peer_address
+                )
+                link.owned = True
+                link.apply(core.offer(parts))
+            elif isinstance(job, ConfirmWanted):
+                await self._delegate.accept(core.conn_id, job.accept)
+                link.apply(core.confirm(asyncio.get_running_loop().time()))
+            else:
+                raise InternalError(f"control: no job for a listener: {job!r}")
+        except Exception as exc:
+            # The dialer still waits, so it gets the reason and not just a Bye.
+            link.apply(core.refuse(refuse_of(exc)))
+            raise
+
+    def link_event(self, link: Link, event: Action) -> None:
+        """Tell the delegate what happened, and keep the books."""
+        conn_id = link.core.conn_id
+        assert conn_id is not None
+        if isinstance(event, Established):
+            self._pending.discard(link)
+            self._accepted += 1
+            self._delegate.established(conn_id)
+        elif isinstance(event, FailedReceived):
+            self._delegate.failed(conn_id, event.message)
+        elif isinstance(event, CreditReceived):
+            self._delegate.credit(conn_id, event.consumed_bytes, event.consumed_records)
+        elif isinstance(event, Closed):
+            if event.reason.cause is CloseCause.REFUSED:
+                self._refused += 1
+            del self._by_conn_id[conn_id]
+            del self._by_identity[self._identities[link]]
+            _log.info(
+                "control: %s %016x: %s", link.peer_address, conn_id, event.reason.text
+            )
+
+    async def link_over(self, link: Link, reason: CloseReason) -> None:
+        """Let the delegate release its end, if it made one."""
+        assert link.core.conn_id is not None
+        if link.owned:
+            await self._delegate.closed(link.core.conn_id, reason)
+
+
+def _listen_address(host: str, port: int) -> Address:
+    if host.startswith("ipc://"):
+        return parse_address(host)
+    if not 0 <= port <= 65535:
+        raise UsageError(f"port {port} is not in 0..65535")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    if not host:
+        raise UsageError("an empty host; 0.0.0.0 or :: listen on every address")
+    return Address(host=host, port=port)
