@@ -1,0 +1,192 @@
+"""Who may import whom: the house stands on its lower floors, never the reverse.
+
+Modules are read, not imported, so this holds without the extensions, and sees
+imports inside functions too.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "kvxfer"
+
+# Anyone may use these; they use nothing but each other.
+GROUND = {"_version", "errors", "options", "verbs_types"}
+
+# A module may import those named here and whatever those may import.
+MAY_IMPORT: dict[str, set[str]] = {
+    "_version": set(),
+    "errors": set(),
+    "options": set(),
+    "verbs_types": set(),
+    # Arithmetic and messages.
+    "blocks": set(),
+    "layout": {"blocks"},
+    "memory": {"layout"},
+    "tensors": {"layout"},
+    "cache": {"memory", "tensors"},
+    "wire": {"layout"},
+    "protocol_base": {"wire"},
+    "protocol": {"protocol_base"},
+    # The control plane.
+    "control_io": {"wire"},
+    "control_link": {"control_io", "protocol"},
+    "control_client": {"control_link"},
+    "control_server": {"control_link"},
+    "control": {"control_client", "control_server"},
+    # The data path.
+    "_ibverbs": set(),
+    "_softdev": set(),
+    "_verbs": {"_ibverbs", "_softdev"},
+    "_engine": {"_verbs"},
+    "completions": {"_engine"},
+    "scheduler": {"cache", "completions"},
+    "devices": {"_verbs"},
+    "adapter": {"devices", "scheduler", "wire"},
+    # The public face.
+    "notify": {"layout"},
+    "route": {"wire"},
+    "link": {"adapter", "control", "notify", "route"},
+    "client": {"link"},
+    "server": {"link"},
+    "__init__": {"client", "server"},
+    "testing": {"__init__"},
+    # Programs: the public names and nothing behind them.
+    "metrics": {"__init__"},
+    "serve": {"metrics"},
+    "push": {"__init__"},
+    "demo": {"push", "serve"},
+    "doctor": {"devices"},
+    "bench": {"__init__"},
+    "kvbench": set(),
+    "cli": {"bench", "demo", "doctor", "kvbench", "push", "serve"},
+    "__main__": {"cli"},
+}
+
+# Outside the package: what a module may not touch, whatever the reason.
+IO = {"asyncio", "io", "mmap", "multiprocessing", "os", "pathlib", "random", "select"}
+IO |= {"selectors", "signal", "socket", "subprocess", "threading", "time", "zmq"}
+NOT_FOR: dict[str, set[str]] = {
+    "errors": {"asyncio", "msgspec", "numpy", "zmq"},
+    "blocks": IO | {"msgspec"},
+    "layout": IO | {"msgspec"},
+    "wire": IO | {"numpy", "pickle"},
+    "protocol_base": IO | {"numpy", "pickle"},
+    "protocol": IO | {"numpy", "pickle"},
+    "_verbs": {"asyncio", "msgspec", "zmq"},
+    "_engine": {"asyncio", "msgspec", "zmq"},
+    "completions": {"zmq"},
+    "scheduler": {"zmq"},
+    "client": {"zmq"},
+    "server": {"zmq"},
+    "kvbench": {"asyncio", "msgspec", "numpy", "torch", "zmq"},
+}
+CORE = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".pyi", ".pyx")]
+CORE += PACKAGE.rglob("*.pxd")
+
+CIMPORT = re.compile(
+    r"^\s*(?:from\s+([\w.]+)\s+c?import\s+\(?([\w., ]*)|c?import\s+([\w., ]+))", re.M
+)
+
+
+def module_of(path: Path) -> str:
+    """The name in the table: the module's, or its sub-package's."""
+    return path.relative_to(PACKAGE).parts[0].split(".")[0]
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Every dotted name that ``path`` imports, ``from a import b`` as a.b too."""
+    text = path.read_text()
+    if path.suffix in (".pyx", ".pxd"):
+        for module, names, plain in CIMPORT.findall(text):
+            for name in (names or plain).split(","):
+                words = name.split()
+                if words:
+                    yield f"{module}.{words[0]}" if module else words[0]
+        return
+    package = ("kvxfer", *path.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) + 1 - node.level]) if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def inside(path: Path) -> set[str]:
+    """The modules of the package that ``path`` imports, as the table names them."""
+    names = [name.split(".") for name in imports_of(path)]
+    inner = [parts[1:] for parts in names if parts[0] == "kvxfer"]
+    # What is no module is a name that kvxfer/__init__.py gives out.
+    return {rest[0] if rest and exists(rest[0]) else "__init__" for rest in inner}
+
+
+def exists(module: str) -> bool:
+    return any(PACKAGE.glob(f"{module}.*")) or (PACKAGE / module).is_dir()
+
+
+@cache
+def reachable(module: str) -> frozenset[str]:
+    direct = MAY_IMPORT[module]
+    return frozenset(direct | GROUND).union(*(reachable(name) for name in direct))
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", CORE, ids=ids)
+def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
+    module = module_of(path)
+    assert module in MAY_IMPORT, f"give {module} its place in MAY_IMPORT"
+    above = inside(path) - reachable(module) - {module}
+    assert not above, f"{ids(path)} may not import {sorted(above)}"
+
+
+@pytest.mark.parametrize("path", CORE, ids=ids)
+def test_a_module_touches_nothing_it_must_not_know(path: Path) -> None:
+    banned = NOT_FOR.get(module_of(path), set())
+    used = {name.split(".")[0] for name in imports_of(path)}
+    assert not used & banned
+
+
+def test_only_completions_watches_descriptors_in_the_loop() -> None:
+    watchers = {
+        ids(path)
+        for path in CORE
+        if path.suffix == ".py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("add_reader", "add_writer")
+    }
+    assert watchers <= {"completions.py"}
+
+
+def test_no_peer_bytes_are_unpickled() -> None:
+    for path in CORE:
+        used = {name.split(".")[0] for name in imports_of(path)}
+        assert not used & {"dill", "marshal", "pickle", "shelve"}, ids(path)
+
+
+def test_c_sources_know_no_python() -> None:
+    for source in [*PACKAGE.rglob("*.c"), *PACKAGE.rglob("*.h")]:
+        if source.parent.name in ("native", "softdev"):
+            assert not re.search(r"#\s*include\s*[<\"]Python\.h", source.read_text())
+
+
+def test_the_table_is_no_circle() -> None:
+    for module in MAY_IMPORT:
+        assert module not in reachable(module) or module in GROUND
+
+
+def test_the_standard_library_is_not_shadowed() -> None:
+    assert not {module_of(path) for path in CORE} & set(sys.stdlib_module_names) - {
+        "__main__"
+    }
