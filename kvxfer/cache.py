@@ -171,7 +171,9 @@ class KVCache:
     @classmethod
     def from_pointers(
         cls,
-        pointers: Mapping[str, Sequence[int] | Mapping[int, int]],
+        pointers: Mapping[
+            str, Sequence[int] | Mapping[int, int] | npt.NDArray[np.integer[Any]]
+        ],
         *,
         n_blocks: int,
         block_bytes: int | Mapping[str, int],
