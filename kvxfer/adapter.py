@@ -52,6 +52,7 @@ class Adapter:
         self._device: Device | None = None
         self._engine: Engine | None = None
         self.completions: Completions | None = None
+        self.scheduler: Scheduler
 
     @classmethod
     async def open(

@@ -251,6 +251,11 @@ class ControlClient:
         return f"<ControlClient {self._address or '-'}, {state}>"
 
     @property
+    def peer_address(self) -> str:
+        """The host dialed, resolved; empty before that and for ``ipc://``."""
+        return self._host
+
+    @property
     def is_established(self) -> bool:
         """Whether the handshake is done and the connection not over."""
         return self._link is not None and self._link.core.is_established

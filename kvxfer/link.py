@@ -14,6 +14,7 @@ import ipaddress
 import logging
 import mmap
 import secrets
+import socket
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 from kvxfer import _engine
 from kvxfer._verbs import MemoryRegion, QueuePair
 from kvxfer.adapter import Adapter
-from kvxfer.errors import InternalError, KVXferError
+from kvxfer.errors import ControlError, InternalError, KVXferError
 from kvxfer.verbs_types import Access, PeerHint, QPLimits, QPPath
 from kvxfer.wire import NotifyRing, QPInfo
 
@@ -290,6 +291,24 @@ class Link:
             self.slot = -1
         if self._ring is not None:
             await adapter.call(self._ring.close)
+
+
+async def numeric_address(host: str) -> str:
+    """Resolve a host to the numeric address that a device can listen on.
+
+    Raises:
+      ControlError: The name is unknown.
+    """
+    literal = _numeric(host)
+    if literal:
+        return literal
+    try:
+        infos = await asyncio.get_running_loop().getaddrinfo(host, None)
+    except OSError as error:
+        raise ControlError(f"host {host!r} does not resolve: {error}") from error
+    # As the control connection does: IPv4 first where a name has both.
+    infos.sort(key=lambda info: info[0] != socket.AF_INET)
+    return str(infos[0][4][0])
 
 
 def _numeric(address: str) -> str:

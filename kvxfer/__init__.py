@@ -1,0 +1,64 @@
+"""Move the KV cache of a language model into another node's blocks over RDMA.
+
+    async with kvxfer.Client(cache) as client:              # prefill node
+        peer = await client.connect("10.0.0.2", 7777)
+        await client.write_cache(peer, local_ids, remote_ids, layer_idx=3)
+
+    async with kvxfer.Server(cache, host="10.0.0.2", port=7777) as server:
+        async for arrival in server.arrivals():             # decode node
+            ...
+
+Names are loaded when they are first used: parts that need no native code, such as
+``kvxfer.kvbench``, work and start quickly without it.
+"""
+
+from typing import TYPE_CHECKING
+
+from kvxfer._version import __version__
+
+if TYPE_CHECKING:
+    from kvxfer.cache import KVCache
+    from kvxfer.client import Client
+    from kvxfer.errors import KVXferError
+    from kvxfer.options import Options
+    from kvxfer.peer import Peer, WriteResult
+    from kvxfer.server import Arrival, Failure, Server
+
+__all__ = [
+    "Arrival",
+    "Client",
+    "Failure",
+    "KVCache",
+    "KVXferError",
+    "Options",
+    "Peer",
+    "Server",
+    "WriteResult",
+    "__version__",
+]
+
+_HOMES = {
+    "Arrival": "kvxfer.server",
+    "Client": "kvxfer.client",
+    "Failure": "kvxfer.server",
+    "KVCache": "kvxfer.cache",
+    "KVXferError": "kvxfer.errors",
+    "Options": "kvxfer.options",
+    "Peer": "kvxfer.peer",
+    "Server": "kvxfer.server",
+    "WriteResult": "kvxfer.peer",
+}
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

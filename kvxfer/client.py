@@ -1,0 +1,302 @@
+"""The initiating side: writes blocks of the local cache into peers' blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+from kvxfer._engine import RingArrival
+from kvxfer.adapter import Adapter
+from kvxfer.blocks import as_ids
+from kvxfer.cache import KVCache
+from kvxfer.errors import (
+    ClosedResourceError,
+    InternalError,
+    LayoutError,
+    UsageError,
+)
+from kvxfer.host import Host
+from kvxfer.options import Options
+from kvxfer.peer import Peer, WriteResult
+from kvxfer.verbs_types import Access
+
+_MAX_REQUEST_BYTES = 256
+# Longer than any process lives, and still a number that timers take.
+_MAX_TIMEOUT = 10 * 365 * 86400.0
+
+
+@dataclasses.dataclass
+class _Attempt:
+    """A connection being made, and how many tasks wait for it."""
+
+    task: asyncio.Task[Peer]
+    waiters: int = 0
+
+
+class Client:
+    """Writes blocks of one cache to any number of servers, from one event loop.
+
+    Use as ``async with Client(cache) as client``, or call :meth:`open` and
+    :meth:`close`. Different tasks may connect and write at the same time.
+
+    Args:
+      cache: Its blocks are the source. It cannot be closed while this is open.
+      options: Defaults for everything; ``None`` loads them from environment and
+        config file.
+      **overrides: Single options that take precedence, by name.
+
+    Raises:
+      OptionError: An option is unknown or out of range.
+    """
+
+    def __init__(
+        self, cache: KVCache, options: Options | None = None, **overrides: Any
+    ) -> None:
+        self.options = (
+            Options.load(**overrides)
+            if options is None
+            else dataclasses.replace(options, **overrides)
+        )
+        self._host = Host(cache, Access(0), self.options)
+        self._peers: dict[str, Peer] = {}
+        self._connecting: dict[str, _Attempt] = {}
+        self._state = "new"
+
+    async def open(self) -> None:
+        """Open the devices and register the cache.
+
+        Raises:
+          DeviceUnavailableError: No device as the options want it.
+          VerbsError: The cache cannot be registered. Nothing is left open.
+        """
+        if self._state != "new":
+            raise UsageError(f"a client is opened once; this one is {self._state}")
+        await self._host.open(None, self._on_arrival, self._on_failed)
+        self._state = "open"
+
+    async def __aenter__(self) -> Client:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _ensure_open(self) -> None:
+        if self._state != "open":
+            raise ClosedResourceError(f"the client is {self._state}, not open")
+        self._host.check("client")
+
+    # -- peers -----------------------------------------------------------------
+
+    async def connect(
+        self, host: str, port: int | None = None, *, timeout: float | None = None
+    ) -> Peer:
+        """Connect to a server, or return the connection that there is already.
+
+        Args:
+          host: Address or name, or ``ipc://path``.
+          port: Port of the control connection; ``None`` takes the option's.
+          timeout: Seconds; ``None`` takes the option ``connect_timeout``.
+
+        Returns:
+          The peer, ready to be written to: both sides' QPs are in RTS.
+
+        Raises:
+          ConnectTimeoutError: Nobody answered in time.
+          GeometryMismatchError: The caches do not fit; both sides' figures.
+          DeviceUnavailableError: No device that both sides can use.
+          RefusedError, VersionMismatchError, ProtocolError: What answers there
+            does not want, or cannot be, spoken to.
+          ClosedResourceError: The client is not open.
+
+        Cancellation:
+          Nothing of the attempt is left, unless another task waits for it too.
+        """
+        self._ensure_open()
+        address = self._address(host, port)
+        peer = self._peers.get(address)
+        if peer is not None and peer.connected:
+            return peer
+        seconds = self._timeout(timeout, "connect_timeout")
+        attempt = self._connecting.get(address)
+        if attempt is None:
+            attempt = _Attempt(
+                asyncio.get_running_loop().create_task(self._connect(address, seconds))
+            )
+            self._connecting[address] = attempt
+        attempt.waiters += 1
+        try:
+            return await asyncio.shield(attempt.task)
+        finally:
+            attempt.waiters -= 1
+            if attempt.waiters == 0:
+                # Whoever cancels the last one waits until nothing is left of it.
+                self._connecting.pop(address, None)
+                attempt.task.cancel()
+                await asyncio.wait({attempt.task})
+
+    def _address(self, host: str, port: int | None) -> str:
+        if host.startswith("ipc://"):
+            return host
+        if ":" in host and not host.startswith("["):
+            host = f"[{host}]"
+        return f"{host}:{self.options.port if port is None else port}"
+
+    async def _connect(self, address: str, timeout: float) -> Peer:
+        old = self._peers.pop(address, None)
+        if old is not None:
+            await old.close()
+        peer = Peer(self._host, address)
+        try:
+            await peer.connect(timeout)
+        except BaseException:
+            await peer.close()
+            raise
+        self._peers[address] = peer
+        return peer
+
+    def is_connected(self, host: str, port: int | None = None) -> bool:
+        """Say whether writes to a server are possible, as far as is known here.
+
+        A dead peer is noticed after the option ``ping_timeout`` at the latest, or
+        at once by a write.
+        """
+        peer = self._peers.get(self._address(host, port))
+        return peer is not None and peer.connected
+
+    # -- writing ---------------------------------------------------------------
+
+    async def write_cache(
+        self,
+        peer: Peer,
+        local_block_ids: object,
+        remote_block_ids: object,
+        layer_idx: int | Iterable[int] | None = None,
+        *,
+        request_id: str | None = None,
+        group: str | None = None,
+        timeout: float | None = None,
+    ) -> WriteResult:
+        """Copy local blocks into a peer's blocks, pair by pair.
+
+        Block ``local_block_ids[i]`` lands in ``remote_block_ids[i]``, in every
+        plane of every layer asked for. Returning means that the peer's device has
+        acknowledged every byte, and that the peer is being told.
+
+        Args:
+          peer: What :meth:`connect` returned.
+          local_block_ids: Integers: a list, a range or an integer array. May repeat.
+          remote_block_ids: As many, no two the same.
+          layer_idx: One layer, several, or ``None`` for all that both sides hold.
+            All go out together.
+          request_id: Reaches the peer with the arrival; up to 256 bytes of UTF-8.
+          group: Whose block ids these are; may be left out if the cache has one.
+          timeout: Seconds; ``None`` takes the option ``write_timeout``.
+
+        Raises:
+          LayoutError: An id or layer is out of range, a remote id is named twice,
+            or the lengths differ. Nothing was written.
+          WriteTimeoutError: Not all was written in time. What was is undefined.
+          CompletionError: A WR failed: its status says why. The connection is gone.
+          BrokenPeerError: The connection broke under it, or was broken before.
+          ClosedResourceError: The client or the peer is closed.
+          NotQuiescentError: The device may still read the local blocks.
+
+          Except with the last one the device is done with the local blocks, and
+          they may be reused at once. ``fenced`` of the exception says whether
+          nothing can land in the remote blocks any more either.
+
+        Cancellation:
+          Posts nothing further and waits until what was posted has completed, so
+          the local blocks may be reused at once. The remote blocks are undefined.
+        """
+        self._ensure_open()
+        if not isinstance(peer, Peer):
+            raise UsageError(f"peer is {peer!r}, not what connect() returned")
+        if peer.host is not self._host:
+            raise UsageError(f"{peer!r} is a peer of another client")
+        seconds = self._timeout(timeout, "write_timeout")
+        request = "" if request_id is None else request_id
+        if len(request.encode()) > _MAX_REQUEST_BYTES:
+            raise UsageError(
+                f"request_id has {len(request.encode())} bytes, more than "
+                f"{_MAX_REQUEST_BYTES}"
+            )
+        local_ids = as_ids(local_block_ids, "local_block_ids")
+        remote_ids = as_ids(remote_block_ids, "remote_block_ids")
+        rows = peer.find(self._group(group), _layers(layer_idx))
+        return await peer.write(rows, local_ids, remote_ids, request, seconds)
+
+    def _group(self, group: str | None) -> str:
+        names = [g.name for g in self._host.cache.groups]
+        if group is None:
+            if len(names) > 1:
+                raise LayoutError(
+                    f"the cache has the groups {', '.join(names)}: say which"
+                )
+            return names[0]
+        if group not in names:
+            raise LayoutError(f"no group {group!r}; the cache has {', '.join(names)}")
+        return group
+
+    def _timeout(self, timeout: float | None, option: str) -> float:
+        seconds = getattr(self.options, option) if timeout is None else timeout
+        if math.isnan(seconds) or seconds <= 0:
+            raise UsageError(f"timeout is {timeout!r}, not a positive number of seconds")
+        return min(float(seconds), _MAX_TIMEOUT)
+
+    # -- the end ---------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Close all connections, then the devices. Twice is fine.
+
+        Writes in flight end with BrokenPeerError. When this returns no thread,
+        task, file descriptor or QP is left.
+        """
+        if self._state != "open":
+            self._state = "closed"
+            return
+        self._state = "closed"
+        attempts = [attempt.task for attempt in self._connecting.values()]
+        for task in attempts:
+            task.cancel()
+        await asyncio.gather(*attempts, return_exceptions=True)
+        results = await asyncio.gather(
+            *(peer.close() for peer in self._peers.values()), return_exceptions=True
+        )
+        self._peers.clear()
+        await self._host.close()
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    def _on_arrival(self, adapter: Adapter, arrival: RingArrival) -> None:
+        raise InternalError("a client posts no receives")
+
+    def _on_failed(self, adapter: Adapter, slot: int) -> None:
+        for peer in self._peers.values():
+            if peer.uses(adapter, slot):
+                peer.break_("a WR failed")
+
+
+def _layers(layer_idx: int | Iterable[int] | None) -> list[int] | None:
+    """Check the layers asked for; None stays None."""
+    if layer_idx is None:
+        return None
+    layers = list(layer_idx) if isinstance(layer_idx, Iterable) else [layer_idx]
+    if any(isinstance(layer, bool) or not hasattr(layer, "__index__")
+           for layer in layers):
+        raise LayoutError(f"layer_idx {layer_idx!r} is not one or several integers")
+    layers = [layer.__index__() for layer in layers]
+    if len(set(layers)) != len(layers):
+        raise LayoutError(f"layer_idx names a layer twice: {layers}")
+    return layers

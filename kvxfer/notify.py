@@ -1,0 +1,77 @@
+"""The records that announce what has landed: decoding and checking. Pure.
+
+The layout is that of ``native/notify.h``, whose writer is the engine of the other
+side. The engine of this side has checked the record's place, length and sequence;
+what it says is checked here, before anyone acts on it.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvxfer.errors import LayoutError, ProtocolError
+from kvxfer.layout import Group
+
+# magic, length, sequence, n_bytes, layer, n_ids, group, n_qps, request_bytes,
+# flags, digest, reserved
+_HEADER = struct.Struct("<IIQQIIHHHHQ16x")
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What one operation of a peer has put into this side's blocks.
+
+    Attributes:
+      group: Name of the group.
+      layer: Model layer.
+      block_ids: The blocks written, in the writer's order.
+      request_id: As the writer gave it, or None.
+      n_bytes: Bytes written, all planes together.
+      sequence: Number of the operation on its connection, from 0.
+    """
+
+    group: str
+    layer: int
+    block_ids: NDArray[np.int64]
+    request_id: str | None
+    n_bytes: int
+    sequence: int
+
+
+def decode(record: bytes, groups: tuple[Group, ...]) -> Record:
+    """Decode a record and check it against the cache that it speaks of.
+
+    Raises:
+      ProtocolError: It names a group, layer or block that is not there, or its
+        sizes disagree.
+    """
+    if len(record) < _HEADER.size:
+        raise ProtocolError(f"a notify record of {len(record)} bytes")
+    fields = _HEADER.unpack_from(record)
+    _, length, sequence, n_bytes, layer, n_ids, group_index, _, n_request, _, _ = fields
+    ids_at = _HEADER.size + (n_request + 7) // 8 * 8
+    if length != len(record) or ids_at + 4 * n_ids != length:
+        raise ProtocolError("the sizes in a notify record disagree")
+    try:
+        group = groups[group_index]
+        rows = [place for _, place in group.rows(layer)]
+    except (IndexError, LayoutError):
+        raise ProtocolError(
+            f"a notify record names group {group_index}, layer {layer}, which are "
+            "not here"
+        ) from None
+    ids = np.frombuffer(record, np.dtype("<u4"), n_ids, ids_at).astype(np.int64)
+    limit = min(place.n_blocks for place in rows)
+    if n_ids == 0 or int(ids.max()) >= limit:
+        raise ProtocolError(f"a notify record names blocks that are not in [0, {limit})")
+    if n_bytes != n_ids * sum(place.block_bytes for place in rows):
+        raise ProtocolError(f"a notify record claims {n_bytes} bytes in {n_ids} blocks")
+    try:
+        request = record[_HEADER.size : _HEADER.size + n_request].decode()
+    except UnicodeDecodeError:
+        raise ProtocolError("a request id in a notify record is not UTF-8") from None
+    return Record(group.name, layer, ids, request or None, n_bytes, sequence)

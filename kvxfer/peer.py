@@ -1,0 +1,374 @@
+"""A peer whose blocks a client writes: one control connection and one link.
+
+The two live and die together. Whatever ends first, a failed WR, a fence that the
+peer asks for, its silence or its goodbye, :meth:`Peer.break_` takes both down in
+an order that leaves nothing in flight: QP to ERR, fence at the peer, operations
+ended, QP destroyed, goodbye.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvxfer import wire as messages
+from kvxfer._engine import CANCELLED_STATUS
+from kvxfer._version import __version__
+from kvxfer.adapter import Adapter
+from kvxfer.control import CloseReason, ControlClient
+from kvxfer.errors import (
+    BrokenPeerError,
+    ClosedResourceError,
+    DeviceUnavailableError,
+    FlushedError,
+    KVXferError,
+    ProtocolError,
+    WriteTimeoutError,
+    completion_error,
+    verbs_error,
+)
+from kvxfer.host import Host
+from kvxfer.blocks import Ids
+from kvxfer.link import Link
+from kvxfer.route import Route, build, geometry_from_wire
+from kvxfer.scheduler import Outcome, Transfer
+from kvxfer.verbs_types import Access
+
+_log = logging.getLogger("kvxfer.peer")
+
+
+class PeerState(enum.Enum):
+    """Where a peer stands; it only moves downwards."""
+
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    BROKEN = "broken"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True)
+class WriteResult:
+    """What a write moved.
+
+    Attributes:
+      bytes: Bytes of blocks, all layers and planes together.
+      wrs: WRs that it took, notifications included.
+      seconds: From the call to the acknowledgement of the last byte.
+      device: Name of the device that moved them.
+      wire: How they travelled: ``rdma``; of the software device ``tcp``, or ``cma``
+        on the same host.
+      layers: The layers written.
+    """
+
+    bytes: int
+    wrs: int
+    seconds: float
+    device: str
+    wire: str
+    layers: tuple[int, ...]
+
+
+class Peer:
+    """A connection to a server's cache; made by ``Client.connect``."""
+
+    def __init__(self, host: Host, address: str) -> None:
+        self.address = address
+        self.state = PeerState.CONNECTING
+        self.error: KVXferError | None = None
+        """Why it is broken."""
+        self.host = host
+        self._control = ControlClient(self, options=host.options)
+        self._link: Link | None = None
+        self._route = Route([], {})
+        self._writes = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._fenced: bool | None = None
+        self._wire = "none"
+        self._breaking: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Peer {self.address}, {self.state.value}>"
+
+    @property
+    def link(self) -> Link:
+        """The link, once the peer has accepted."""
+        if self._link is None:
+            raise ClosedResourceError(f"{self.address} is not connected")
+        return self._link
+
+    @property
+    def device(self) -> str:
+        """Name of the device that reaches this peer."""
+        return self.link.adapter.name
+
+    @property
+    def wire(self) -> str:
+        """How bytes travel to this peer, ``none`` before the first of them."""
+        return self._wire if self.state is PeerState.CLOSED else self.link.wire
+
+    @property
+    def connected(self) -> bool:
+        """Whether writes are possible, as far as this side knows."""
+        return self.state is PeerState.CONNECTED
+
+    # -- connecting ------------------------------------------------------------
+
+    async def connect(self, timeout: float) -> None:
+        """Dial, agree on a device, bring up the link; nothing is left on failure."""
+        await self._control.connect(self.address, timeout=timeout)
+        if self.state is not PeerState.CONNECTING:
+            raise BrokenPeerError(f"{self.address} went away while connecting")
+        self.state = PeerState.CONNECTED
+        _log.info(
+            "connected to %s by %s (%s)",
+            self.address,
+            self.device,
+            "software" if self.link.adapter.is_software else "RDMA",
+        )
+
+    def hello(self) -> messages.Hello:
+        """Say who dials (for the control connection)."""
+        host = self.host
+        return messages.Hello(
+            incarnation=host.incarnation,
+            versions=messages.VERSIONS,
+            features=messages.FEATURES,
+            role="initiator",
+            agent=f"kvxfer {__version__}",
+            geometry=host.wire_geometry,
+            devices=host.candidates,
+            nonce=messages.new_nonce(),
+        )
+
+    async def accept(self, offer: messages.Offer) -> messages.Accept:
+        """Bring up this side's half of what the peer offers."""
+        host = self.host
+        adapter = host.adapter(offer.dialer_device)
+        if adapter is None:
+            raise DeviceUnavailableError(
+                f"{self.address} chose device {offer.dialer_device!r}, which was not "
+                "offered"
+            )
+        if offer.endpoint.windows is None:
+            raise ProtocolError(f"{self.address} offers nothing that can be written")
+        self._route = build(
+            host.cache.groups,
+            host.lkey_of(adapter),
+            geometry_from_wire(offer.geometry),
+            offer.endpoint.windows,
+        )
+        link = await Link.open(adapter, Access(0), receives=0)
+        try:
+            await link.connect(offer.endpoint.qps[0], self._control.peer_address)
+            await link.start_initiator(self._route.rows, offer.endpoint.ring)
+        except BaseException:
+            await link.close()
+            raise
+        self._link = link
+        return messages.Accept(
+            conn_id=offer.conn_id, endpoint=messages.Endpoint(qps=[link.info])
+        )
+
+    # -- writing ---------------------------------------------------------------
+
+    def find(
+        self, group: str, layers: Sequence[int] | None
+    ) -> list[tuple[int, int]]:
+        """Look up the rows to write; see :meth:`Route.find`."""
+        return self._route.find(
+            group, self._route.layers(group) if layers is None else layers
+        )
+
+    async def write(
+        self,
+        rows: list[tuple[int, int]],
+        local_ids: Ids,
+        remote_ids: Ids,
+        request_id: str,
+        timeout: float,
+    ) -> WriteResult:
+        """Write blocks and wait until the device is done with the local ones.
+
+        Raises and cancellation: see ``Client.write_cache``.
+        """
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        self._ensure_connected()
+        link = self.link
+        scheduler = link.adapter.scheduler
+        request = request_id.encode()
+        transfer = scheduler.submit(
+            link.slot, rows, local_ids, remote_ids, request, timeout
+        )
+        self._writes += 1
+        self._idle.clear()
+        try:
+            outcome = await scheduler.run(
+                transfer, timeout, lambda: self.break_("a write could not be drained")
+            )
+        except asyncio.CancelledError:
+            self._tell_failed(transfer, request, "cancelled")
+            raise
+        finally:
+            self._writes -= 1
+            if self._writes == 0:
+                self._idle.set()
+        if outcome is not Outcome.DONE:
+            raise await self._failure(transfer, outcome, request, timeout)
+        return WriteResult(
+            bytes=transfer.n_bytes,
+            wrs=transfer.n_wrs,
+            seconds=loop.time() - start,
+            device=self.device,
+            wire=self.wire,
+            layers=transfer.layers,
+        )
+
+    def _ensure_connected(self) -> None:
+        if self.state is PeerState.CONNECTED:
+            return
+        if self.state is PeerState.CLOSED and self.error is None:
+            raise ClosedResourceError(f"the connection to {self.address} is closed")
+        raise BrokenPeerError(
+            f"the connection to {self.address} is {self.state.value}",
+            hint="Connect again.",
+        ) from self.error
+
+    def _tell_failed(self, transfer: Transfer, request: bytes, reason: str) -> None:
+        done = set(transfer.layers_done)
+        missing = [layer for layer in transfer.layers if layer not in done]
+        if missing:
+            self._control.send_failed(request, missing, reason)
+
+    async def _failure(
+        self, transfer: Transfer, outcome: Outcome, request: bytes, timeout: float
+    ) -> KVXferError:
+        """Make the exception for a transfer that ended badly."""
+        layer = transfer.failures[0][0]
+        if outcome is Outcome.EXPIRED:
+            # All that was posted has been acknowledged: nothing can come late.
+            error: KVXferError = self._timeout_error(transfer, timeout)
+            error.fenced = True
+        else:
+            self.break_("a write failed")
+            assert self._breaking is not None
+            await asyncio.shield(self._breaking)
+            layer, error = self._error_of(transfer)
+            if transfer.expired:
+                cause, error = error, self._timeout_error(transfer, timeout)
+                error.__cause__ = cause
+            error.fenced = self._fenced
+        error.peer = self.address
+        error.layer = layer
+        error.request_id = request.decode() or None
+        self._tell_failed(transfer, request, str(error))
+        return error
+
+    def _timeout_error(self, transfer: Transfer, timeout: float) -> WriteTimeoutError:
+        done = len(transfer.layers_done)
+        return WriteTimeoutError(
+            f"not written within {timeout:g} s: {done} of {len(transfer.layers)} "
+            f"layers are done"
+        )
+
+    def _error_of(self, transfer: Transfer) -> tuple[int, KVXferError]:
+        """Return layer and exception of the failure that came first."""
+        failures = [f for f in transfer.failures if f[1].status != CANCELLED_STATUS]
+        layer, record = next((f for f in failures if f[1].culprit), failures[0])
+        if record.status < 0:
+            return layer, verbs_error(-record.status, "ibv_post_send")
+        cause = completion_error(
+            record.status,
+            wr_id=record.wr_id,
+            qp_num=record.qp_num,
+            vendor_err=record.vendor_err,
+        )
+        if record.culprit and not isinstance(cause, FlushedError):
+            return layer, cause
+        error = BrokenPeerError(
+            str(self.error)
+            if self.error is not None
+            else f"the connection to {self.address} broke"
+        )
+        error.__cause__ = cause
+        return layer, error
+
+    # -- the end ---------------------------------------------------------------
+
+    def break_(self, reason: str, error: KVXferError | None = None) -> None:
+        """Begin to take the connection down, if that has not begun."""
+        if self._breaking is not None:
+            return
+        if self.state is not PeerState.CLOSED:
+            self.state = PeerState.BROKEN
+        if self.error is None:
+            self.error = error
+        self._breaking = asyncio.get_running_loop().create_task(self._break(reason))
+
+    async def _break(self, reason: str) -> None:
+        if self._link is not None:
+            await self._link.fail()
+            if self._control.is_established:
+                self._fenced = await self._control.request_fence(
+                    reason, timeout=self.host.options.fence_timeout
+                )
+            else:
+                self._fenced = False
+            await self._drained()
+            self._wire = self._link.wire
+            await self._link.close()
+        self._control.send_bye(reason)
+
+    async def _drained(self) -> None:
+        """Wait, not for ever, until no write is in flight."""
+        try:
+            await asyncio.wait_for(
+                self._idle.wait(), self.host.options.drain_timeout
+            )
+        except asyncio.TimeoutError:
+            _log.warning("%s: destroying a QP with WRs in flight", self.address)
+
+    def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
+        """Take the peer's credit for its notify ring (for the control connection)."""
+        if self._link is not None and self._link.slot >= 0:
+            self._link.adapter.engine.grant(
+                self._link.slot, consumed_bytes, consumed_records
+            )
+
+    def failed(self, conn_id: int, message: messages.Failed) -> None:
+        """The peer writes nothing here, so it has nothing to give up."""
+        _log.debug("%s sends a meaningless Failed", self.address)
+
+    async def fence(self, conn_id: int, reason: str) -> None:
+        """The peer wants nothing to land any more (for the control connection)."""
+        error = BrokenPeerError(f"{self.address} fenced the connection: {reason}")
+        if self._link is not None:
+            await self._link.fail()
+        self.break_("fenced by the peer", error)
+
+    async def closed(self, reason: CloseReason) -> None:
+        """The control connection is over (for the control connection)."""
+        self.break_(
+            str(reason), BrokenPeerError(f"the connection to {self.address}: {reason}")
+        )
+        assert self._breaking is not None
+        await asyncio.shield(self._breaking)
+
+    async def close(self) -> None:
+        """Take the connection down and wait for it. Twice is fine."""
+        if self.state is PeerState.CONNECTED:
+            self.state = PeerState.CLOSED
+        self.break_("the client closed")
+        assert self._breaking is not None
+        await asyncio.shield(self._breaking)
+        await self._control.close()
+        self.state = PeerState.CLOSED
+
+    def uses(self, adapter: Adapter, slot: int) -> bool:
+        """Say whether a queue of an engine is this peer's."""
+        link = self._link
+        return link is not None and link.adapter is adapter and link.slot == slot

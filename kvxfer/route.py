@@ -1,0 +1,181 @@
+"""From two caches to the table that an engine writes by. Pure; no I/O.
+
+The local side is known by its layout, the remote side by what the handshake told:
+its geometry and, for each plane of each layer, a window with base, stride and rkey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from kvxfer import wire
+from kvxfer.errors import LayoutError, ProtocolError
+from kvxfer.layout import (
+    Geometry,
+    Group,
+    GroupGeometry,
+    PlaneGeometry,
+    PlaneLayer,
+    check_fit,
+    describe,
+    format_layers,
+)
+
+#: Gives the key of the memory region that holds a plane's layer.
+KeyOf = Callable[[PlaneLayer], int]
+
+# As kvxfer._engine.Row and Pair, which this module must not import.
+Pair = tuple[int, int, int, int, int, int, int]
+Row = tuple[int, int, int, int, list[Pair]]
+
+
+def geometry_to_wire(geometry: Geometry) -> list[wire.GroupGeometry]:
+    """Put a geometry into messages."""
+    return [
+        wire.GroupGeometry(
+            name=group.name,
+            planes=[
+                wire.PlaneGeometry(
+                    name=plane.name,
+                    layers=list(plane.layers),
+                    block_bytes=plane.block_bytes,
+                    dtype=plane.dtype,
+                    n_blocks=plane.n_blocks,
+                )
+                for plane in group.planes
+            ],
+        )
+        for group in geometry.groups
+    ]
+
+
+def geometry_from_wire(groups: Iterable[wire.GroupGeometry]) -> Geometry:
+    """Take a geometry out of a message."""
+    return Geometry(
+        tuple(
+            GroupGeometry(
+                group.name,
+                tuple(
+                    PlaneGeometry(
+                        plane.name,
+                        tuple(plane.layers),
+                        plane.block_bytes,
+                        plane.dtype,
+                        plane.n_blocks,
+                    )
+                    for plane in group.planes
+                ),
+            )
+            for group in groups
+        )
+    )
+
+
+def windows(groups: Iterable[Group], rkey_of: KeyOf) -> list[wire.Window]:
+    """List what a peer may write: every plane of every layer."""
+    return [
+        wire.Window(
+            group=group.name,
+            plane=plane.name,
+            layer=layer,
+            base=place.base,
+            block_stride=place.block_stride,
+            block_bytes=place.block_bytes,
+            n_blocks=place.n_blocks,
+            rkey=rkey_of(place),
+        )
+        for group in groups
+        for plane in group.planes
+        for layer, place in plane.layers.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Route:
+    """Everything that may be written at one peer.
+
+    Attributes:
+      rows: One a layer and group, as the engine takes them.
+      index: ``(group, layer)`` to the row's position.
+    """
+
+    rows: list[Row]
+    index: dict[tuple[str, int], int]
+
+    def layers(self, group: str) -> list[int]:
+        """List the layers of a group that both sides hold, ascending."""
+        return sorted(layer for name, layer in self.index if name == group)
+
+    def find(self, group: str, layers: Iterable[int]) -> list[tuple[int, int]]:
+        """Look up ``(row, layer)`` for some layers of a group.
+
+        Raises:
+          LayoutError: A layer is not on both sides.
+        """
+        try:
+            return [(self.index[group, layer], layer) for layer in layers]
+        except KeyError as error:
+            have = self.layers(group)
+            if not have:
+                names = ", ".join(sorted({name for name, _ in self.index}))
+                raise LayoutError(
+                    f"no group {group!r} on both sides; there are: {names}"
+                ) from None
+            raise LayoutError(
+                f"layer {error.args[0][1]!r} is not held by both sides in group "
+                f"{group!r}, which has layers {format_layers(have)}"
+            ) from None
+
+
+def build(
+    groups: Iterable[Group],
+    lkey_of: KeyOf,
+    remote: Geometry,
+    remote_windows: Iterable[wire.Window],
+) -> Route:
+    """Match the local cache with a peer's windows.
+
+    Raises:
+      GeometryMismatchError: The caches do not fit.
+      ProtocolError: The peer's windows are not those of its own geometry.
+    """
+    groups = tuple(groups)
+    check_fit(describe(groups), remote)
+    by_place = {(w.group, w.layer, w.plane): w for w in remote_windows}
+    position = {group.name: i for i, group in enumerate(remote.groups)}
+    remote_layers = {layer for layer, _, _ in remote.entries()}
+    rows: list[Row] = []
+    index: dict[tuple[str, int], int] = {}
+    for group in groups:
+        for layer in group.layers:
+            if layer not in remote_layers:
+                continue
+            pairs: list[Pair] = []
+            n_local: list[int] = []
+            n_remote: list[int] = []
+            for name, place in group.rows(layer):
+                window = by_place.get((group.name, layer, name))
+                if window is None or window.block_bytes != place.block_bytes:
+                    raise ProtocolError(
+                        f"the peer gave no fitting window for plane {name!r} of layer "
+                        f"{layer} in group {group.name!r}, which its geometry has"
+                    )
+                pairs.append(
+                    (
+                        place.base,
+                        place.block_stride,
+                        window.base,
+                        window.block_stride,
+                        place.block_bytes,
+                        lkey_of(place),
+                        window.rkey,
+                    )
+                )
+                n_local.append(place.n_blocks)
+                n_remote.append(window.n_blocks)
+            index[group.name, layer] = len(rows)
+            rows.append(
+                (layer, position[group.name], min(n_local), min(n_remote), pairs)
+            )
+    return Route(rows, index)
