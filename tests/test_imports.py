@@ -54,8 +54,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "notify": {"layout"},
     "route": {"wire"},
     "link": {"adapter", "control", "notify", "route"},
-    "client": {"link"},
-    "server": {"link"},
+    "host": {"adapter", "route"},
+    "peer": {"host", "link"},
+    "client": {"peer"},
+    "server": {"host", "link"},
     "__init__": {"client", "server"},
     "testing": {"__init__"},
     # Programs: the public names and nothing behind them.
