@@ -237,7 +237,7 @@ REFUSED = {
     "objects": (np.array([[None]]), "Python objects"),
     "read-only": (read_only(), "read-only"),
     "read-only buffer": (b"abcd", "read-only"),
-    "read-only dlpack": (DLPackOnly(read_only(), versioned=True), "read-only"),
+    "read-only dlpack": (DLPackOnly(read_only(), versioned=True), "read-?only"),
     "unversioned": (DLPackOnly(read_only(), versioned=False), "refused"),
     "text": ("abcd", "describes no memory"),
     "number": (7, "describes no memory"),
