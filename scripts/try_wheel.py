@@ -54,6 +54,7 @@ char *la_objsearch(const char *name, uintptr_t *cookie, unsigned int flag)
 TRIAL = r"""
 import ctypes
 import kvxfer, kvxfer._engine, kvxfer._verbs, kvxfer.kvbench
+from kvxfer.errors import DeviceUnavailableError
 
 try:
     ctypes.CDLL("libibverbs.so.1")
@@ -66,7 +67,7 @@ with kvxfer._verbs.Device("soft0") as device:
     assert device.query_gid(), "no GID"
 try:
     kvxfer._verbs.list_devices("libibverbs")
-except kvxfer.DeviceUnavailableError as error:
+except DeviceUnavailableError as error:
     assert "libibverbs" in str(error), error
 else:
     raise SystemExit("libibverbs is not there, and nobody said so")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import kvxfer
-from kvxfer import errors
 
 SOURCE = Path(str(kvxfer.__file__))
 
@@ -43,15 +41,6 @@ def test_type_checkers_see_every_public_name_and_no_other() -> None:
     assert public == set(kvxfer.__all__) - {"__version__"}
 
 
-def test_every_exception_is_public() -> None:
-    tree = {
-        name
-        for name, value in vars(errors).items()
-        if inspect.isclass(value) and issubclass(value, errors.KVXferError)
-    }
-    assert sorted(tree - set(kvxfer.__all__)) == []
-
-
 def test_an_unknown_name_is_an_attribute_error() -> None:
     assert not hasattr(kvxfer, "no_such_name")
 
@@ -61,7 +50,7 @@ def test_import_is_free_of_side_effects() -> None:
     code = (
         "import sys, kvxfer; "
         "heavy = {'asyncio', 'numpy', 'zmq', 'kvxfer._verbs', 'kvxfer._engine'}; "
-        "sys.exit(', '.join(sorted(heavy & sys.modules.keys())))"
+        "sys.exit(', '.join(sorted(heavy & sys.modules.keys())) or 0)"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False

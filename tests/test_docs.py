@@ -1,0 +1,72 @@
+"""The documentation says what is so: its programs are files, and they run."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+PROGRAM = re.compile(r"<!-- (examples/\S+) -->\n```python\n(.*?)```", re.S)
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+SCRIPT = re.compile(r"\bscripts/([a-z-]+)\b")
+EXAMPLE = ROOT / "examples" / "quickstart"
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = LINK.findall(page.read_text())
+    assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_scripts_that_are_named_exist(page: Path) -> None:
+    named = set(SCRIPT.findall(page.read_text()))
+    assert {name for name in named if not (ROOT / "scripts" / name).exists()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_programs_shown_are_the_files(page: Path) -> None:
+    for name, text in PROGRAM.findall(page.read_text()):
+        assert text == (ROOT / name).read_text(), f"{name} is shown otherwise"
+
+
+def port_is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_quickstart_prints_what_it_says() -> None:
+    said = (ROOT / "docs" / "quickstart.md").read_text()
+    if port_is_taken(7777):
+        pytest.skip("another program of this machine has the quickstart's port, 7777")
+    command = [sys.executable, "-W", "error"]
+    with subprocess.Popen(
+        [*command, EXAMPLE / "decode.py"], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as decode:
+        assert decode.stdout is not None
+        try:
+            first = decode.stdout.readline()
+            prefill = subprocess.run(
+                [*command, EXAMPLE / "prefill.py"],
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+                timeout=60,
+                check=True,
+            )
+            rest, _ = decode.communicate(timeout=60)
+        finally:
+            decode.kill()
+    assert decode.returncode == 0
+    assert f"decode.py\n{first}{rest}```" in said
+    assert f"prefill.py\n{prefill.stdout}```" in said
