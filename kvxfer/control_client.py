@@ -27,7 +27,6 @@ from kvxfer.control_io import (
     try_send,
 )
 from kvxfer.control_link import (
-    CLOSE_GRACE,
     FRAMES_A_TURN,
     Link,
     end_error,
@@ -117,9 +116,9 @@ _MONITORED = (
 )
 _NOT_ZMQ = "something answers there that does not speak this protocol"
 _NOTES: dict[int, str] = {
-    zmq.EVENT_CONNECTED: "something accepts connections there, but says nothing",
-    zmq.EVENT_CONNECT_RETRIED: "nobody accepts connections there",
-    zmq.EVENT_DISCONNECTED: "something accepts connections there and hangs up",
+    zmq.EVENT_CONNECTED: "something accepts connections, but no ZMTP greeting came",
+    zmq.EVENT_CONNECT_RETRIED: "nobody accepts connections",
+    zmq.EVENT_DISCONNECTED: "something accepts connections and hangs up",
     zmq.EVENT_HANDSHAKE_SUCCEEDED: "connected, but no answer to the Hello",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: _NOT_ZMQ,
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: _NOT_ZMQ,
@@ -149,7 +148,6 @@ class ControlClient:
         self._ready: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing: asyncio.Task[None] | None = None
-        self._grace = CLOSE_GRACE
         self._heard_zmq = False
 
     # -- life --------------------------------------------------------------
@@ -199,7 +197,9 @@ class ControlClient:
         except BaseException:
             if not self._ready.cancel() and not self._ready.cancelled():
                 self._ready.exception()  # it is raised already, or outrun
-            await self.close("connect failed or was cancelled")
+            self._start_closing("connect failed or was cancelled")
+            self._hurry()
+            await self.close()
             raise
         return self._info(core)
 
@@ -282,14 +282,13 @@ class ControlClient:
         return self._closing
 
     def _hurry(self) -> None:
-        self._grace = 0.1
         if self._link is not None:
-            self._link.worker.cancel()
+            self._link.cancel_job()
 
     async def _close(self, reason: str) -> None:
         if self._link is not None:
             self._link.apply(self._link.core.close(reason))
-            await self._link.wait_over(self._grace)
+            await self._link.wait_over()
         for task in self._tasks:
             task.cancel()
         if self._tasks:

@@ -21,7 +21,12 @@ import zmq
 import zmq.asyncio
 
 from kvxfer import wire
-from kvxfer.errors import AddressInUseError, ControlError, UsageError
+from kvxfer.errors import (
+    AddressInUseError,
+    ClosedResourceError,
+    ControlError,
+    UsageError,
+)
 
 __all__ = [
     "Address",
@@ -219,7 +224,7 @@ class Sockets:
     def socket(self, kind: int) -> zmq.asyncio.Socket:
         """Make a socket of ``kind`` with the options all of ours have."""
         if self._context is None:
-            raise ControlError("the sockets are closed")
+            raise ClosedResourceError("closed before the connection was made")
         made = self._context.socket(kind)
         self._sockets.append(made)
         made.set(zmq.LINGER, 0)

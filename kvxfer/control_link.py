@@ -167,6 +167,7 @@ class Link:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
         self._fence: asyncio.Future[bool] | None = None
+        self._in_job = False
         self.worker = self._loop.create_task(self._work())
 
     # -- in ----------------------------------------------------------------
@@ -306,12 +307,15 @@ class Link:
                 return
             if self.core.is_closed:
                 continue
+            self._in_job = True
             try:
                 await self._owner.link_job(self, job)
             except Exception as exc:  # noqa: BLE001 - it ends this connection alone
                 if not isinstance(exc, KVXferError):
                     _log.exception("control: %s failed", type(job).__name__)
                 self.fail(exc)
+            finally:
+                self._in_job = False
 
     async def _finish(self) -> None:
         reason = self.core.reason
@@ -321,7 +325,12 @@ class Link:
         except Exception:  # noqa: BLE001 - nobody is left to tell
             _log.exception("control: releasing a connection failed")
 
-    async def wait_over(self, grace: float) -> None:
+    def cancel_job(self) -> None:
+        """Cancel the delegate's call that is running, but never the release."""
+        if self._in_job:
+            self.worker.cancel()
+
+    async def wait_over(self, grace: float = CLOSE_GRACE) -> None:
         """Wait for the worker, which has its end queued; press it after ``grace`` s.
 
         A delegate call that takes longer is cancelled; so is then the release, if

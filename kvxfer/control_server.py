@@ -26,7 +26,6 @@ from kvxfer.control_io import (
     try_send,
 )
 from kvxfer.control_link import (
-    CLOSE_GRACE,
     FRAMES_A_TURN,
     Link,
     refuse_of,
@@ -115,14 +114,6 @@ class ControlStatistics:
     strangers: int
 
 
-def _peer_address(frame: zmq.Frame) -> str:
-    try:
-        address = str(frame.get("Peer-Address"))
-    except (zmq.ZMQError, ValueError, UnicodeDecodeError):
-        return ""  # ipc has none
-    return address.removeprefix("::ffff:")
-
-
 class ControlServer:
     """Listen for dialers and do the listener's half of every handshake.
 
@@ -161,7 +152,6 @@ class ControlServer:
         self._timing = timing(self._options, self._options.connect_timeout)
         self._sockets: Sockets | None = None
         self._router: zmq.asyncio.Socket | None = None
-        self._grace = CLOSE_GRACE
         self._by_identity: dict[bytes, Link] = {}
         self._by_conn_id: dict[int, Link] = {}
         self._identities: dict[Link, bytes] = {}
@@ -247,16 +237,15 @@ class ControlServer:
         return self._closing
 
     def _hurry(self) -> None:
-        self._grace = 0.1
         for link in self._identities:
-            link.worker.cancel()
+            link.cancel_job()
 
     async def _close(self, reason: str) -> None:
         links = list(self._identities)
         for link in links:
             link.apply(link.core.close(reason))
         if links:
-            await asyncio.gather(*(link.wait_over(self._grace) for link in links))
+            await asyncio.gather(*(link.wait_over() for link in links))
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.wait({self._reader})
@@ -346,11 +335,16 @@ class ControlServer:
             core = link.core
             assert isinstance(core, ListenerConnection)
             if core.was_superseded and isinstance(message, wire.Hello):
-                self._greet(identity, message, _peer_address(frames[1]))
+                self._greet(identity, message, self._peer_address(frames[1]))
         elif isinstance(message, wire.Hello):
-            self._greet(identity, message, _peer_address(frames[1]))
+            self._greet(identity, message, self._peer_address(frames[1]))
         else:
             self._stranger(identity, message)
+
+    def _peer_address(self, frame: zmq.Frame) -> str:
+        if self._address.is_ipc:
+            return ""
+        return str(frame.get("Peer-Address")).removeprefix("::ffff:")
 
     def _stranger(self, identity: bytes, message: wire.Message) -> None:
         self._strangers += 1
