@@ -83,9 +83,7 @@ class Adapter:
             raise
         self.completions = Completions(self.engine, on_arrival, on_failed)
         self.completions.start()
-        self.scheduler = Scheduler(
-            self.engine, self.completions, options.drain_timeout
-        )
+        self.scheduler = Scheduler(self.engine, self.completions, options.drain_timeout)
         return self
 
     def _open(self, cache: KVCache, access: Access, address: str | None) -> None:
@@ -152,10 +150,7 @@ class Adapter:
     def region_of(self, addr: int, length: int) -> MemoryRegion:
         """Return the region that holds ``[addr, addr + length)``."""
         for region in self._regions:
-            if (
-                region.addr <= addr
-                and addr + length <= region.addr + region.length
-            ):
+            if region.addr <= addr and addr + length <= region.addr + region.length:
                 return region
         raise InternalError(f"{length} bytes at {addr:#x} are in no memory region")
 

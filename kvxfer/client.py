@@ -251,7 +251,9 @@ class Client:
     def _timeout(self, timeout: float | None, option: str) -> float:
         seconds = getattr(self.options, option) if timeout is None else timeout
         if math.isnan(seconds) or seconds <= 0:
-            raise UsageError(f"timeout is {timeout!r}, not a positive number of seconds")
+            raise UsageError(
+                f"timeout is {timeout!r}, not a positive number of seconds"
+            )
         return min(float(seconds), _MAX_TIMEOUT)
 
     # -- the end ---------------------------------------------------------------
@@ -293,8 +295,9 @@ def _layers(layer_idx: int | Iterable[int] | None) -> list[int] | None:
     if layer_idx is None:
         return None
     layers = list(layer_idx) if isinstance(layer_idx, Iterable) else [layer_idx]
-    if any(isinstance(layer, bool) or not hasattr(layer, "__index__")
-           for layer in layers):
+    if any(
+        isinstance(layer, bool) or not hasattr(layer, "__index__") for layer in layers
+    ):
         raise LayoutError(f"layer_idx {layer_idx!r} is not one or several integers")
     layers = [layer.__index__() for layer in layers]
     if len(set(layers)) != len(layers):

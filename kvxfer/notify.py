@@ -67,7 +67,9 @@ def decode(record: bytes, groups: tuple[Group, ...]) -> Record:
     ids = np.frombuffer(record, np.dtype("<u4"), n_ids, ids_at).astype(np.int64)
     limit = min(place.n_blocks for place in rows)
     if n_ids == 0 or int(ids.max()) >= limit:
-        raise ProtocolError(f"a notify record names blocks that are not in [0, {limit})")
+        raise ProtocolError(
+            f"a notify record names blocks that are not in [0, {limit})"
+        )
     if n_bytes != n_ids * sum(place.block_bytes for place in rows):
         raise ProtocolError(f"a notify record claims {n_bytes} bytes in {n_ids} blocks")
     try:

@@ -18,6 +18,7 @@ from kvxfer import wire as messages
 from kvxfer._engine import CANCELLED_STATUS
 from kvxfer._version import __version__
 from kvxfer.adapter import Adapter
+from kvxfer.blocks import Ids
 from kvxfer.control import CloseReason, ControlClient
 from kvxfer.errors import (
     BrokenPeerError,
@@ -31,7 +32,6 @@ from kvxfer.errors import (
     verbs_error,
 )
 from kvxfer.host import Host
-from kvxfer.blocks import Ids
 from kvxfer.link import Link
 from kvxfer.route import Route, build, geometry_from_wire
 from kvxfer.scheduler import Outcome, Transfer
@@ -175,9 +175,7 @@ class Peer:
 
     # -- writing ---------------------------------------------------------------
 
-    def find(
-        self, group: str, layers: Sequence[int] | None
-    ) -> list[tuple[int, int]]:
+    def find(self, group: str, layers: Sequence[int] | None) -> list[tuple[int, int]]:
         """Look up the rows to write; see :meth:`Route.find`."""
         return self._route.find(
             group, self._route.layers(group) if layers is None else layers
@@ -326,9 +324,7 @@ class Peer:
     async def _drained(self) -> None:
         """Wait, not for ever, until no write is in flight."""
         try:
-            await asyncio.wait_for(
-                self._idle.wait(), self.host.options.drain_timeout
-            )
+            await asyncio.wait_for(self._idle.wait(), self.host.options.drain_timeout)
         except asyncio.TimeoutError:
             _log.warning("%s: destroying a QP with WRs in flight", self.address)
 

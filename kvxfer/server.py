@@ -123,9 +123,7 @@ class Server:
             if options is None
             else dataclasses.replace(options, **overrides)
         )
-        self._host = Host(
-            cache, Access.LOCAL_WRITE | Access.REMOTE_WRITE, self.options
-        )
+        self._host = Host(cache, Access.LOCAL_WRITE | Access.REMOTE_WRITE, self.options)
         self._control: ControlServer | None = None
         self._incoming: dict[int, _Incoming] = {}
         self._waiting: collections.deque[_Waiting] = collections.deque()

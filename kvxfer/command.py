@@ -1,0 +1,207 @@
+"""What the commands share: geometry options, errors, signals, output."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from kvxfer.cache import KVCache
+from kvxfer.errors import KVXferError, OptionError
+from kvxfer.options import Options
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    # Absent where mypy runs on a newer Python.
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+EXIT_FAILED = 1
+"""The command was understood and did not succeed; wrong use exits with 2."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The cache of a command. The defaults are one node of Llama-3.1-8B.
+
+    16 tokens a block, 8 KV heads of 128, bfloat16: 32 KiB a plane.
+    """
+
+    layers: int = 32
+    blocks: int = 1024
+    block_bytes: int = 32768
+    planes: tuple[str, ...] = ("k", "v")
+    dtype: str = "bf16"
+
+    def allocate(self) -> KVCache:
+        """Make the cache; memory is taken as it is touched."""
+        return KVCache.allocate(
+            n_layers=self.layers,
+            n_blocks=self.blocks,
+            block_bytes=self.block_bytes,
+            planes=self.planes,
+            dtype=self.dtype,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers x {self.blocks} blocks x {self.block_bytes} bytes "
+            f"({', '.join(self.planes)})"
+        )
+
+
+def _read_config(
+    context: click.Context, parameter: click.Parameter, path: Path | None
+) -> Path | None:
+    """Take the defaults of the geometry options from the file's table [cache]."""
+    if path is None:
+        return None
+    try:
+        table = tomllib.loads(path.read_text()).get("cache", {})
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"{path}: {error}") from error
+    known = {p.name for p in context.command.params}
+    for name in table:
+        if name not in known:
+            raise click.BadParameter(f"{path}: [cache] has no {name!r}")
+    if isinstance(table.get("planes"), list):
+        table["planes"] = ",".join(map(str, table["planes"]))
+    context.default_map = {**(context.default_map or {}), **table}
+    return path
+
+
+def geometry_options(command: _F) -> _F:
+    """Add --config and the options that make a :class:`CacheShape`."""
+    default = CacheShape()
+
+    @functools.wraps(command)
+    def wrapper(
+        layers: int,
+        blocks: int,
+        block_bytes: int,
+        planes: str,
+        dtype: str,
+        **kwargs: Any,
+    ) -> Any:
+        names = tuple(name.strip() for name in planes.split(","))
+        shape = CacheShape(layers, blocks, block_bytes, names, dtype)
+        return command(shape=shape, **kwargs)
+
+    positive = click.IntRange(min=1)
+    for option in (
+        click.option(
+            "--dtype",
+            default=default.dtype,
+            show_default=True,
+            help="Tag of the element type; both sides must agree.",
+        ),
+        click.option(
+            "--planes",
+            default=",".join(default.planes),
+            show_default=True,
+            help="Names of the planes, by commas.",
+        ),
+        click.option(
+            "--block-bytes",
+            type=positive,
+            default=default.block_bytes,
+            show_default=True,
+            help="Bytes of a block in one plane of one layer.",
+        ),
+        click.option(
+            "--blocks",
+            type=positive,
+            default=default.blocks,
+            show_default=True,
+            help="Blocks of the cache.",
+        ),
+        click.option(
+            "--layers",
+            type=positive,
+            default=default.layers,
+            show_default=True,
+            help="Layers of the cache.",
+        ),
+        click.option(
+            "--config",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            is_eager=True,
+            callback=_read_config,
+            help="TOML file: [kvxfer] for options, [cache] for the geometry.",
+        ),
+    ):
+        wrapper = option(wrapper)
+    return wrapper  # type: ignore[return-value]
+
+
+def load_options(config: Path | None, **overrides: Any) -> Options:
+    """Collect the options; what is wrong with them is wrong use."""
+    try:
+        return Options.load(config=config, **overrides)
+    except OptionError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> None:
+    """Run an asynchronous command and exit with what it returns.
+
+    ``main`` is given an event that SIGINT and SIGTERM set. An error of kvxfer
+    becomes a line on stderr and exit code 1.
+    """
+
+    async def guarded() -> int:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        return await main(stop)
+
+    try:
+        code = asyncio.run(guarded())
+    except KVXferError as error:
+        click.echo(f"kvxfer: {error}", err=True)
+        code = EXIT_FAILED
+    sys.exit(code)
+
+
+async def until(stop: asyncio.Event, work: Coroutine[Any, Any, Any]) -> bool:
+    """Run ``work`` until it ends or ``stop`` is set; return whether it ended."""
+    task = asyncio.ensure_future(work)
+    waiter = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiter.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+    if task.cancelled():
+        return False
+    task.result()
+    return True
+
+
+def say(machine: bool, text: str, **event: object) -> None:
+    """Print one line: ``text`` for people, ``event`` as JSON for machines."""
+    click.echo(json.dumps(event) if machine else text)
+    sys.stdout.flush()
+
+
+def log_to_stderr(verbose: bool) -> None:
+    """Show warnings, or with ``verbose`` everything, on stderr."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )

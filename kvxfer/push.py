@@ -1,0 +1,132 @@
+"""``kvxfer push``: the other side of ``kvxfer serve``, a prefill node for trying out.
+
+It fills blocks with contents that the endpoint can check, and writes them layer by
+layer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from kvxfer import command, pattern
+from kvxfer.cache import KVCache
+from kvxfer.client import Client
+from kvxfer.errors import UsageError
+from kvxfer.options import Options
+
+
+def _fill(cache: KVCache, layer: int, local: Any, remote: Any) -> None:
+    for index, plane in enumerate(cache.group().planes):
+        pattern.fill(cache.view(layer, plane.name), local, remote, index, layer)
+
+
+async def _push(
+    address: str,
+    shape: command.CacheShape,
+    options: Options,
+    n_request_blocks: int,
+    seed: int,
+    request_id: str,
+    machine: bool,
+) -> None:
+    if n_request_blocks > shape.blocks:
+        raise UsageError(
+            f"a request of {n_request_blocks} blocks does not fit a cache of "
+            f"{shape.blocks}; see --request-blocks and --blocks"
+        )
+    random = np.random.default_rng(seed)
+    local = random.permutation(shape.blocks)[:n_request_blocks]
+    remote = random.permutation(shape.blocks)[:n_request_blocks]
+    with shape.allocate() as cache:
+        for layer in range(shape.layers):
+            await asyncio.to_thread(_fill, cache, layer, local, remote)
+        async with Client(cache, options) as client:
+            host, _, port = address.rpartition(":")
+            peer = (
+                await client.connect(address)
+                if address.startswith("ipc://")
+                else await client.connect(host, int(port))
+            )
+            for layer in range(shape.layers):
+                result = await client.write_cache(
+                    peer, local, remote, layer, request_id=request_id
+                )
+                rate = result.bytes / result.seconds / 1e9
+                command.say(
+                    machine,
+                    f"layer {layer}: {n_request_blocks} blocks, {result.bytes} bytes, "
+                    f"{rate:.2f} GB/s, {result.wrs} WRs, "
+                    f"{result.device} ({result.wire})",
+                    event="written",
+                    layer=layer,
+                    blocks=n_request_blocks,
+                    bytes=result.bytes,
+                    seconds=result.seconds,
+                    wrs=result.wrs,
+                    device=result.device,
+                    wire=result.wire,
+                )
+
+
+def _check_address(
+    context: click.Context, parameter: click.Parameter, address: str
+) -> str:
+    if address.startswith("ipc://"):
+        return address
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise click.BadParameter(f"{address!r} is not HOST:PORT or ipc://PATH")
+    return address
+
+
+@click.command()
+@click.argument("address", metavar="HOST:PORT", callback=_check_address)
+@click.option(
+    "--request-blocks",
+    type=click.IntRange(min=1),
+    default=400,
+    show_default=True,
+    help="Scattered blocks that the request has.",
+)
+@click.option("--seed", type=int, default=1, show_default=True, help="Which blocks.")
+@click.option("--request-id", default="push", show_default=True)
+@click.option("--device", help="auto, soft, or a NIC as NAME[:PORT].  [auto]")
+@click.option("--require-rdma", is_flag=True, default=None, help="Refuse software.")
+@click.option("--json", "machine", is_flag=True, help="One JSON object a line.")
+@click.option("-v", "--verbose", is_flag=True, help="Log everything to stderr.")
+@command.geometry_options
+def main(
+    shape: command.CacheShape,
+    address: str,
+    request_blocks: int,
+    seed: int,
+    request_id: str,
+    config: Path | None,
+    machine: bool,
+    verbose: bool,
+    **overrides: Any,
+) -> None:
+    """Write a request's KV cache into the endpoint at HOST:PORT, layer by layer.
+
+    The geometry must be the endpoint's; the number of blocks may differ.
+    """
+    command.log_to_stderr(verbose)
+    options = command.load_options(config, **overrides)
+
+    async def until_stopped(stop: asyncio.Event) -> int:
+        ended = await command.until(
+            stop,
+            _push(address, shape, options, request_blocks, seed, request_id, machine),
+        )
+        return 0 if ended else 130
+
+    command.run(until_stopped)
+
+
+if __name__ == "__main__":
+    main(prog_name="kvxfer push")

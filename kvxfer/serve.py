@@ -1,0 +1,124 @@
+"""``python -m kvxfer.serve``: a standalone decode endpoint.
+
+It owns a cache, lets clients write it, and says what has arrived.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvxfer import command, pattern
+from kvxfer.cache import KVCache
+from kvxfer.options import Options
+from kvxfer.server import Arrival, Server
+
+
+async def _follow(
+    server: Server, cache: KVCache, *, verify: bool, machine: bool
+) -> int:
+    """Say what arrives until the server closes; return how many blocks are wrong."""
+    n_wrong = 0
+    planes = {plane.name: i for i, plane in enumerate(cache.group().planes)}
+    async for arrival in server.arrivals():
+        event = _event(arrival)
+        text = (
+            f"arrival: {arrival.peer} request {arrival.request_id or '-'} "
+            f"layer {arrival.layer}, {len(arrival.block_ids)} blocks, "
+            f"{arrival.bytes} bytes"
+        )
+        if verify:
+            wrong = await asyncio.to_thread(_wrong_blocks, cache, planes, arrival)
+            n_wrong += len(wrong)
+            event["verified"] = not wrong
+            event["wrong_blocks"] = wrong[:16]
+            text += ", verified" if not wrong else f", WRONG in blocks {wrong[:16]}"
+        command.say(machine, text, **event)
+    return n_wrong
+
+
+def _wrong_blocks(
+    cache: KVCache, planes: dict[str, int], arrival: Arrival
+) -> list[int]:
+    found: set[int] = set()
+    for name, index in planes.items():
+        view = cache.view(arrival.layer, name)
+        found.update(pattern.wrong(view, arrival.block_ids, index, arrival.layer))
+    return sorted(found)
+
+
+def _event(arrival: Arrival) -> dict[str, Any]:
+    return {
+        "event": "arrival",
+        "peer": arrival.peer,
+        "request_id": arrival.request_id,
+        "layer": arrival.layer,
+        "blocks": len(arrival.block_ids),
+        "bytes": arrival.bytes,
+    }
+
+
+async def _serve(
+    stop: asyncio.Event,
+    shape: command.CacheShape,
+    options: Options,
+    verify: bool,
+    machine: bool,
+) -> int:
+    n_wrong = 0
+    with shape.allocate() as cache:
+        async with Server(cache, options) as server:
+            follower = asyncio.ensure_future(
+                _follow(server, cache, verify=verify, machine=machine)
+            )
+            device = server.devices[0]
+            command.say(
+                machine,
+                f"ready on {server.endpoint}, device {device}: {shape}",
+                event="ready",
+                endpoint=server.endpoint,
+                port=server.port,
+                devices=server.devices,
+            )
+            stopping = asyncio.ensure_future(stop.wait())
+            await asyncio.wait(
+                {follower, stopping}, return_when=asyncio.FIRST_COMPLETED
+            )
+            stopping.cancel()
+        # Closed by now: the arrivals end, and with them the follower.
+        n_wrong = await follower
+    command.say(machine, "closed", event="closed", wrong_blocks=n_wrong)
+    return command.EXIT_FAILED if n_wrong else 0
+
+
+@click.command()
+@click.option("--host", help="Address to listen on, or ipc://PATH.  [127.0.0.1]")
+@click.option("--port", type=int, help="Port to listen on, 0: a free one.  [7777]")
+@click.option("--device", help="auto, soft, or a NIC as NAME[:PORT].  [auto]")
+@click.option("--require-rdma", is_flag=True, default=None, help="Refuse software.")
+@click.option("--verify", is_flag=True, help="Check every byte that kvxfer push sent.")
+@click.option("--json", "machine", is_flag=True, help="One JSON object a line.")
+@click.option("-v", "--verbose", is_flag=True, help="Log everything to stderr.")
+@command.geometry_options
+def main(
+    shape: command.CacheShape,
+    config: Path | None,
+    verify: bool,
+    machine: bool,
+    verbose: bool,
+    **overrides: Any,
+) -> None:
+    """Run a decode endpoint until SIGINT or SIGTERM.
+
+    Options not given come from KVXFER_* variables, then from --config.
+    """
+    command.log_to_stderr(verbose)
+    options = command.load_options(config, **overrides)
+    command.run(lambda stop: _serve(stop, shape, options, verify, machine))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m kvxfer.serve")
