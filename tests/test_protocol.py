@@ -218,9 +218,7 @@ def test_every_illegal_move_is_refused() -> None:
 
 
 def _try_move(core: Any, target: Any) -> None:
-    names = next(
-        order for order in ORDER if core.state.name in order and target.name in order
-    )
+    names = [state.name for state in type(core.state)]
     here, there = names.index(core.state.name), names.index(target.name)
     legal = core.state.name != "CLOSED" and (
         target.name == "CLOSED" or there == here + 1
