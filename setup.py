@@ -86,5 +86,9 @@ verbs_c = ["kvxfer/native/verbs_dynamic.c", *sorted(glob("kvxfer/softdev/*.c"))]
 setup(
     license="Apache-2.0",
     cmdclass={"build_ext": BuildExt},
-    ext_modules=[extension("_verbs", verbs_c), extension("_engine", [])],
+    ext_modules=[
+        extension("_verbs", verbs_c),
+        extension("_core", []),
+        extension("_engine", []),
+    ],
 )

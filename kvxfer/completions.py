@@ -57,7 +57,10 @@ class Completions:
             return
         progress = self._engine.progress()
         for finished in progress.finished:
-            self._waiting.pop(finished.op_id)(finished)
+            # Nobody waits where making the rest of its transfer failed.
+            on_finished = self._waiting.pop(finished.op_id, None)
+            if on_finished is not None:
+                on_finished(finished)
         for arrival in progress.arrivals:
             self._on_arrival(arrival)
         for slot in progress.failed:
