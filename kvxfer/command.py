@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kvxfer.cache import KVCache
+from kvxfer import KVCache
 from kvxfer.errors import KVXferError, OptionError
 from kvxfer.options import Options
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kvxfer.blocks import Ids
+Ids = NDArray[np.int64]
 
 _WORD = 8
 # Odd constants of the splitmix64 generator (Steele, Lea and Flood, OOPSLA 2014).

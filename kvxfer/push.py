@@ -13,9 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
-from kvxfer import command, pattern
-from kvxfer.cache import KVCache
-from kvxfer.client import Client
+from kvxfer import Client, KVCache, command, pattern
 from kvxfer.errors import UsageError
 from kvxfer.options import Options
 

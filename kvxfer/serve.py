@@ -11,10 +11,8 @@ from typing import Any
 
 import click
 
-from kvxfer import command, pattern
-from kvxfer.cache import KVCache
+from kvxfer import Arrival, KVCache, Server, command, pattern
 from kvxfer.options import Options
-from kvxfer.server import Arrival, Server
 
 
 async def _follow(
