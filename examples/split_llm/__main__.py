@@ -123,7 +123,7 @@ def _print_table(outcomes: Sequence[Outcome]) -> None:
     table.add_column("prompt, answer, blocks here>there", overflow="fold")
     for heading in ("tokens", "moved", "WRs"):
         table.add_column(heading, justify="right")
-    table.add_column("device")
+    table.add_column("device, wire")
     table.add_column("same")
     for outcome in outcomes:
         split = outcome.split
@@ -135,7 +135,7 @@ def _print_table(outcomes: Sequence[Outcome]) -> None:
             f"{outcome.n_prompt_tokens}+{len(split.tokens)}",
             f"{split.bytes / 1e6:.2f} MB",
             str(split.wrs),
-            escape(split.device),
+            escape(f"{split.device}\n{split.wire}"),
             "[green]yes[/green]" if outcome.equal else "[red]NO[/red]",
         )
     console = Console()

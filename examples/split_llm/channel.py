@@ -159,7 +159,10 @@ class Calls:
             answer["result"] = await handlers[call["operation"]](**call["arguments"])
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {error}"
+            self._write(answer)
             raise
-        finally:
-            self._out.write(json.dumps(answer) + "\n")
-            self._out.flush()
+        self._write(answer)
+
+    def _write(self, answer: Json) -> None:
+        self._out.write(json.dumps(answer) + "\n")
+        self._out.flush()

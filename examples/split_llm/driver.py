@@ -34,6 +34,7 @@ class Split:
     bytes: int
     wrs: int
     device: str
+    wire: str
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ class PrefillNode:
             "local_block_ids": local_block_ids,
             "bytes": sum(result.bytes for result in results),
             "wrs": sum(result.wrs for result in results),
-            "device": str(results[0].device),
+            "device": results[0].device,
+            "wire": results[-1].wire,
         }
 
     def close(self) -> None:
