@@ -1,0 +1,318 @@
+/* The life of a connection, whichever side dialled. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <netinet/tcp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+#define MAX_GREETING 256	       /* strangers at a time */
+#define GREETING_NS (5000 * NS_PER_MS) /* to say hello */
+#define ACCEPTS_PER_TURN 64
+#define DISCARD_BYTES (1u << 20)
+
+static void set_option(int fd, int level, int name, int value)
+{
+	/* Each of them makes things faster or tidier; none is needed. */
+	(void)setsockopt(fd, level, name, &value, sizeof(value));
+}
+
+static bool is_loopback(const struct sockaddr_storage *address)
+{
+	const struct sockaddr_in *v4 = (const struct sockaddr_in *)address;
+	const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)address;
+
+	if (address->ss_family == AF_INET6)
+		return IN6_IS_ADDR_LOOPBACK(&v6->sin6_addr);
+	return ntohl(v4->sin_addr.s_addr) >> 24 == IN_LOOPBACKNET;
+}
+
+void soft_tune_socket(const struct soft_context *ctx, int fd)
+{
+	set_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+	set_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+	set_option(fd, IPPROTO_TCP, TCP_KEEPIDLE, 30);
+	set_option(fd, IPPROTO_TCP, TCP_KEEPINTVL, 10);
+	set_option(fd, IPPROTO_TCP, TCP_KEEPCNT, 3);
+	if (ctx->socket_buffer) {
+		set_option(fd, SOL_SOCKET, SO_SNDBUF, (int)ctx->socket_buffer);
+		set_option(fd, SOL_SOCKET, SO_RCVBUF, (int)ctx->socket_buffer);
+	}
+}
+
+static void tune_for_peer(int fd, const struct sockaddr_storage *peer)
+{
+	static const char cubic[] = "cubic";
+
+	/* Pacing (bbr) only holds a loopback connection back. */
+	if (is_loopback(peer))
+		(void)setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, cubic,
+				 sizeof(cubic) - 1);
+}
+
+/* Takes fd over, also on failure. */
+static struct soft_conn *new_conn(struct soft_context *ctx, int fd,
+				  enum conn_state state)
+{
+	struct epoll_event event = { .events = EPOLLIN | EPOLLOUT | EPOLLRDHUP |
+					       EPOLLET };
+	struct soft_conn *conn = calloc(1, sizeof(*conn));
+
+	if (!conn)
+		goto fail;
+	conn->ctx = ctx;
+	conn->fd = fd;
+	conn->state = state;
+	conn->deadline_ns = NEVER;
+	event.data.ptr = conn;
+	if (epoll_ctl(ctx->epoll_fd, EPOLL_CTL_ADD, fd, &event))
+		goto fail;
+	list_append(&ctx->conns, &conn->link);
+	list_init(&conn->ready_link);
+	atomic_fetch_add(&soft_tally.connections, 1);
+	return conn;
+
+fail:
+	close(fd);
+	free(conn);
+	return NULL;
+}
+
+void soft_accept(struct soft_context *ctx)
+{
+	struct sockaddr_storage peer;
+	struct soft_conn *conn;
+	socklen_t length;
+	int i, fd;
+
+	for (i = 0; i < ACCEPTS_PER_TURN; i++) {
+		length = sizeof(peer);
+		fd = accept4(ctx->listen_fd, (struct sockaddr *)&peer, &length,
+			     SOCK_CLOEXEC | SOCK_NONBLOCK);
+		if (fd < 0)
+			return;
+		if (ctx->n_greeting >= MAX_GREETING) {
+			close(fd);
+			continue;
+		}
+		soft_tune_socket(ctx, fd);
+		tune_for_peer(fd, &peer);
+		conn = new_conn(ctx, fd, CONN_HELLO);
+		if (!conn)
+			continue;
+		ctx->n_greeting++;
+		conn->deadline_ns = ctx->now_ns + GREETING_NS;
+		soft_want_timer(ctx, conn->deadline_ns);
+	}
+}
+
+struct soft_conn *soft_dial(struct soft_qp *qp,
+			    const struct sockaddr_storage *address)
+{
+	static const struct linger at_once = { .l_onoff = 1, .l_linger = 0 };
+	struct soft_context *ctx = qp_context(qp);
+	struct soft_conn *conn;
+	int fd;
+
+	fd = socket(address->ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK,
+		    0);
+	if (fd < 0)
+		return NULL;
+	soft_tune_socket(ctx, fd);
+	tune_for_peer(fd, address);
+	/* When we close, what is still in the send buffer must not go on. */
+	(void)setsockopt(fd, SOL_SOCKET, SO_LINGER, &at_once, sizeof(at_once));
+	if (connect(fd, (const struct sockaddr *)address,
+		    soft_address_len(address)) &&
+	    errno != EINPROGRESS) {
+		int err = errno;
+
+		close(fd);
+		errno = err;
+		return NULL;
+	}
+	conn = new_conn(ctx, fd, CONN_DIALING);
+	if (!conn) {
+		errno = ENOMEM;
+		return NULL;
+	}
+	conn->outgoing = true;
+	conn->qp = qp;
+	qp->out = conn;
+	return conn;
+}
+
+void soft_conn_close(struct soft_conn *conn)
+{
+	struct soft_context *ctx = conn->ctx;
+
+	if (conn->state == CONN_DEAD)
+		return;
+	if (!conn->outgoing && conn->state == CONN_HELLO)
+		ctx->n_greeting--;
+	conn->state = CONN_DEAD;
+	if (conn->qp && conn->qp->out == conn)
+		conn->qp->out = NULL;
+	if (conn->qp && conn->qp->in == conn)
+		conn->qp->in = NULL;
+	conn->qp = NULL;
+	list_remove(&conn->ready_link);
+	list_remove(&conn->link);
+	list_append(&ctx->dead, &conn->link);
+	/* By hand: a child that has just been forked may hold the fd open, and
+	 * then closing it here would leave it in the epoll set. */
+	(void)epoll_ctl(ctx->epoll_fd, EPOLL_CTL_DEL, conn->fd, NULL);
+	close(conn->fd);
+	conn->fd = -1;
+	atomic_fetch_sub(&soft_tally.connections, 1);
+}
+
+void soft_conn_free_dead(struct soft_context *ctx)
+{
+	struct soft_list *link;
+	struct soft_conn *conn;
+
+	while ((link = list_pop(&ctx->dead))) {
+		conn = soft_of(link, struct soft_conn, link);
+		free(conn->tx);
+		free(conn->rx);
+		free(conn);
+	}
+}
+
+bool soft_conn_flush(struct soft_conn *conn)
+{
+	ssize_t done;
+
+	while (conn->out_off < conn->out_len) {
+		if (!conn->writable)
+			return true;
+		done = send(conn->fd, conn->out + conn->out_off,
+			    conn->out_len - conn->out_off, MSG_NOSIGNAL);
+		if (done >= 0) {
+			conn->out_off += (size_t)done;
+		} else if (errno == EAGAIN) {
+			conn->writable = false;
+		} else if (errno != EINTR) {
+			return false;
+		}
+	}
+	conn->out_off = conn->out_len = 0;
+	return true;
+}
+
+bool soft_conn_put(struct soft_conn *conn, const struct frame_header *header,
+		   const uint8_t *payload)
+{
+	size_t need = FRAME_HEADER_BYTES + header->payload_len;
+
+	if (need > sizeof(conn->out) - conn->out_len)
+		return false; /* a peer that never reads its answers */
+	frame_put_header(conn->out + conn->out_len, header);
+	if (header->payload_len)
+		memcpy(conn->out + conn->out_len + FRAME_HEADER_BYTES, payload,
+		       header->payload_len);
+	conn->out_len += need;
+	return soft_conn_flush(conn);
+}
+
+int soft_conn_fill(struct soft_conn *conn, uint8_t *buffer, size_t *have,
+		   size_t want)
+{
+	ssize_t got;
+
+	while (*have < want) {
+		if (!conn->readable)
+			return 0;
+		got = recv(conn->fd, buffer + *have, want - *have, 0);
+		if (got > 0) {
+			*have += (size_t)got;
+		} else if (got < 0 && errno == EAGAIN) {
+			conn->readable = false;
+		} else if (got == 0 || errno != EINTR) {
+			return -1;
+		}
+	}
+	return 1;
+}
+
+/* The peer has been told; read on, so that its data does not turn our close
+ * into a reset that would overtake the answer. */
+static void drain(struct soft_conn *conn)
+{
+	ssize_t got;
+
+	if (!soft_conn_flush(conn)) {
+		soft_conn_close(conn);
+		return;
+	}
+	if (!conn->readable)
+		return;
+	/* With TCP, MSG_TRUNC throws the bytes away without copying them. */
+	got = recv(conn->fd, NULL, DISCARD_BYTES, MSG_TRUNC);
+	if (got > 0 || (got < 0 && errno == EINTR)) {
+		soft_ready(conn);
+	} else if (got < 0 && errno == EAGAIN) {
+		conn->readable = false;
+	} else {
+		soft_conn_close(conn);
+	}
+}
+
+static void finish_dialing(struct soft_conn *conn)
+{
+	struct soft_qp *qp = conn->qp;
+	socklen_t length = sizeof(int);
+	int err = 0;
+
+	if (!conn->writable)
+		return;
+	if (getsockopt(conn->fd, SOL_SOCKET, SO_ERROR, &err, &length))
+		err = errno;
+	if (err) {
+		soft_conn_close(conn);
+		soft_out_lost(qp, err == ECONNREFUSED);
+		return;
+	}
+	conn->broken = false; /* said before there was a connection */
+	soft_send_hello(conn);
+}
+
+void soft_conn_service(struct soft_conn *conn)
+{
+	switch (conn->state) {
+	case CONN_DIALING:
+		finish_dialing(conn);
+		break;
+	case CONN_HELLO:
+		if (conn->outgoing)
+			soft_take_welcome(conn);
+		else
+			soft_answer_hello(conn);
+		break;
+	case CONN_UP:
+		if (conn->outgoing)
+			soft_take_answers(conn);
+		else if (conn->broken)
+			soft_conn_close(conn);
+		else
+			soft_respond(conn);
+		break;
+	case CONN_DRAIN:
+		drain(conn);
+		break;
+	case CONN_DEAD:
+		break;
+	}
+}
+
+void soft_conn_expire(struct soft_conn *conn)
+{
+	if (conn->ctx->now_ns >= conn->deadline_ns)
+		soft_conn_close(conn);
+	else
+		soft_want_timer(conn->ctx, conn->deadline_ns);
+}

@@ -1,0 +1,251 @@
+/* From send queue entries to frames of requests. */
+#define _GNU_SOURCE
+#include "internal.h"
+
+/* A frame that is being put together. */
+struct builder {
+	struct soft_qp *qp;
+	struct soft_tx *tx;
+	uint32_t n_desc;
+	uint64_t payload;
+	bool full;
+};
+
+uint32_t soft_wqe_sges(struct soft_qp *qp, uint64_t seq, struct ibv_sge *one,
+		       const struct ibv_sge **sges)
+{
+	const struct soft_sq *sq = &qp->sq;
+	const struct soft_wqe *wqe = &sq->ring[seq & sq->mask];
+	const uint8_t *slot = sq->slots + (seq & sq->mask) * sq->slot_bytes;
+
+	if (!(wqe->flags & IBV_SEND_INLINE)) {
+		*sges = (const struct ibv_sge *)slot;
+		return wqe->num_sge;
+	}
+	one->addr = (uintptr_t)slot;
+	one->length = (uint32_t)wqe->length;
+	one->lkey = 0;
+	*sges = one;
+	return 1;
+}
+
+struct soft_failure soft_check_wqe(struct soft_qp *qp, uint64_t seq)
+{
+	const struct soft_wqe *wqe = &qp->sq.ring[seq & qp->sq.mask];
+	bool is_read = wqe->opcode == IBV_WR_RDMA_READ;
+	struct soft_failure failure = { 0 };
+	const struct ibv_sge *sges;
+	struct ibv_sge one;
+	uint32_t i, n;
+
+	if (wqe->length > FRAME_MAX_MESSAGE)
+		return (struct soft_failure){ IBV_WC_LOC_LEN_ERR,
+					      KVX_SOFT_TOO_LONG };
+	if (is_read && qp->attr.max_rd_atomic == 0)
+		return (struct soft_failure){ IBV_WC_LOC_QP_OP_ERR,
+					      KVX_SOFT_NO_RD_ATOMIC };
+	if (wqe->flags & IBV_SEND_INLINE)
+		return failure;
+	n = soft_wqe_sges(qp, seq, &one, &sges);
+	for (i = 0; i < n && !failure.vendor_err; i++)
+		failure.vendor_err = soft_check_local(
+			qp_context(qp), qp->ibv.pd, &sges[i],
+			is_read ? IBV_ACCESS_LOCAL_WRITE : 0);
+	if (failure.vendor_err)
+		failure.status = IBV_WC_LOC_PROT_ERR;
+	return failure;
+}
+
+static uint16_t opcode_of(const struct soft_wqe *wqe)
+{
+	switch (wqe->opcode) {
+	case IBV_WR_RDMA_READ:
+		return OP_READ;
+	case IBV_WR_SEND:
+	case IBV_WR_SEND_WITH_IMM:
+		return OP_SEND;
+	default:
+		return OP_WRITE;
+	}
+}
+
+static uint16_t end_flags(const struct soft_wqe *wqe)
+{
+	uint16_t flags = DESC_END;
+
+	if (wqe->opcode == IBV_WR_RDMA_WRITE_WITH_IMM ||
+	    wqe->opcode == IBV_WR_SEND_WITH_IMM)
+		flags |= DESC_IMM;
+	if (wqe->flags & IBV_SEND_SOLICITED)
+		flags |= DESC_SOLICITED;
+	return flags;
+}
+
+/* One descriptor for the next len bytes of the WR. */
+static void put_desc(struct builder *b, const struct soft_wqe *wqe,
+		     uint64_t laddr, uint64_t len)
+{
+	struct soft_sq *sq = &b->qp->sq;
+	uint16_t op = opcode_of(wqe);
+	struct frame_desc desc = {
+		.laddr = laddr,
+		.len = (uint32_t)len,
+		.op = op,
+		.imm = wqe->imm,
+		.total = (uint32_t)wqe->length,
+	};
+
+	if (op != OP_SEND) {
+		desc.raddr = wqe->raddr + sq->next_offset;
+		desc.rkey = wqe->rkey;
+	}
+	if (sq->next_offset == 0)
+		desc.flags |= DESC_START;
+	sq->next_offset += len;
+	if (sq->next_offset == wqe->length)
+		desc.flags |= end_flags(wqe);
+	frame_put_desc(b->tx->head + FRAME_HEADER_BYTES +
+			       (size_t)b->n_desc * FRAME_DESC_BYTES,
+		       &desc);
+	b->n_desc++;
+}
+
+/* Add source bytes to the payload; neighbours become one range. */
+static bool put_iov(struct soft_tx *tx, uint64_t addr, uint64_t len)
+{
+	struct iovec *last = tx->n_iov ? &tx->iov[tx->n_iov - 1] : NULL;
+
+	/* A range stays below a chunk, so that a send does as well. */
+	if (last && (uintptr_t)last->iov_base + last->iov_len == addr &&
+	    last->iov_len + len <= CHUNK_BYTES) {
+		last->iov_len += len;
+		return true;
+	}
+	if (tx->n_iov == MAX_IOV - 1) /* one is for the descriptors */
+		return false;
+	tx->iov[tx->n_iov].iov_base = (void *)(uintptr_t)addr;
+	tx->iov[tx->n_iov].iov_len = len;
+	tx->n_iov++;
+	return true;
+}
+
+/* tcp: one descriptor for as much of the WR as the frame has room for. */
+static void put_with_payload(struct builder *b, uint64_t seq)
+{
+	const struct soft_wqe *wqe = &b->qp->sq.ring[seq & b->qp->sq.mask];
+	uint64_t skip = b->qp->sq.next_offset, put = 0, len;
+	const struct ibv_sge *sges;
+	struct ibv_sge one;
+	uint32_t i, n = soft_wqe_sges(b->qp, seq, &one, &sges);
+
+	for (i = 0; i < n && !b->full; i++) {
+		if (skip >= sges[i].length) {
+			skip -= sges[i].length;
+			continue;
+		}
+		while (skip < sges[i].length && !b->full) {
+			len = sges[i].length - skip;
+			if (len > CHUNK_BYTES)
+				len = CHUNK_BYTES;
+			if (len > FRAME_MAX_PAYLOAD - b->payload)
+				len = FRAME_MAX_PAYLOAD - b->payload;
+			if (!len || !put_iov(b->tx, sges[i].addr + skip, len)) {
+				b->full = true;
+				break;
+			}
+			skip += len;
+			put += len;
+			b->payload += len;
+		}
+		skip = 0;
+	}
+	if (put || wqe->length == 0)
+		put_desc(b, wqe, 0, put);
+}
+
+/* cma: one descriptor a range; the responder fetches the bytes. */
+static void put_ranges(struct builder *b, uint64_t seq)
+{
+	const struct soft_wqe *wqe = &b->qp->sq.ring[seq & b->qp->sq.mask];
+	uint64_t skip = b->qp->sq.next_offset;
+	const struct ibv_sge *sges;
+	struct ibv_sge one;
+	uint32_t i, n = soft_wqe_sges(b->qp, seq, &one, &sges);
+
+	if (wqe->length == 0) {
+		put_desc(b, wqe, 0, 0);
+		return;
+	}
+	for (i = 0; i < n && b->n_desc < FRAME_MAX_DESC; i++) {
+		if (skip >= sges[i].length) {
+			skip -= sges[i].length;
+			continue;
+		}
+		put_desc(b, wqe, sges[i].addr + skip, sges[i].length - skip);
+		skip = 0;
+	}
+}
+
+static void put_wr(struct builder *b, uint64_t seq)
+{
+	const struct soft_wqe *wqe = &b->qp->sq.ring[seq & b->qp->sq.mask];
+
+	if (wqe->opcode == IBV_WR_RDMA_READ) {
+		put_desc(b, wqe, 0, wqe->length);
+		b->qp->reads_out++;
+	} else if (b->qp->wire_out == WIRE_CMA) {
+		put_ranges(b, seq);
+	} else {
+		put_with_payload(b, seq);
+	}
+}
+
+/* Whether the WR may start now. */
+static bool may_start(struct soft_qp *qp, uint64_t seq)
+{
+	const struct soft_wqe *wqe = &qp->sq.ring[seq & qp->sq.mask];
+
+	if (qp->local.status)
+		return false;
+	if (wqe->flags & IBV_SEND_FENCE && qp->reads_out)
+		return false;
+	if (wqe->opcode == IBV_WR_RDMA_READ && qp->attr.max_rd_atomic &&
+	    qp->reads_out >= qp->attr.max_rd_atomic)
+		return false;
+	/* A bad one fails in its turn, when those before it are done. */
+	qp->local = soft_check_wqe(qp, seq);
+	return !qp->local.status;
+}
+
+bool soft_frame_requests(struct soft_qp *qp, struct soft_tx *tx)
+{
+	struct builder b = { .qp = qp, .tx = tx };
+	struct soft_sq *sq = &qp->sq;
+	uint64_t head = atomic_load_explicit(&sq->head, memory_order_acquire);
+	struct frame_header header = { .type = FRAME_REQUEST, .seq = sq->next };
+
+	tx->n_iov = tx->at_iov = 0;
+	tx->first_seq = sq->next;
+	tx->mr_generation = qp_context(qp)->mr_generation;
+	while (sq->next != head && b.n_desc < FRAME_MAX_DESC &&
+	       b.payload < FRAME_MAX_PAYLOAD && !b.full) {
+		if (sq->next_offset == 0 && !may_start(qp, sq->next))
+			break;
+		put_wr(&b, sq->next);
+		if (sq->next_offset <
+		    sq->ring[sq->next & sq->mask].length)
+			break;
+		sq->next++;
+		sq->next_offset = 0;
+	}
+	if (b.n_desc == 0)
+		return false;
+
+	header.n_desc = b.n_desc;
+	header.payload_len = (uint32_t)b.payload;
+	frame_put_header(tx->head, &header);
+	tx->head_len = FRAME_HEADER_BYTES + (size_t)b.n_desc * FRAME_DESC_BYTES;
+	tx->head_off = 0;
+	tx->busy = true;
+	return true;
+}
