@@ -12,7 +12,9 @@ async def main() -> None:
         layers = set()
         async for arrival in server.arrivals():
             block = cache.view(arrival.layer, "k")[arrival.block_ids[0]]
-            print(arrival.request_id, arrival.layer, list(arrival.block_ids), block[0])
+            print(
+                arrival.request_id, arrival.layer, arrival.block_ids.tolist(), block[0]
+            )
             layers.add(arrival.layer)
             if len(layers) == 4:
                 break
