@@ -27,6 +27,8 @@ else:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
+_PAGE_BYTES = 4096
+
 EXIT_FAILED = 1
 """The command was understood and did not succeed; wrong use exits with 2."""
 
@@ -39,20 +41,24 @@ class CacheShape:
     """
 
     layers: int = 32
-    blocks: int = 1024
+    blocks: int = 512
     block_bytes: int = 32768
     planes: tuple[str, ...] = ("k", "v")
     dtype: str = "bf16"
 
     def allocate(self) -> KVCache:
-        """Make the cache; memory is taken as it is touched."""
-        return KVCache.allocate(
+        """Make the cache, all of it in memory, as an engine's is before use."""
+        cache = KVCache.allocate(
             n_layers=self.layers,
             n_blocks=self.blocks,
             block_bytes=self.block_bytes,
             planes=self.planes,
             dtype=self.dtype,
         )
+        for layer in cache.layers:
+            for name in self.planes:
+                cache.view(layer, name)[:, ::_PAGE_BYTES] = 0
+        return cache
 
     def __str__(self) -> str:
         return (

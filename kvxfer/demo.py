@@ -160,7 +160,7 @@ def _print(console: Console, report: _Report, shape: command.CacheShape) -> None
 @click.option(
     "--request-blocks",
     type=click.IntRange(min=1),
-    default=400,
+    default=300,
     show_default=True,
     help="Scattered blocks that the request has.",
 )

@@ -87,7 +87,7 @@ def _check_address(
 @click.option(
     "--request-blocks",
     type=click.IntRange(min=1),
-    default=400,
+    default=300,
     show_default=True,
     help="Scattered blocks that the request has.",
 )
