@@ -71,6 +71,11 @@ class Worker:
             self._waiting.pop(number, None)
         return result
 
+    def kill(self) -> None:
+        """End the process now; ``close`` has to follow."""
+        if self._process.returncode is None:
+            self._process.kill()
+
     async def close(self) -> None:
         """Let the process end by itself; kill it if it does not within 20 s."""
         assert self._process.stdin is not None
@@ -78,7 +83,7 @@ class Worker:
         try:
             await asyncio.wait_for(self._process.wait(), CLOSE_SECONDS)
         except asyncio.TimeoutError:
-            self._process.kill()
+            self.kill()
             await self._process.wait()
         await self._reader
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -70,21 +71,30 @@ async def compare(
     tokenizer = Tokenizer(checkpoint)
     token_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
 
+    given_up = threading.Event()
+
     def run_whole() -> list[list[int]]:
-        return [model.run_whole(ids, max_new_tokens) for ids in token_ids]
+        return [
+            model.run_whole(ids, max_new_tokens)
+            for ids in token_ids
+            if not given_up.is_set()
+        ]
 
     _say("starting a prefill and a decode process")
     reference = asyncio.ensure_future(asyncio.to_thread(run_whole))
-    async with _both_processes(checkpoint, token_ids, host) as (prefill, decode):
-        _say(f"running {len(prompts)} prompts through both")
-        splits = await asyncio.gather(
-            *(
-                _run_split(prefill, decode, f"request-{number}", ids, max_new_tokens)
-                for number, ids in enumerate(token_ids)
+    try:
+        async with _both_processes(checkpoint, token_ids, host) as (prefill, decode):
+            _say(f"running {len(prompts)} prompts through both")
+            splits = await asyncio.gather(
+                *(
+                    _run_split(prefill, decode, f"request-{n}", ids, max_new_tokens)
+                    for n, ids in enumerate(token_ids)
+                )
             )
-        )
-    _say("running them whole, for comparison")
-    whole = await reference
+        _say("running them whole, for comparison")
+        whole = await reference
+    finally:
+        given_up.set()
     return [
         Outcome(
             prompt=prompt,
@@ -121,9 +131,15 @@ async def _both_processes(
         # Closed first, prefill last: that is the harder order for the library,
         # and in service nobody can choose it.
         stack.push_async_callback(decode.close)
-        port = (await decode.call("where"))["port"]
-        await prefill.call("connect", host=host, port=port)
-        yield prefill, decode
+        try:
+            port = (await decode.call("where"))["port"]
+            await prefill.call("connect", host=host, port=port)
+            yield prefill, decode
+        except asyncio.CancelledError:
+            # Ctrl-C or the timeout: nobody wants to wait for what they still do.
+            prefill.kill()
+            decode.kill()
+            raise
 
 
 async def _run_split(
