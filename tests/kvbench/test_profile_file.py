@@ -101,9 +101,7 @@ def test_a_short_read_is_a_failure(api: str, tmp_path: Path) -> None:
     fd = os.open(path, os.O_RDWR)
     queue = fileio.open_queue(api, 4)
     memory = fileengine.mmap.mmap(-1, 8192)
-    address = fileengine.ctypes.addressof(
-        fileengine.ctypes.c_char.from_buffer(memory)
-    )
+    address = fileengine.ctypes.addressof(fileengine.ctypes.c_char.from_buffer(memory))
     try:
         jobs = [fileio.Job(fd, at, address + at, 4096) for at in (0, 4096)]
         queue.prepare(jobs, write=False)
