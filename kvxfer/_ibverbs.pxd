@@ -204,7 +204,8 @@ cdef extern from "verbs_table.h" nogil:
         void (*free_device_list)(ibv_device **) noexcept nogil
         const char *(*get_device_name)(ibv_device *) noexcept nogil
         uint64_t (*get_device_guid)(ibv_device *) noexcept nogil
-        ibv_context *(*open_device)(ibv_device *, const char *) noexcept nogil
+        ibv_context *(*open_device)(
+            ibv_device *, const char *, const char *) noexcept nogil
         int (*close_device)(ibv_context *) noexcept nogil
         int (*query_device)(ibv_context *, ibv_device_attr *) noexcept nogil
         int (*query_port)(ibv_context *, uint8_t, ibv_port_attr *) noexcept nogil

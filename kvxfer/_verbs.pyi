@@ -43,6 +43,7 @@ class Device(Handle):
         *,
         provider: Provider = "soft",
         address: str | None = None,
+        wire: str | None = None,
         path: str | None = None,
     ) -> None: ...
     @property

@@ -224,6 +224,8 @@ cdef class Device(Handle):
       provider: ``"soft"`` or ``"libibverbs"``.
       address: Numeric address at which peers reach this process; only the
         software device listens there, default loopback.
+      wire: How the software device's bytes may travel: ``auto``, ``cma`` (same
+        host) or ``tcp``; None: as ``KVXFER_SOFT_WIRE`` says.
       path: The libibverbs to load instead of the system's.
 
     Raises:
@@ -231,13 +233,15 @@ cdef class Device(Handle):
     """
 
     def __init__(self, str name, *, str provider="soft", str address=None,
-                 str path=None):
+                 str wire=None, str path=None):
         cdef:
             kvx_verbs_table *table
             ibv_device **devices
             ibv_device *found = NULL
             bytes encoded = b"" if address is None else address.encode()
             const char *c_address = NULL if address is None else <const char *>encoded
+            bytes encoded_wire = b"" if wire is None else wire.encode()
+            const char *c_wire = NULL if wire is None else <const char *>encoded_wire
             int i
             int n = 0
             int err = 0
@@ -263,7 +267,7 @@ cdef class Device(Handle):
                     f"no device {name!r} among {known or 'none'} of {provider}"
                 )
             with nogil:
-                self.ctx = table.open_device(found, c_address)
+                self.ctx = table.open_device(found, c_address, c_wire)
                 if self.ctx is NULL:
                     err = errno
         finally:

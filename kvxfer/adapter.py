@@ -92,6 +92,7 @@ class Adapter:
             self.spec.name,
             provider=self.spec.provider,
             address=address,
+            wire=options.soft_wire,
             path=options.ibverbs_path,
         )
         self._device = device

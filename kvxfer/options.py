@@ -299,7 +299,7 @@ class Options:
         high=1 << 30,
     )
     notify_receives: int = _option(
-        512, "Receives posted for arrivals, for each QP.", unit="WRs", low=1, high=16384
+        128, "Receives posted for arrivals, for each QP.", unit="WRs", low=1, high=16384
     )
     connect_timeout: float = _seconds(10.0, "Time for a connection to be made.")
     write_timeout: float = _seconds(30.0, "Time for a write to complete.")

@@ -24,9 +24,10 @@ static struct {
 } lib;
 
 static struct ibv_context *open_device(struct ibv_device *device,
-				       const char *address)
+				       const char *address, const char *wire)
 {
 	(void)address;
+	(void)wire;
 	return lib.open_device(device);
 }
 

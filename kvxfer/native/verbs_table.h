@@ -46,10 +46,15 @@ struct kvx_verbs_table {
 	const char *(*get_device_name)(struct ibv_device *device);
 	uint64_t (*get_device_guid)(struct ibv_device *device); /* network order */
 
-	/* address: numeric address that peers reach this process at; a NIC
-	 * ignores it, the software device listens on it. NULL: loopback. */
+	/*
+	 * A NIC ignores what follows the device. address: numeric address that
+	 * peers reach this process at, where the software device listens; NULL:
+	 * loopback. wire: "auto", "cma" or "tcp"; NULL: as KVXFER_SOFT_WIRE
+	 * says.
+	 */
 	struct ibv_context *(*open_device)(struct ibv_device *device,
-					   const char *address);
+					   const char *address,
+					   const char *wire);
 	int (*close_device)(struct ibv_context *context);
 
 	int (*query_device)(struct ibv_context *context,

@@ -114,10 +114,10 @@ static void watch_forks(void)
 	pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 }
 
-static uint32_t allowed_wires(void)
+static uint32_t allowed_wires(const char *wire)
 {
-	const char *wire = getenv("KVXFER_SOFT_WIRE");
-
+	if (!wire)
+		wire = getenv("KVXFER_SOFT_WIRE");
 	if (wire && !strcmp(wire, "tcp"))
 		return 1u << WIRE_TCP;
 	if (wire && !strcmp(wire, "cma"))
@@ -257,7 +257,8 @@ static void free_context(struct soft_context *ctx)
 }
 
 struct ibv_context *soft_open_device(struct ibv_device *device,
-				     const char *address)
+				     const char *address,
+				     const char *wire)
 {
 	struct soft_context *ctx;
 	int err;
@@ -269,7 +270,7 @@ struct ibv_context *soft_open_device(struct ibv_device *device,
 		return NULL;
 	}
 	init_context(ctx, device);
-	ctx->wires = allowed_wires();
+	ctx->wires = allowed_wires(wire);
 	ctx->pid_ns = soft_pid_namespace();
 	ctx->socket_buffer = allowed_socket_buffer();
 

@@ -403,7 +403,8 @@ void soft_unlock(struct soft_context *ctx);
 uint64_t soft_now_ns(void);
 void soft_random(void *out, size_t size);
 struct ibv_context *soft_open_device(struct ibv_device *device,
-				     const char *address);
+				     const char *address,
+				     const char *wire);
 int soft_close_device(struct ibv_context *context);
 
 /* table.c */

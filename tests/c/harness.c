@@ -43,7 +43,7 @@ void open_end(struct end *end, const struct options *options)
 		kvx_load_softdev(&verbs);
 	memset(end, 0, sizeof(*end));
 	list = verbs.get_device_list(NULL);
-	end->context = verbs.open_device(list[0], options->address);
+	end->context = verbs.open_device(list[0], options->address, NULL);
 	verbs.free_device_list(list);
 	CHECK(end->context);
 	CHECK(!verbs.query_gid(end->context, 1, 0, &end->gid));
