@@ -22,13 +22,17 @@ import numpy as np
 from kvxfer import _engine
 from kvxfer._verbs import MemoryRegion, QueuePair
 from kvxfer.adapter import Adapter
-from kvxfer.errors import ControlError, InternalError, KVXferError
+from kvxfer.errors import ControlError, InternalError, KVXferError, ProtocolError
 from kvxfer.verbs_types import Access, PeerHint, QPLimits, QPPath
 from kvxfer.wire import NotifyRing, QPInfo
 
 _log = logging.getLogger("kvxfer.link")
 
 _TOKEN_BYTES = 32
+# The range of the option notify_ring_bytes. This side mirrors the ring that a peer
+# names, and no peer may make it pin more.
+_MIN_RING_BYTES = 1 << 12
+_MAX_RING_BYTES = 1 << 26
 
 
 class LinkState(enum.Enum):
@@ -191,6 +195,11 @@ class Link:
         adapter = self.adapter
         parameters: _engine.Ring | None = None
         if ring is not None:
+            if not _MIN_RING_BYTES <= ring.length <= _MAX_RING_BYTES:
+                raise ProtocolError(
+                    f"the peer's notify ring has {ring.length} bytes, not "
+                    f"{_MIN_RING_BYTES} to {_MAX_RING_BYTES}"
+                )
             memory = await adapter.call(RingMemory, adapter, ring.length, Access(0))
             self._ring = memory
             parameters = (

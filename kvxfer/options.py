@@ -296,7 +296,7 @@ class Options:
         "Ring for the descriptors of arrivals, for each peer.",
         unit="bytes",
         low=1 << 12,
-        high=1 << 30,
+        high=1 << 26,
     )
     notify_receives: int = _option(
         128, "Receives posted for arrivals, for each QP.", unit="WRs", low=1, high=16384
