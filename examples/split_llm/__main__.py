@@ -40,6 +40,7 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
     "OMP_NUM_THREADS": "1",
 }
 
@@ -156,7 +157,7 @@ def _summary(outcomes: Sequence[Outcome]) -> str:
     n_layers = sum(outcome.n_layers for outcome in outcomes)
     n_early = sum(outcome.split.early_layers for outcome in outcomes)
     return (
-        f"{n_prompts} prompts at once, {n_tokens} tokens: all as the whole model gives "
+        f"{n_prompts} prompt{'s at once' * (n_prompts > 1)}, {n_tokens} tokens: all as the whole model gives "
         f"them. {n_early} of {n_layers} layers were in place before their prompt was "
         "computed to its end."
     )
