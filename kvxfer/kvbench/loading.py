@@ -30,6 +30,7 @@ _WRAPPER_KEYS = {
     "model_name",
     "source",
     "num_model_params",
+    "active_params",
     "config",
     "architecture",
 }
@@ -121,8 +122,10 @@ def _from_config(
     else:
         raise PlanError("key 'model_type' is missing: is this a model's config?")
     names = dict(inner)
-    if above.get("num_model_params") is not None:
-        names["num_model_params"] = above["num_model_params"]
+    # Of a mixture of experts, what one token meets is what prefill costs.
+    params = above.get("active_params") or above.get("num_model_params")
+    if params is not None:
+        names["num_model_params"] = params
     source = str(above.get("source") or "")
     return build(name, architecture_name, rules, names, source=source)
 

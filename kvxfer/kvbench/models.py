@@ -149,8 +149,9 @@ def build(
     Raises:
       PlanError: A field is missing or has a value that gives no cache.
     """
-    names = dict(architecture.get("defaults", ()))
-    names.update((key, value) for key, value in config.items() if value is not None)
+    # A null in the config is an answer: it takes the default's place, as nothing.
+    names = {**architecture.get("defaults", {}), **config}
+    names = {key: value for key, value in names.items() if value is not None}
     try:
         for extra, rule in architecture.get("names", {}).items():
             names[extra] = first(rule, names)
