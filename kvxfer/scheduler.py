@@ -127,19 +127,16 @@ class Scheduler:
         """
         deadline_ms = int((time.monotonic() + timeout) * 1000)
         transfer = Transfer(slot, tuple(layer for _, layer in rows))
-        for op_id, (_, layer) in zip(
-            self._engine.submit(
-                slot,
-                [row for row, _ in rows],
-                local_ids,
-                remote_ids,
-                request_id,
-                deadline_ms,
-            ),
-            rows,
-            strict=True,
-        ):
-            transfer.pending[op_id] = layer
+        op_ids = self._engine.submit(
+            slot,
+            [row for row, _ in rows],
+            local_ids,
+            remote_ids,
+            request_id,
+            deadline_ms,
+        )
+        # None at all where there are no blocks to write.
+        transfer.pending.update(zip(op_ids, transfer.layers, strict=False))
         self._completions.expect(list(transfer.pending), transfer.note)
         self._transfers.add(transfer)
         self._look()
