@@ -88,7 +88,8 @@ def _run(arguments: list[str], prog: str) -> int:
     if given.command is None:
         parser.print_help()
         return 0
-    logging.basicConfig(level=logging.DEBUG if given.debug else logging.INFO)
+    if given.debug:
+        logging.basicConfig(level=logging.DEBUG)
     if not given.model:
         raise WrongUseError("--model is required")
     # Imported late: what another command needs, this one does not wait for.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from kvxfer.kvbench.config import OVERRIDES, ModelConfig, find_configs, load_config
-from kvxfer.kvbench.errors import KVBenchError
+from kvxfer.kvbench.errors import KVBenchError, WrongUseError
 from kvxfer.kvbench.exact import ExactSizes, exact_io_bytes, exact_sizes
 from kvxfer.kvbench.explain import explain
 from kvxfer.kvbench.formats import plans_csv, plans_json, plans_shell, plans_text
@@ -72,6 +72,9 @@ def kvcache(given: argparse.Namespace) -> int:
     """Print what the caches weigh."""
     from kvxfer.kvbench import report
 
+    if wants_sweep(given):
+        sys.stdout.write(sweep(given, []))
+        return 0
     sized = _sized(given)
     rows = []
     for one in sized:
@@ -93,6 +96,57 @@ def kvcache(given: argparse.Namespace) -> int:
         sys.stderr.write(reasons)
     sys.stdout.write(text)
     return 0
+
+
+def wants_sweep(given: argparse.Namespace) -> bool:
+    """Does the command line ask how long a transfer takes?"""
+    return bool(given.sweep or given.plot or given.bandwidth)
+
+
+def sweep(given: argparse.Namespace, measured: list[float]) -> str:
+    """Compute the sweep, draw it if asked for, and return it as text.
+
+    ``measured`` are bandwidths in bytes a second, beside those that were given.
+    """
+    from kvxfer.kvbench import plot
+    from kvxfer.kvbench import sweep as sweeping
+
+    if given.plot:
+        plot.check_target(given.plot)
+    if not 0 < given.mfu <= 1:
+        raise WrongUseError(f"--mfu {given.mfu}: expected a share above 0, up to 1")
+    # Without an axis there is one point, at the config's own isl; drawn, a line.
+    axis = None
+    if given.sweep or given.plot:
+        axis = sweeping.parse_axis(given.sweep)
+    rates: list[str | float] = [*given.bandwidth, *measured]
+    model = load_model(given.model)
+    overrides = {name: getattr(given, name) for name in OVERRIDES}
+
+    def one(path: str) -> list[sweeping.Point]:
+        config = load_config(path, overrides)
+        _warn(config.warnings)
+        along = axis or sweeping.Axis("isl", (float(config.isl),))
+        return sweeping.points(
+            model,
+            config,
+            along,
+            rates,
+            active_params=given.active_params,
+            mfu=given.mfu,
+        )
+
+    paths = find_configs(given.model_config, given.model_configs)
+    found = [point for points in _each(paths, one) for point in points]
+    if any(point.prefill_seconds is None for point in found):
+        say(
+            "note",
+            "the time of prefill needs the model's parameters (--active_params) and "
+            "a GPU that is known (system.hardware)",
+        )
+    if given.plot:
+        plot.draw(found, f"KV cache of {model.name}", given.plot)
+    return sweeping.render(found, getattr(given, "format", "table"))
 
 
 def iosize(given: argparse.Namespace) -> int:

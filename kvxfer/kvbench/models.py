@@ -37,6 +37,7 @@ _KIND_FIELDS = (
     "latent_dim",
     "rope_dim",
     "index_dim",
+    "score_dim",
 )
 
 
@@ -65,6 +66,7 @@ class LayerKind:
     latent_dim: int = 0
     rope_dim: int = 0
     index_dim: int = 0
+    score_dim: int = 0  # of a query's and a value's head, where not k_dim + v_dim
     window: int | None = None  # tokens, or None for all of them
     states: tuple[State, ...] = ()
 
@@ -74,6 +76,11 @@ class LayerKind:
         if self.latent_dim or self.rope_dim:
             return self.latent_dim + self.rope_dim
         return self.kv_heads * (self.k_dim + self.v_dim)
+
+    @property
+    def score_elements(self) -> int:
+        """Elements that attention multiplies for one query head and token."""
+        return self.score_dim or self.k_dim + self.v_dim
 
     @property
     def is_latent(self) -> bool:

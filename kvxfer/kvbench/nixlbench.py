@@ -64,15 +64,23 @@ def parse_output(lines: Iterable[str]) -> list[dict[str, float]]:
     rows = []
     for line in lines:
         if "Block Size" in line and "Batch Size" in line:
-            columns = [
-                (match.start(), _FIELDS[match.group().lower()])
-                for match in _NAMES.finditer(line)
-            ]
+            columns = _parse_header(line)
         elif columns and re.match(r"\s*\d", line):
             row = _parse_row(line, columns)
             if row is not None:
                 rows.append(row)
     return rows
+
+
+def _parse_header(line: str) -> list[tuple[int, str]]:
+    """Return where each column begins, and its field; unknown ones have none."""
+    columns = []
+    for words in re.finditer(r"\S+(?: \S+)*", line):
+        known = list(_NAMES.finditer(line, words.start(), words.end()))
+        columns += [(name.start(), _FIELDS[name.group().lower()]) for name in known]
+        if not known:
+            columns.append((words.start(), ""))
+    return columns
 
 
 def _parse_row(
@@ -86,6 +94,8 @@ def _parse_row(
         cells = [line[a:b].strip() for a, b in zip(starts, ends, strict=True)]
     row: dict[str, float] = {}
     for (_, name), cell in zip(columns, cells, strict=True):
+        if not name:
+            continue
         try:
             row[name] = int(cell) if name in _WHOLE else float(cell)
         except ValueError:

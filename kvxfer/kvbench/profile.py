@@ -7,9 +7,11 @@ import shutil
 import sys
 from collections.abc import Sequence
 
+from kvxfer.kvbench.commands import sweep, wants_sweep
 from kvxfer.kvbench.errors import RunError, WrongUseError
 from kvxfer.kvbench.formats import heading, masked_command
 from kvxfer.kvbench.plan import STORAGE, Plan
+from kvxfer.kvbench.plot import check_target
 from kvxfer.kvbench.results import (
     Result,
     results_csv,
@@ -32,6 +34,8 @@ def run(given: argparse.Namespace, plans: Sequence[Plan]) -> int:
       RunError: An engine could not run or failed; its exit code goes along.
       WrongUseError: The plan is not one for the engine that was asked for.
     """
+    if given.plot:
+        check_target(given.plot)
     engine = given.engine or ("nixlbench" if shutil.which("nixlbench") else "kvxfer")
     _check(engine, plans, given)
     results: list[Result] = []
@@ -45,6 +49,9 @@ def run(given: argparse.Namespace, plans: Sequence[Plan]) -> int:
     finally:
         if results:
             _hand_on(results, engine, given)
+    if wants_sweep(given):
+        rates = [row.bandwidth_gb_s * 1e9 for row in results]
+        sys.stdout.write(f"\n{sweep(given, rates)}")
     return 0
 
 

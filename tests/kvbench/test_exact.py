@@ -1,4 +1,4 @@
-"""The exact sizing against arithmetic that is written out, architecture by architecture.
+"""The exact sizing against arithmetic that is written out, one model after another.
 
 Each expected figure is spelled out from the model's own description, not from the
 code's data: layers x heads x dimensions x bytes.
@@ -228,7 +228,7 @@ def test_the_layout_of_the_sparse_mla_kernels() -> None:
     assert got == 61 * (512 + 4 * 4 + 64 * 2 + 132) == 61 * (656 + 132)
 
 
-# --- config.json -----------------------------------------------------------------------
+# --- config.json ------------------------------------------------------------------
 
 
 def config_json(folder: Path, **config: Any) -> Model:
