@@ -156,10 +156,11 @@ def _summary(outcomes: Sequence[Outcome]) -> str:
     n_tokens = sum(len(outcome.split.tokens) for outcome in outcomes)
     n_layers = sum(outcome.n_layers for outcome in outcomes)
     n_early = sum(outcome.split.early_layers for outcome in outcomes)
+    prompts = "1 prompt" if n_prompts == 1 else f"{n_prompts} prompts at once"
     return (
-        f"{n_prompts} prompt{'s at once' * (n_prompts > 1)}, {n_tokens} tokens: all as the whole model gives "
-        f"them. {n_early} of {n_layers} layers were in place before their prompt was "
-        "computed to its end."
+        f"{prompts}, {n_tokens} tokens: all as the whole model gives them. {n_early} "
+        f"of {n_layers} layers were in place before their prompt was computed to its "
+        "end."
     )
 
 
