@@ -110,8 +110,10 @@ int soft_poll_cq(struct ibv_cq *ibcq, int num_entries, struct ibv_wc *wc)
 	const struct soft_cqe *cqe;
 	int n = 0;
 
-	if (soft_orphaned(ibcq->context))
-		return -ENODEV;
+	if (soft_orphaned(ibcq->context)) {
+		errno = ENODEV;
+		return -1;
+	}
 	/* An overrun leaves ready non-zero, so that it is noticed below. */
 	if (!atomic_load_explicit(&cq->ready, memory_order_acquire))
 		return 0;
@@ -124,10 +126,12 @@ int soft_poll_cq(struct ibv_cq *ibcq, int num_entries, struct ibv_wc *wc)
 		cq->tail++;
 	}
 	if (cq->overrun && n == 0 && num_entries > 0)
-		n = -EOVERFLOW; /* completions are lost: there is no going on */
+		n = -1; /* completions are lost: there is no going on */
 	atomic_store_explicit(&cq->ready, cq->head - cq->tail + cq->overrun,
 			      memory_order_relaxed);
 	pthread_mutex_unlock(&cq->lock);
+	if (n < 0)
+		errno = EOVERFLOW;
 	return n;
 }
 

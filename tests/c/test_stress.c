@@ -7,9 +7,9 @@
  */
 #define _GNU_SOURCE
 #include <pthread.h>
-#include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include "harness.h"
 
@@ -62,27 +62,38 @@ static void *traffic(void *arg)
 
 enum fence { DEREG, QP_ERROR, QP_RESET, QP_DESTROY, FENCES };
 
-/* Keep writing while the target takes its memory back, by each way. */
-static void fence_round(enum fence how, uint32_t delay)
+static void busy_wait_us(uint32_t us)
 {
-	enum { SIZE = 256 * BLOCK };
+	struct timespec start, now;
+
+	clock_gettime(CLOCK_MONOTONIC, &start);
+	do {
+		clock_gettime(CLOCK_MONOTONIC, &now);
+	} while ((now.tv_sec - start.tv_sec) * 1000000 +
+			 (now.tv_nsec - start.tv_nsec) / 1000 < us);
+}
+
+/* Keep writing while the target takes its memory back, by each way. */
+static void fence_round(enum fence how, uint32_t delay_us)
+{
+	/* Four chunks a frame, so that the end comes in the middle of one. */
+	enum { BIG = 16384, SIZE = 256 * BIG };
 	static const struct options options = { .size = SIZE, .send_wr = 256 };
 	static uint8_t before[SIZE];
 	struct ibv_send_wr wr;
 	struct ibv_sge sge;
 	struct end a, b;
 	struct card to;
-	uint32_t i, round;
+	uint32_t i;
 
 	make_pair(&a, &b, &options);
 	to = card_of(&b);
 	memset(a.buffer, 0x11, SIZE);
 	for (i = 0; i < 256; i++) {
-		wr = write_wr(&a, &to, &sge, 0, i * BLOCK, BLOCK);
+		wr = write_wr(&a, &to, &sge, 0, i * BIG, BIG);
 		CHECK(!post_one(&a, &wr));
 	}
-	for (round = 0; round < delay; round++)
-		atomic_signal_fence(memory_order_seq_cst);
+	busy_wait_us(delay_us);
 	switch (how) {
 	case DEREG:
 		CHECK(!verbs.dereg_mr(b.mr));
@@ -113,7 +124,7 @@ static void fence_round(enum fence how, uint32_t delay)
 				ok += wc[i].status == IBV_WC_SUCCESS;
 		}
 		CHECK(!memcmp(before, b.buffer, SIZE));
-		for (i = 0; i < ok * BLOCK; i++)
+		for (i = 0; i < ok * BIG; i++)
 			CHECK(b.buffer[i] == 0x11);
 	}
 	if (how == DEREG)
@@ -134,7 +145,7 @@ static void *fences(void *arg)
 
 	(void)arg;
 	for (round = 0; round < 80; round++)
-		fence_round(round % FENCES, round * 600);
+		fence_round(round % FENCES, round * 20);
 	return NULL;
 }
 
