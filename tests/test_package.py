@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +53,14 @@ def only(directory: Path, pattern: str) -> Path:
     return path
 
 
+def our_words(done: subprocess.CompletedProcess[str]) -> str:
+    """What the build said, less what old versions of setuptools warn of."""
+    assert "Traceback" not in done.stdout
+    (line,) = [li for li in done.stdout.splitlines() if li.startswith("kvxfer: ")]
+    assert done.stdout.endswith(line + "\n"), "something comes after the reason"
+    return line
+
+
 def without_headers(tmp_path: Path) -> str:
     """A compiler that finds no infiniband headers, as on a machine without them."""
     compiler = tmp_path / "cc"
@@ -77,7 +84,7 @@ def test_a_build_without_verbs_headers_stops_with_one_line(
     build = (sys.executable, "setup.py", "-q", "build_ext")
     done = run(*build, cwd=source, CC=without_headers(tmp_path))
     assert done.returncode != 0
-    (line,) = done.stdout.splitlines()
+    line = our_words(done)
     assert "infiniband/verbs.h is missing" in line
     assert "libibverbs-dev" in line and "rdma-core-devel" in line
 
@@ -89,7 +96,7 @@ def test_a_build_on_another_platform_stops_with_one_line(source: Path) -> None:
     )
     done = run(sys.executable, "-c", code, cwd=source)
     assert done.returncode != 0
-    assert re.fullmatch(r"kvxfer: Linux on x86-64 or aarch64 only.*\n", done.stdout)
+    assert "Linux on x86-64 or aarch64 only" in our_words(done)
 
 
 @pytest.mark.slow
