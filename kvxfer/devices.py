@@ -86,7 +86,7 @@ def _active_ports(name: str, options: Options) -> list[DeviceSpec]:
         return []
     for port, state in states.items():
         if state is not PortState.ACTIVE:
-            _log.info("%s port %d is passed over: it is %s", name, port, state.name)
+            _log.warning("%s port %d is passed over: it is %s", name, port, state.name)
     return [
         DeviceSpec(name, "libibverbs", port)
         for port, state in states.items()
