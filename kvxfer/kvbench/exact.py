@@ -6,7 +6,8 @@ The arithmetic, for one rank of tensor parallelism in one pipeline stage:
 * KV heads are divided over the ranks; with fewer heads than ranks each rank holds
   one, and several ranks the same. A latent (MLA) is on every rank.
 * A token's vector takes the bytes of the KV precision, with its scales.
-* A request takes whole pages, of all its tokens or of the last ``window`` ones.
+* A request takes whole pages, of all its tokens or of the last ``window - 1``: a
+  token sees a window with itself in it, so the next one needs no more.
 * A linear layer keeps one state a request, whatever its length.
 
 The stage with the most bytes counts. After prefill a request has ``isl`` tokens:
@@ -115,7 +116,7 @@ def state_bytes(states: Sequence[State], tp: int) -> int:
 
 def pages(tokens: int, page_size: int, window: int | None) -> int:
     """Pages that a request of ``tokens`` holds: all, or those of its window."""
-    first = max(0, tokens - window) if window is not None else 0
+    first = 0 if window is None else max(0, tokens - max(0, window - 1))
     return -(-tokens // page_size) - first // page_size
 
 

@@ -137,6 +137,10 @@ def _subscript(node: ast.Subscript, names: Mapping[str, Any]) -> Any:
         raise MissingNameError(ast.unparse(node)) from None
 
 
+def _list(node: ast.List, names: Mapping[str, Any]) -> list[Any]:
+    return [_value(item, names) for item in node.elts]
+
+
 def _binary(node: ast.BinOp, names: Mapping[str, Any]) -> Any:
     compute = _OPERATORS.get(type(node.op))
     left, right = _value(node.left, names), _value(node.right, names)
@@ -215,4 +219,5 @@ _NODES: dict[type, Callable[..., Any]] = {
     ast.Compare: _comparison,
     ast.IfExp: _choice,
     ast.Call: _call,
+    ast.List: _list,
 }

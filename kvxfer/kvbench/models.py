@@ -67,7 +67,7 @@ class LayerKind:
     rope_dim: int = 0
     index_dim: int = 0
     score_dim: int = 0  # of a query's and a value's head, where not k_dim + v_dim
-    window: int | None = None  # tokens, or None for all of them
+    window: int | None = None  # tokens that one sees, itself too; None for all
     states: tuple[State, ...] = ()
 
     @property

@@ -85,7 +85,7 @@ def test_bytes_of_a_token(name: str) -> None:
 
 
 def test_half_the_layers_see_a_window() -> None:
-    # 100 pages of 16 in 12 layers, and the last 8 pages in the other 12.
+    # 100 pages of 16 in 12 layers, and the last 127 tokens' 8 in the others.
     got = sizes("gpt-oss-20b", isl=1600, page_size=16)
     page = 8 * 64 * 2 * BF16 * 16
     assert got.per_request == 12 * 100 * page + 12 * 8 * page
@@ -99,9 +99,10 @@ def test_half_the_layers_see_a_window() -> None:
 
 def test_a_window_that_begins_inside_a_page_needs_that_page() -> None:
     assert pages(1600, 16, 128) == 8
-    assert pages(1601, 16, 128) == 9  # tokens 1473 to 1600: pages 92 to 100
+    assert pages(1601, 16, 128) == 9  # tokens 1474 to 1600: pages 92 to 100
+    assert pages(1600, 1, 128) == 127  # the next token is the 128th
     assert pages(100, 16, 128) == 7
-    assert pages(129, 64, 128) == 3  # token 1 on: pages 0, 1 and 2
+    assert pages(129, 64, 128) == 3  # token 2 on: pages 0, 1 and 2
 
 
 def test_gemma_3_has_one_full_layer_in_six() -> None:
@@ -417,7 +418,7 @@ architecture:
     )
     model = load_model(str(path))
     config = ModelConfig("c", kvcache_quant_mode="fp16", isl=100, page_size=10)
-    # Tokens 68 to 99 are in four pages of ten; the far layers hold ten pages.
+    # Tokens 69 to 99 are in four pages of ten; the far layers hold ten pages.
     near, far = 2 * (32 + 32) * 2 * 10 * 4, 2 * (32 + 64) * 2 * 10 * 10
     assert exact_sizes(model, config).per_request == 2 * near + 2 * far
 
