@@ -38,7 +38,7 @@ _FIELD = {"isl": "isl", "tp": "tp_size", "pp": "pp_size", "page_size": "page_siz
 AXES = (*_FIELD, "bandwidth")
 _DEFAULT_BANDWIDTHS = ("100G", "200G", "400G")
 _DEFAULT_ISL = (1000, 2000, 4000, 8000, 16000, 32000, 64000, 128000)
-_RATE = re.compile(r"([0-9.]+)\s*([KMGT]?)(i?)(?:(B|b)(?:/s|ps)?|it/s)?", re.IGNORECASE)
+_RATE = re.compile(r"([0-9.]+)\s*([KMGT]?)(i?)([Bb]?)(?:/s|ps|it/s)?", re.IGNORECASE)
 _POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
