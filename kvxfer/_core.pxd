@@ -45,6 +45,7 @@ cdef extern from "notify.h" nogil:
         uint64_t digest
     uint64_t kvx_pad(uint64_t length, uint64_t to)
     uint64_t kvx_notify_length(uint64_t request_bytes, uint64_t n_ids)
+    uint64_t kvx_notify_limit(uint64_t ring_bytes)
     uint64_t kvx_notify_place(
         uint64_t head, uint64_t length, uint64_t ring_bytes, uint64_t *start)
 

@@ -645,7 +645,7 @@ cdef int take_record(
     memcpy(&header, queue.own_ring + offset, sizeof(header))
     if (header.magic != KVX_NOTIFY_MAGIC
             or header.length > queue.own_bytes - offset
-            or header.length > queue.own_bytes // 2
+            or header.length > kvx_notify_limit(queue.own_bytes)
             or header.request_bytes > KVX_NOTIFY_MAX_REQUEST
             or header.length != kvx_notify_length(
                 header.request_bytes, header.n_ids)

@@ -397,7 +397,8 @@ cdef class Engine:
                 f"{KVX_NOTIFY_MAX_REQUEST}"
             )
         if queue.ring is not NULL and (
-                kvx_notify_length(len(request_id), n) > queue.ring_bytes // 2):
+                kvx_notify_length(len(request_id), n)
+                > kvx_notify_limit(queue.ring_bytes)):
             raise UsageError(
                 f"{n} blocks in one operation do not fit the notify ring of "
                 f"{queue.ring_bytes} bytes; split the list"

@@ -52,6 +52,17 @@ static inline uint64_t kvx_notify_length(uint64_t request_bytes, uint64_t n_ids)
 }
 
 /*
+ * The longest record of a ring. Whatever the ring's state, a record has to fit
+ * once everything before it is consumed: besides its own length there is the gap
+ * before it, which is shorter than the record, and the credit that the target
+ * has not given back yet, since it does so in portions of a quarter.
+ */
+static inline uint64_t kvx_notify_limit(uint64_t ring_bytes)
+{
+	return ring_bytes / 4;
+}
+
+/*
  * Where a record of `length` bytes goes whose ring has been filled up to the
  * running position `head`: *start is the position of its first byte; returned
  * is the position behind it.
