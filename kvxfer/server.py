@@ -304,17 +304,21 @@ class Server:
         incoming = self._incoming.get(conn_id)
         if incoming is None or self._control is None:
             return
-        incoming.consumed_bytes = head
+        # Arrivals that waited for a consumer may come behind younger ones here.
+        incoming.consumed_bytes = max(incoming.consumed_bytes, head)
         incoming.consumed_records += 1
         options = self.options
         if (
-            head - incoming.told_bytes >= options.notify_ring_bytes // 4
+            incoming.consumed_bytes - incoming.told_bytes
+            >= options.notify_ring_bytes // 4
             or incoming.consumed_records - incoming.told_records
             >= max(1, options.notify_receives // 4)
         ):
-            incoming.told_bytes = head
+            incoming.told_bytes = incoming.consumed_bytes
             incoming.told_records = incoming.consumed_records
-            self._control.send_credit(conn_id, head, incoming.consumed_records)
+            self._control.send_credit(
+                conn_id, incoming.told_bytes, incoming.told_records
+            )
 
     # -- connections: what the control connection asks for ---------------------
 
