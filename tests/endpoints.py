@@ -130,7 +130,7 @@ def expected(
     Args:
       before: The target's memory before.
     """
-    after = before.copy()
+    after: Bytes = before.copy()
     theirs = source.cache.group(group)
     ours = target.cache.group(group)
     if layers is None:
