@@ -5,6 +5,7 @@
 #include "internal.h"
 
 #define ANSWERS_PER_TURN 32
+#define BUSY_MAX_NS (1000 * NS_PER_MS) /* the longest RNR timer is 655 ms */
 
 static const struct soft_failure bad_peer = { IBV_WC_RETRY_EXC_ERR,
 					      KVX_SOFT_BAD_PEER };
@@ -140,12 +141,22 @@ static int take_read_data(struct soft_conn *conn)
 	return 1;
 }
 
+static uint64_t busy_ns(const struct frame_header *busy)
+{
+	uint64_t ns = busy->arg * 1000ull;
+
+	return ns < BUSY_MAX_NS ? ns : BUSY_MAX_NS;
+}
+
 /* What the peer says. False: it makes no sense. */
 static bool obey(struct soft_conn *conn, const struct frame_header *header)
 {
 	switch (header->type) {
 	case FRAME_ACK:
+		return complete(conn->qp, header->seq);
 	case FRAME_BUSY:
+		/* As with an RNR NAK, the retry timer rests meanwhile. */
+		conn->qp->progress_ns += busy_ns(header);
 		return complete(conn->qp, header->seq);
 	case FRAME_NAK:
 		return take_nak(conn->qp, header);
@@ -169,9 +180,9 @@ static int take_answer(struct soft_conn *conn)
 	if (got <= 0)
 		return got;
 	conn->in_len = 0;
+	qp->progress_ns = conn->ctx->now_ns;
 	if (frame_get_header(conn->in, &header) || !obey(conn, &header))
 		soft_qp_fail(qp, &bad_peer, NULL);
-	qp->progress_ns = conn->ctx->now_ns;
 	return 1;
 }
 

@@ -104,6 +104,9 @@ void soft_accept(struct soft_context *ctx)
 		if (!conn)
 			continue;
 		ctx->n_greeting++;
+		/* Try at once; EAGAIN will say if that was too early. */
+		conn->readable = conn->writable = true;
+		soft_ready(conn);
 		conn->deadline_ns = ctx->now_ns + GREETING_NS;
 		soft_want_timer(ctx, conn->deadline_ns);
 	}

@@ -104,9 +104,11 @@ static void after_fork_in_child(void)
 {
 	struct soft_list *at;
 
-	for (at = contexts.next; at != &contexts; at = at->next)
+	/* Off the list: some thread that is not here may have been at the gate,
+	 * and the next fork of this child would wait for it. */
+	while ((at = list_pop(&contexts)))
 		orphan(soft_of(at, struct soft_context, link));
-	after_fork_in_parent();
+	pthread_mutex_unlock(&contexts_lock);
 }
 
 static void watch_forks(void)

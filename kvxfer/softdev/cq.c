@@ -159,6 +159,10 @@ static void overrun(struct soft_cq *cq)
 	atomic_store_explicit(&cq->ready, cq->head - cq->tail + 1,
 			      memory_order_release);
 	soft_raise_cq(cq, IBV_EVENT_CQ_ERR);
+	if (cq->armed != ARMED_NOT) { /* who waits for this one must not sleep on */
+		cq->armed = ARMED_NOT;
+		soft_notify_cq(cq);
+	}
 	/* Its QPs must go to ERR, which needs ctx->lock: not from here. */
 	atomic_store(&ctx->cq_overrun, true);
 	soft_wake(ctx);

@@ -42,7 +42,7 @@ enum frame_type {
 	FRAME_ACK,	 /* seq = first WR that is not done yet */
 	FRAME_NAK,	 /* seq = failed WR, arg = ibv_wc_status, flags = vendor */
 	FRAME_READ_RESP, /* seq = WR, payload = its next bytes */
-	FRAME_BUSY,	 /* alive, but cannot go on: seq as in ACK */
+	FRAME_BUSY,	 /* no receive: seq as in ACK, arg = wait in us */
 };
 
 /* What the responder says to a HELLO. */

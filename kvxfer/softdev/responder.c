@@ -36,10 +36,11 @@ static enum step lost(struct soft_conn *conn)
 }
 
 /* Cumulative: also tells the initiator that we are alive. */
-static bool answer(struct soft_conn *conn, enum frame_type type)
+static bool answer(struct soft_conn *conn, enum frame_type type, uint64_t wait_ns)
 {
 	struct frame_header header = { .type = (uint8_t)type,
-				       .seq = conn->qp->rx_seq };
+				       .seq = conn->qp->rx_seq,
+				       .arg = (uint32_t)(wait_ns / 1000) };
 
 	conn->rx->acks_owed = 0;
 	return soft_conn_put(conn, &header, NULL);
@@ -136,7 +137,7 @@ static enum step take_header(struct soft_conn *conn)
 	if (got == 0) {
 		/* Nothing more has come: answer for what was done. */
 		if (rx->acks_owed && !conn->out_len &&
-		    !answer(conn, FRAME_ACK))
+		    !answer(conn, FRAME_ACK, 0))
 			return lost(conn);
 		return STEP_WAIT;
 	}
@@ -175,17 +176,17 @@ static enum step park(struct soft_conn *conn)
 	static const struct soft_failure no_recv = { IBV_WC_RNR_RETRY_EXC_ERR,
 						     KVX_SOFT_NO_RECV };
 	struct soft_rx *rx = conn->rx;
+	uint64_t wait_ns = rnr_ns(conn->qp->attr.min_rnr_timer);
 
 	if (conn->rnr_retry != RNR_FOR_EVER &&
 	    rx->rnr_tries >= conn->rnr_retry)
 		return nak(conn, &no_recv, NULL);
 	rx->rnr_tries++;
 	rx->parked = true;
-	rx->rnr_at_ns = conn->ctx->now_ns +
-			rnr_ns(conn->qp->attr.min_rnr_timer);
+	rx->rnr_at_ns = conn->ctx->now_ns + wait_ns;
 	soft_want_timer(conn->ctx, rx->rnr_at_ns);
 	/* While unsent answers wait, another one would say nothing new. */
-	if (conn->out_len == 0 && !answer(conn, FRAME_BUSY))
+	if (conn->out_len == 0 && !answer(conn, FRAME_BUSY, wait_ns))
 		return lost(conn);
 	return STEP_WAIT;
 }
@@ -285,7 +286,7 @@ static enum step execute(struct soft_conn *conn)
 		rx->phase = RX_HEADER;
 		if (++rx->acks_owed < MAX_ACKS_OWED || conn->out_len)
 			return STEP_YIELD;
-		return answer(conn, FRAME_ACK) ? STEP_YIELD : lost(conn);
+		return answer(conn, FRAME_ACK, 0) ? STEP_YIELD : lost(conn);
 	}
 	if (rx->mr_generation != conn->ctx->mr_generation) {
 		rx->recv_checked = false;

@@ -208,6 +208,22 @@ static void stopped_target(void)
 	finish(&peer);
 }
 
+/* A child may fork again, and open an adapter of its own. */
+static void grandchild(void)
+{
+	struct end own;
+	pid_t child;
+	int status;
+
+	open_end(&own, &options);
+	child = fork();
+	if (child == 0)
+		_exit(8);
+	CHECK(waitpid(child, &status, 0) == child);
+	CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 8);
+	close_end(&own);
+}
+
 /* We are the ones that fork; our traffic goes on, the child's calls fail. */
 static void forking_initiator(void)
 {
@@ -228,6 +244,7 @@ static void forking_initiator(void)
 			CHECK(post_one(&peer.end, &wr) == ENODEV);
 			CHECK(ibv_poll_cq(peer.end.cq, 8, wc) < 0);
 			CHECK(verbs.destroy_qp(peer.end.qp) == ENODEV);
+			grandchild();
 			_exit(7);
 		}
 		CHECK(waitpid(child, &status, 0) == child);
