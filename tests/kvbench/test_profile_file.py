@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import json
+import mmap
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,8 +103,8 @@ def test_a_short_read_is_a_failure(api: str, tmp_path: Path) -> None:
     path.write_bytes(b"x" * 6144)
     fd = os.open(path, os.O_RDWR)
     queue = fileio.open_queue(api, 4)
-    memory = fileengine.mmap.mmap(-1, 8192)
-    address = fileengine.ctypes.addressof(fileengine.ctypes.c_char.from_buffer(memory))
+    memory = mmap.mmap(-1, 8192)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     try:
         jobs = [fileio.Job(fd, at, address + at, 4096) for at in (0, 4096)]
         queue.prepare(jobs, write=False)
@@ -225,3 +228,17 @@ def test_percentiles() -> None:
     assert percentile(values, 0.5) == 50
     assert percentile(values, 0.99) == 99
     assert percentile([7.0], 0.99) == 7
+
+
+def test_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(fileengine._Bar, "_EVERY", 0.0)
+    bar = fileengine._Bar(4)
+    for _ in range(3):
+        bar.step()
+    assert "[##############################          ] 3/4" in capsys.readouterr().err
+    bar.end()
+    assert capsys.readouterr().err.strip() == ""
+    silent = fileengine._Bar(0)
+    silent.step()
+    silent.end()
+    assert capsys.readouterr().err == ""

@@ -128,6 +128,20 @@ def test_prints_what_it_printed(
         assert done.stdout == output
 
 
+def test_profile_without_nixlbench(tmp_path: Path) -> None:
+    # No output was shown for it; without nixlbench there is nothing to run yet.
+    done = run(
+        "python main.py profile --model ./examples/model_deepseek_r1.yaml "
+        '--model_config "./examples/block-tp1-pp8.yaml"',
+        tmp_path,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == (
+        "kvbench: error: engine kvxfer is not there yet: put nixlbench on PATH, or "
+        "give --engine file with a storage backend"
+    )
+
+
 def test_the_plan_that_could_never_run_says_so(tmp_path: Path) -> None:
     done = run(COMMANDS[-1][0], tmp_path)
     assert "119141 requests at once" in done.stderr
