@@ -103,10 +103,13 @@ def wants_sweep(given: argparse.Namespace) -> bool:
     return bool(given.sweep or given.plot or given.bandwidth)
 
 
-def sweep(given: argparse.Namespace, measured: list[float]) -> str:
+def sweep(
+    given: argparse.Namespace, measured: list[float], *, only_check: bool = False
+) -> str:
     """Compute the sweep, draw it if asked for, and return it as text.
 
     ``measured`` are bandwidths in bytes a second, beside those that were given.
+    ``only_check`` finds what is wrong with it, and draws and says nothing else.
     """
     from kvxfer.kvbench import plot
     from kvxfer.kvbench import sweep as sweeping
@@ -119,13 +122,14 @@ def sweep(given: argparse.Namespace, measured: list[float]) -> str:
     axis = None
     if given.sweep or given.plot:
         axis = sweeping.parse_axis(given.sweep)
-    rates: list[str | float] = [*given.bandwidth, *measured]
+    rates = [*map(sweeping.bandwidth, given.bandwidth), *measured]
     model = load_model(given.model)
     overrides = {name: getattr(given, name) for name in OVERRIDES}
 
     def one(path: str) -> list[sweeping.Point]:
         config = load_config(path, overrides)
-        _warn(config.warnings)
+        if given.command != "profile":  # which has told of them with its plans
+            _warn(config.warnings)
         along = axis or sweeping.Axis("isl", (float(config.isl),))
         return sweeping.points(
             model,
@@ -138,6 +142,8 @@ def sweep(given: argparse.Namespace, measured: list[float]) -> str:
 
     paths = find_configs(given.model_config, given.model_configs)
     found = [point for points in _each(paths, one) for point in points]
+    if only_check:
+        return ""
     if any(point.prefill_seconds is None for point in found):
         say(
             "note",

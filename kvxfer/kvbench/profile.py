@@ -11,7 +11,6 @@ from kvxfer.kvbench.commands import sweep, wants_sweep
 from kvxfer.kvbench.errors import RunError, WrongUseError
 from kvxfer.kvbench.formats import heading, masked_command
 from kvxfer.kvbench.plan import STORAGE, Plan
-from kvxfer.kvbench.plot import check_target
 from kvxfer.kvbench.results import (
     Result,
     results_csv,
@@ -34,8 +33,8 @@ def run(given: argparse.Namespace, plans: Sequence[Plan]) -> int:
       RunError: An engine could not run or failed; its exit code goes along.
       WrongUseError: The plan is not one for the engine that was asked for.
     """
-    if given.plot:
-        check_target(given.plot)
+    if wants_sweep(given):
+        sweep(given, [], only_check=True)
     engine = given.engine or ("nixlbench" if shutil.which("nixlbench") else "kvxfer")
     _check(engine, plans, given)
     results: list[Result] = []

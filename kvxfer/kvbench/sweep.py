@@ -121,7 +121,7 @@ def points(
     model: Model,
     config: ModelConfig,
     axis: Axis,
-    bandwidths: Iterable[str | float],
+    bandwidths: Iterable[float],
     *,
     active_params: float | None = None,
     mfu: float = 0.4,
@@ -132,17 +132,15 @@ def points(
       model: The model.
       config: Its config; the axis takes the place of one of its values.
       axis: What to vary.
-      bandwidths: Rates, as text or in bytes a second; not used if the axis is.
+      bandwidths: In bytes a second; none for the usual NICs, not used if the
+        axis is bandwidth.
       active_params: Parameters that a token meets, if the model does not say.
       mfu: Share of the GPUs' peak that prefill reaches.
 
     Raises:
       PlanError: The exact sizing refuses a value.
     """
-    rates = [
-        bandwidth(rate) if isinstance(rate, str) else rate
-        for rate in (list(bandwidths) or _DEFAULT_BANDWIDTHS)
-    ]
+    rates = list(bandwidths) or [bandwidth(rate) for rate in _DEFAULT_BANDWIDTHS]
     found = []
     for value in axis.values:
         # One request: the question is how long one prompt has to wait.

@@ -73,7 +73,7 @@ def test_a_transfer_and_the_prefill_before_it() -> None:
         kvcache_quant_mode="bfloat16",
         num_requests=99,  # the question is about one prompt
     )
-    (point,) = points(model, config, parse_axis("isl=16000"), ["400G"])
+    (point,) = points(model, config, parse_axis("isl=16000"), [50e9])
     # One of 8 heads on each of 8 ranks, 80 layers.
     size = 80 * 128 * 2 * 2 * 16000
     assert point.bytes == size
@@ -89,7 +89,7 @@ def test_a_transfer_and_the_prefill_before_it() -> None:
 def test_a_slow_nic_is_not_hidden() -> None:
     model = load_model("llama-3.1-8b")
     config = ModelConfig("c", hardware="h100", isl=1000, page_size=16)
-    (point,) = points(model, config, parse_axis("isl=1000"), ["1G"])
+    (point,) = points(model, config, parse_axis("isl=1000"), [125e6])
     assert point.hidden is False
     assert point.prefill_seconds is not None
     assert point.wait_seconds == pytest.approx(
@@ -188,6 +188,15 @@ def test_wrong_use(
 def test_a_plot_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kvcache", *BASE, "--plot", "/nowhere/x.png"]) == 1
     assert "/nowhere/x.png" in capsys.readouterr().err
+
+
+def test_profile_measures_nothing_if_the_sweep_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["profile", "--engine=file", "--backend=POSIX", f"--filepath={tmp_path}"]
+    assert main([*words, *BASE, "--sweep", "tp=0"]) == 2
+    assert main([*words, *BASE, "--sweep", "pp=999"]) == 1
+    assert capsys.readouterr().out == ""
 
 
 @drawing
