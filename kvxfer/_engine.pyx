@@ -209,6 +209,7 @@ cdef class Engine:
         return queue
 
     cdef Queue *_queue(self, uint32_t slot) except NULL:
+        self.cq._ensure_open()
         if slot >= self.core.n_slots or self.core.queues[slot] is NULL:
             raise ClosedResourceError(f"there is no queue {slot}")
         return self.core.queues[slot]

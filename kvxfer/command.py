@@ -108,18 +108,24 @@ def geometry_options(command: _F) -> _F:
     for option in (
         click.option(
             "--dtype",
+            envvar="KVXFER_CACHE_DTYPE",
+            show_envvar=True,
             default=default.dtype,
             show_default=True,
             help="Tag of the element type; both sides must agree.",
         ),
         click.option(
             "--planes",
+            envvar="KVXFER_CACHE_PLANES",
+            show_envvar=True,
             default=",".join(default.planes),
             show_default=True,
             help="Names of the planes, by commas.",
         ),
         click.option(
             "--block-bytes",
+            envvar="KVXFER_CACHE_BLOCK_BYTES",
+            show_envvar=True,
             type=positive,
             default=default.block_bytes,
             show_default=True,
@@ -127,6 +133,8 @@ def geometry_options(command: _F) -> _F:
         ),
         click.option(
             "--blocks",
+            envvar="KVXFER_CACHE_BLOCKS",
+            show_envvar=True,
             type=positive,
             default=default.blocks,
             show_default=True,
@@ -134,6 +142,8 @@ def geometry_options(command: _F) -> _F:
         ),
         click.option(
             "--layers",
+            envvar="KVXFER_CACHE_LAYERS",
+            show_envvar=True,
             type=positive,
             default=default.layers,
             show_default=True,

@@ -278,9 +278,6 @@ class Options:
         low=1,
         high=64,
     )
-    signal_every: int = _option(
-        64, "One WR in so many asks for a completion.", unit="WRs", low=1, high=4096
-    )
     max_sge: int = _option(
         8, "Local blocks gathered by one WR.", unit="SGEs", low=1, high=16
     )
