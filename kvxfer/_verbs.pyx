@@ -210,10 +210,14 @@ cdef class Handle:
     def __del__(self):
         if self.closed or self._pid != getpid():
             return
-        warnings.warn(
-            f"unclosed {type(self).__name__}", ResourceWarning, source=self
-        )
-        self.close()
+        try:
+            warnings.warn(
+                f"unclosed {type(self).__name__}", ResourceWarning, source=self
+            )
+        finally:
+            # Also where warnings are errors: the parent no longer knows of this
+            # object, and could not be closed itself.
+            self.close()
 
 
 cdef class Device(Handle):

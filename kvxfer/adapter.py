@@ -100,6 +100,7 @@ class Adapter:
         self.port = device.query_port(self.spec.port_num)
         self.gid = devices.choose_gid(device, self.spec, options.gid_index)
         self.max_rd_atomic = max(1, min(16, limits.max_qp_rd_atom))
+        self.max_retries = devices.max_retries(self.spec)
         self.max_sge = max(1, min(options.max_sge, limits.max_sge))
         self.max_qp_wr = limits.max_qp_wr
         self.pd = ProtectionDomain(device)

@@ -124,6 +124,18 @@ def choose_gid(device: _verbs.Device, spec: DeviceSpec, index: int | None) -> GI
     return min(table, key=_gid_rank)
 
 
+def max_retries(spec: DeviceSpec) -> int:
+    """Return the highest ``retry_cnt`` that a device takes for a number of retries.
+
+    Verbs permit up to 7, and only for ``rnr_retry`` does 7 mean "for ever". Soft-RoCE
+    takes it so for both: a dead peer would never be reported.
+    """
+    if spec.provider == "libibverbs" and (_SYSFS / spec.name / "parent").exists():
+        # The netdev beneath; only Soft-RoCE's driver has this file.
+        return 6
+    return 7
+
+
 def _gid_rank(choice: GIDChoice) -> tuple[bool, bool, bool, int]:
     return (
         choice.gid_type == "IB/RoCE v1",

@@ -165,7 +165,7 @@ class Link:
             gid_index=adapter.gid.index,
             is_global=adapter.port.link_layer == "ethernet",
             timeout=options.ib_timeout,
-            retry_cnt=options.retry_cnt,
+            retry_cnt=min(options.retry_cnt, adapter.max_retries),
             rnr_retry=options.rnr_retry,
             min_rnr_timer=options.min_rnr_timer,
             max_rd_atomic=min(adapter.max_rd_atomic, max(1, remote.max_rd_atomic)),

@@ -48,6 +48,12 @@ static int query_port(struct ibv_context *context, uint8_t port_num,
 static struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t length,
 			     unsigned int access)
 {
+	/* The kernel counts pages, so for some devices nothing at an address
+	 * inside a page is a region of one page. */
+	if (length == 0) {
+		errno = EINVAL;
+		return NULL;
+	}
 	/* The plain symbol refuses optional flags such as relaxed ordering. */
 	if (lib.reg_mr_iova2 && (access & IBV_ACCESS_OPTIONAL_RANGE))
 		return lib.reg_mr_iova2(pd, addr, length, (uintptr_t)addr, access);
