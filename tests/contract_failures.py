@@ -54,7 +54,8 @@ class Errors:
         """An access error takes the target's QP along, and it is told."""
         assert statuses(b, 1) == [(70, FLUSH)]
         assert b.qp.state == QPState.ERR
-        assert b.wait_async_event() in QP_ERROR_EVENTS
+        if b.target.strict:  # Soft-RoCE tells by the flushed receive alone
+            assert b.wait_async_event() in QP_ERROR_EVENTS
 
     def test_unknown_rkey(self, rig: Rig) -> None:
         a, b = rig.pair()
@@ -137,9 +138,13 @@ class Errors:
             b.post_recv(i)
         b.qp.to_error()
         assert statuses(b, 5) == [(i, FLUSH) for i in range(5)]
-        b.post_recv(6)
+        b.post(b.write(a, 0, 0, 8, wr_id=6, signaled=False))
         assert statuses(b, 1) == [(6, FLUSH)]
-        b.post(b.write(a, 0, 0, 8, wr_id=7, signaled=False))
+        b.post_recv(7)
+        if not b.target.strict:
+            # Soft-RoCE's kernel is not told of a posted receive, and sees this
+            # one when it has something else to do with the QP.
+            b.qp.to_error()
         assert statuses(b, 1) == [(7, FLUSH)]
 
     def test_nothing_lands_after_the_target_says_stop(self, rig: Rig) -> None:
@@ -203,7 +208,9 @@ class DeadPeers:
         b.qp.to_reset()
         b.psn ^= 0x800000
         old = a.psn
-        a.psn ^= 0x800000
+        # Our request is ahead of what it expects: one that is behind would be a
+        # duplicate to it, which transports acknowledge without executing it.
+        a.psn = (old - 0x400000) % 2**24
         b.connect(a)
         a.psn = old
         self.fails_in_time(a, b)

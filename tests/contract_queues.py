@@ -65,15 +65,18 @@ class States:
     def test_full_send_queue(self, rig: Rig) -> None:
         a, b = rig.pair(Spec(limits=QPLimits(max_send_wr=8)))
         depth = a.qp.max_send_wr
+        # Soft-RoCE holds more than it grants: up to a power of two, less one.
+        n = depth + 3 if rig.target.strict else 2 * depth + 3
         wrs = [
             a.write(b, 0, 100 * i, 100, wr_id=i, signaled=i == depth - 2)
-            for i in range(depth + 3)
+            for i in range(n)
         ]
         with pytest.raises(VerbsError) as caught:
             a.qp.post_send(wrs)
         assert caught.value.errno == errno.ENOMEM
         # Those in front were posted and are executed.
-        assert vars(caught.value)["n_posted"] == depth
+        n_posted = vars(caught.value)["n_posted"]
+        assert n_posted == depth or (not rig.target.strict and depth < n_posted < n)
         assert statuses(a, 1) == [(depth - 2, SUCCESS)]
         assert np.array_equal(b.buffer[:100], a.buffer[:100])
         # All but the last slot are back.
