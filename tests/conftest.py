@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 
 # Some libraries start threads of their own when they are first imported; here,
@@ -61,6 +64,30 @@ def _watch_tasks(item: pytest.Item) -> None:
     names: list[str] = getattr(item, "fixturenames", [])
     if inspect.iscoroutinefunction(function) and "no_leaks" in names:
         names.insert(names.index("no_leaks") + 1, "no_leaked_tasks")
+
+
+_exit_status = 0
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    global _exit_status
+    _exit_status = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """Exit although a test that failed left a thread that nobody will end.
+
+    The interpreter would wait for it for ever, and the verdict with it.
+    """
+    left = [t for t in threading.enumerate() if not t.daemon]
+    left.remove(threading.main_thread())
+    if left and _exit_status != 0:
+        names = ", ".join(thread.name for thread in left)
+        print(f"exiting without waiting for threads: {names}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(_exit_status)
 
 
 @pytest.fixture(scope="session")
