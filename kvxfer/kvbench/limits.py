@@ -166,16 +166,25 @@ def _gds_pool(p: Params) -> Iterator[Finding]:
 
 
 def _posix_pool(p: Params) -> Iterator[Finding]:
-    batch = p["max_batch_size"]
-    if p["backend"] == "POSIX" and batch > POSIX_POOL:
-        parts = -(-batch // POSIX_POOL)
-        even = -(-batch // parts)
-        yield Finding(
-            f"{batch} requests at once are more than the {POSIX_POOL} that the POSIX "
-            "backend can hold",
-            change={"start_batch_size": even, "max_batch_size": even},
-            how=f"a batch is now {even}: {parts} of them move the whole",
-        )
+    batch, threads = p["max_batch_size"], p["num_threads"]
+    room = POSIX_POOL // threads  # they share one pool
+    if p["backend"] != "POSIX" or batch <= room:
+        return
+    each = f" by each of {threads} threads" if threads > 1 else ""
+    problem = (
+        f"{batch} requests at once{each} are more than the {POSIX_POOL} that the "
+        "POSIX backend can hold"
+    )
+    if room == 0:
+        yield Finding(problem)
+        return
+    parts = -(-batch // room)
+    even = -(-batch // parts)
+    yield Finding(
+        problem,
+        change={"start_batch_size": even, "max_batch_size": even},
+        how=f"a batch is now {even}: {parts} of them move the whole",
+    )
 
 
 def _buffer(p: Params) -> Iterator[Finding]:

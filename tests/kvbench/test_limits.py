@@ -62,6 +62,11 @@ def test_a_plain_plan_is_fine() -> None:
             {"max_batch_size": 35000, "start_batch_size": 35000},
         ),
         (
+            make(256, 40000, backend="POSIX", num_threads=3),
+            "40000 requests at once by each of 3 threads are more than the 65536",
+            {"max_batch_size": 20000, "start_batch_size": 20000},
+        ),
+        (
             make(1000, 4, backend="POSIX", storage_enable_direct=True),
             "not a multiple of 512, which every disk needs",
             {"max_block_size": 4096, "start_block_size": 4096},
