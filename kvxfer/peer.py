@@ -19,7 +19,7 @@ from kvxfer._engine import CANCELLED_STATUS
 from kvxfer._version import __version__
 from kvxfer.adapter import Adapter
 from kvxfer.blocks import Ids
-from kvxfer.control import CloseReason, ControlClient
+from kvxfer.control import CloseCause, CloseReason, ControlClient
 from kvxfer.errors import (
     BrokenPeerError,
     ClosedResourceError,
@@ -297,18 +297,30 @@ class Peer:
 
     # -- the end ---------------------------------------------------------------
 
-    def break_(self, reason: str, error: KVXferError | None = None) -> None:
-        """Begin to take the connection down, if that has not begun."""
+    def break_(
+        self, reason: str, error: KVXferError | None = None, *, patient: bool = False
+    ) -> None:
+        """Begin to take the connection down, if that has not begun.
+
+        Args:
+          reason: For the peer's log.
+          error: What later calls name as the cause.
+          patient: Let writes that are in flight complete first, for a moment.
+        """
         if self._breaking is not None:
             return
         if self.state is not PeerState.CLOSED:
             self.state = PeerState.BROKEN
         if self.error is None:
             self.error = error
-        self._breaking = asyncio.get_running_loop().create_task(self._break(reason))
+        self._breaking = asyncio.get_running_loop().create_task(
+            self._break(reason, patient)
+        )
 
-    async def _break(self, reason: str) -> None:
+    async def _break(self, reason: str, patient: bool) -> None:
         if self._link is not None:
+            if patient:
+                await self._drained()
             await self._link.fail()
             if self._control.is_established:
                 self._fenced = await self._control.request_fence(
@@ -326,7 +338,7 @@ class Peer:
         try:
             await asyncio.wait_for(self._idle.wait(), self.host.options.drain_timeout)
         except asyncio.TimeoutError:
-            _log.warning("%s: destroying a QP with WRs in flight", self.address)
+            _log.warning("%s: a QP is given up with WRs in flight", self.address)
 
     def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
         """Take the peer's credit for its notify ring (for the control connection)."""
@@ -348,8 +360,12 @@ class Peer:
 
     async def closed(self, reason: CloseReason) -> None:
         """The control connection is over (for the control connection)."""
+        # The goodbye travels apart from the data: acknowledgements of what the peer
+        # has taken may still be on their way. If its QP is gone, that shows at once.
         self.break_(
-            str(reason), BrokenPeerError(f"the connection to {self.address}: {reason}")
+            str(reason),
+            BrokenPeerError(f"the connection to {self.address}: {reason}"),
+            patient=reason.cause is CloseCause.BYE,
         )
         assert self._breaking is not None
         await asyncio.shield(self._breaking)

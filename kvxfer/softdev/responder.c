@@ -242,9 +242,14 @@ static enum step use_recv(struct soft_conn *conn, const struct frame_desc *desc)
 	rx->rnr_tries = 0;
 	if (desc->op == OP_SEND && !rx->recv_checked)
 		return check_recv(conn, desc);
+	qp->rx_seq++;
+	/* The acknowledgement leaves first, as a NIC's does: whoever learns of
+	 * the message here may end this QP at once, and the initiator must not
+	 * be told that it failed. */
+	if (conn->out_len == 0 && !answer(conn, FRAME_ACK, 0))
+		rx->acks_owed++; /* the next read finds the connection broken */
 	soft_recv_done(qp, desc, rx->message_off);
 	rx->recv_checked = false;
-	qp->rx_seq++;
 	rx->at++;
 	rx->at_off = 0;
 	return STEP_ON;
