@@ -235,6 +235,7 @@ static enum step use_recv(struct soft_conn *conn, const struct frame_desc *desc)
 {
 	struct soft_rx *rx = conn->rx;
 	struct soft_qp *qp = conn->qp;
+	bool alive;
 
 	if (!has_recv(&qp->rq))
 		return park(conn);
@@ -246,13 +247,12 @@ static enum step use_recv(struct soft_conn *conn, const struct frame_desc *desc)
 	/* The acknowledgement leaves first, as a NIC's does: whoever learns of
 	 * the message here may end this QP at once, and the initiator must not
 	 * be told that it failed. */
-	if (conn->out_len == 0 && !answer(conn, FRAME_ACK, 0))
-		rx->acks_owed++; /* the next read finds the connection broken */
+	alive = conn->out_len || answer(conn, FRAME_ACK, 0);
 	soft_recv_done(qp, desc, rx->message_off);
 	rx->recv_checked = false;
 	rx->at++;
 	rx->at_off = 0;
-	return STEP_ON;
+	return alive ? STEP_ON : lost(conn);
 }
 
 static enum step move(struct soft_conn *conn)

@@ -55,6 +55,7 @@ static void target(int in, int out, enum part part)
 		if (child == 0) {
 			CHECK(to_state(&end, IBV_QPS_ERR) == ENODEV);
 			CHECK(verbs.close_device(end.context) == ENODEV);
+			alarm(30); /* outlives its parent, but not for ever */
 			pause();
 		}
 	}
