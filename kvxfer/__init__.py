@@ -53,6 +53,8 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     import importlib
 
+    if name == "errors":
+        return importlib.import_module("kvxfer.errors")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(importlib.import_module(_HOMES[name]), name)
