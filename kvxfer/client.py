@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
@@ -19,7 +18,7 @@ from kvxfer.errors import (
     LayoutError,
     UsageError,
 )
-from kvxfer.host import Host
+from kvxfer.host import Host, finish
 from kvxfer.options import Options
 from kvxfer.peer import Peer, WriteResult
 from kvxfer.verbs_types import Access
@@ -64,6 +63,7 @@ class Client:
         self._host = Host(cache, Access(0), self.options)
         self._peers: dict[str, Peer] = {}
         self._connecting: dict[str, _Attempt] = {}
+        self._closing: asyncio.Task[None] | None = None
         self._state = "new"
 
     async def open(self) -> None:
@@ -135,7 +135,7 @@ class Client:
             self._connecting[address] = attempt
         attempt.waiters += 1
         try:
-            return await asyncio.shield(attempt.task)
+            await asyncio.wait({attempt.task})
         finally:
             attempt.waiters -= 1
             if attempt.waiters == 0:
@@ -143,6 +143,9 @@ class Client:
                 self._connecting.pop(address, None)
                 attempt.task.cancel()
                 await asyncio.wait({attempt.task})
+        if attempt.task.cancelled():
+            raise ClosedResourceError("the client was closed while it connected")
+        return attempt.task.result()
 
     def _address(self, host: str, port: int | None) -> str:
         if host.startswith("ipc://"):
@@ -225,12 +228,7 @@ class Client:
         if peer.host is not self._host:
             raise UsageError(f"{peer!r} is a peer of another client")
         seconds = self._timeout(timeout, "write_timeout")
-        request = "" if request_id is None else request_id
-        if len(request.encode()) > _MAX_REQUEST_BYTES:
-            raise UsageError(
-                f"request_id has {len(request.encode())} bytes, more than "
-                f"{_MAX_REQUEST_BYTES}"
-            )
+        request = _request(request_id)
         local_ids = as_ids(local_block_ids, "local_block_ids")
         remote_ids = as_ids(remote_block_ids, "remote_block_ids")
         rows = peer.find(self._group(group), _layers(layer_idx))
@@ -249,25 +247,43 @@ class Client:
         return group
 
     def _timeout(self, timeout: float | None, option: str) -> float:
-        seconds = getattr(self.options, option) if timeout is None else timeout
-        if math.isnan(seconds) or seconds <= 0:
+        seconds: Any = getattr(self.options, option) if timeout is None else timeout
+        try:
+            usable = not isinstance(seconds, bool | str) and bool(seconds > 0)
+        except (TypeError, ValueError):
+            usable = False
+        if not usable:
             raise UsageError(
                 f"timeout is {timeout!r}, not a positive number of seconds"
             )
-        return min(float(seconds), _MAX_TIMEOUT)
+        return float(min(seconds, _MAX_TIMEOUT))
 
     # -- the end ---------------------------------------------------------------
 
     async def close(self) -> None:
         """Close all connections, then the devices. Twice is fine.
 
-        Writes in flight end with BrokenPeerError. When this returns no thread,
-        task, file descriptor or QP is left.
+        Writes in flight end with BrokenPeerError, connects with
+        ClosedResourceError. When this returns no thread, task, file descriptor or
+        QP is left.
+
+        Raises:
+          ClosedResourceError: In a forked child, where there is nothing to close.
+          UsageError: In another event loop. Nothing was closed.
+
+        Cancellation:
+          Raised when all is closed.
         """
-        if self._state != "open":
+        if self._state == "open":
+            self._host.check("client")
+            self._state = "closing"
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        if self._closing is None:
             self._state = "closed"
-            return
-        self._state = "closed"
+        else:
+            await finish(self._closing)
+
+    async def _close(self) -> None:
         attempts = [attempt.task for attempt in self._connecting.values()]
         for task in attempts:
             task.cancel()
@@ -276,7 +292,10 @@ class Client:
             *(peer.close() for peer in self._peers.values()), return_exceptions=True
         )
         self._peers.clear()
-        await self._host.close()
+        try:
+            await self._host.close()
+        finally:
+            self._state = "closed"
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -288,6 +307,21 @@ class Client:
         for peer in self._peers.values():
             if peer.uses(adapter, slot):
                 peer.break_("a WR failed")
+
+
+def _request(request_id: str | None) -> str:
+    """Check a request id; None becomes empty."""
+    if request_id is None:
+        return ""
+    try:
+        length = len(request_id.encode())
+    except (AttributeError, UnicodeEncodeError):
+        raise UsageError(f"request_id is {request_id!r}, not text") from None
+    if length > _MAX_REQUEST_BYTES:
+        raise UsageError(
+            f"request_id has {length} bytes, more than {_MAX_REQUEST_BYTES}"
+        )
+    return request_id
 
 
 def _layers(layer_idx: int | Iterable[int] | None) -> list[int] | None:

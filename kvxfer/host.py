@@ -117,7 +117,24 @@ class Host:
             return
         self._loop = None
         try:
-            for adapter in reversed(self.adapters):
-                await adapter.close()
+            while self.adapters:
+                await self.adapters.pop().close()
         finally:
             self.cache._unpin()
+
+
+async def finish(closing: asyncio.Task[None]) -> None:
+    """Wait for a close that goes on even if the waiting is cancelled.
+
+    Cancellation:
+      Raised when the task has ended.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not closing.done():
+        try:
+            await asyncio.wait({closing})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    closing.result()

@@ -371,7 +371,14 @@ class Peer:
         await asyncio.shield(self._breaking)
 
     async def close(self) -> None:
-        """Take the connection down and wait for it. Twice is fine."""
+        """Take the connection down and wait for it. Twice is fine.
+
+        Raises:
+          ClosedResourceError: In a forked child, where there is nothing to close.
+          UsageError: In another event loop. Nothing was closed.
+        """
+        if self._breaking is None or not self._breaking.done():
+            self.host.check("peer")
         if self.state is PeerState.CONNECTED:
             self.state = PeerState.CLOSED
         self.break_("the client closed")

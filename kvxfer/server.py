@@ -25,7 +25,7 @@ from kvxfer.errors import (
     RefusedError,
     UsageError,
 )
-from kvxfer.host import Host
+from kvxfer.host import Host, finish
 from kvxfer.layout import check_fit
 from kvxfer.link import Link, numeric_address
 from kvxfer.options import Options
@@ -129,6 +129,7 @@ class Server:
         self._waiting: collections.deque[_Waiting] = collections.deque()
         self._failures: collections.deque[Failure] = collections.deque(maxlen=4096)
         self._news: set[asyncio.Future[None]] = set()
+        self._closing: asyncio.Task[None] | None = None
         self._state = "new"
 
     # -- life ------------------------------------------------------------------
@@ -180,17 +181,33 @@ class Server:
 
         When this returns no byte of any writer lands any more, and no thread,
         task, file descriptor or QP is left. ``arrivals()`` ends.
+
+        Raises:
+          ClosedResourceError: In a forked child, where there is nothing to close.
+          UsageError: In another event loop. Nothing was closed.
+
+        Cancellation:
+          Raised when all is closed.
         """
-        if self._state != "open":
+        if self._state == "open":
+            self._host.check("server")
+            self._state = "closing"
+            self._wake()
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        if self._closing is None:
             self._state = "closed"
-            return
-        self._state = "closed"
-        self._wake()
+        else:
+            await finish(self._closing)
+
+    async def _close(self) -> None:
         assert self._control is not None
         try:
             await self._control.close()
         finally:
-            await self._host.close()
+            try:
+                await self._host.close()
+            finally:
+                self._state = "closed"
 
     @property
     def port(self) -> int:
@@ -217,6 +234,12 @@ class Server:
             raise ClosedResourceError("the server is not open")
         return self._control
 
+    def _ensure_usable(self) -> None:
+        """Raise where the server was never open, or is another process's or loop's."""
+        self._listening()
+        if self._state == "open":
+            self._host.check("server")
+
     # -- what landed -----------------------------------------------------------
 
     async def arrivals(self) -> AsyncIterator[Arrival]:
@@ -226,9 +249,9 @@ class Server:
         behind or not there yet; then writers are held back, and time out.
 
         Raises:
-          ClosedResourceError: The server was never open.
+          ClosedResourceError: The server was never open, or not in this process.
         """
-        self._listening()
+        self._ensure_usable()
         while True:
             while self._waiting:
                 waiting = self._waiting.popleft()
@@ -243,9 +266,9 @@ class Server:
         """Yield what writers gave up, until the close; the last 4096 are kept.
 
         Raises:
-          ClosedResourceError: The server was never open.
+          ClosedResourceError: The server was never open, or not in this process.
         """
-        self._listening()
+        self._ensure_usable()
         while True:
             while self._failures:
                 yield self._failures.popleft()
@@ -254,7 +277,6 @@ class Server:
             await self._next_news()
 
     async def _next_news(self) -> None:
-        self._host.check("server")
         news = asyncio.get_running_loop().create_future()
         self._news.add(news)
         try:
