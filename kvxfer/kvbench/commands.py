@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from kvxfer.kvbench import sweep as sweeping
 from kvxfer.kvbench.config import OVERRIDES, ModelConfig, find_configs, load_config
 from kvxfer.kvbench.errors import KVBenchError, WrongUseError
 from kvxfer.kvbench.exact import ExactSizes, exact_io_bytes, exact_sizes
@@ -112,47 +113,52 @@ def sweep(
     ``only_check`` finds what is wrong with it, and draws and says nothing else.
     """
     from kvxfer.kvbench import plot
-    from kvxfer.kvbench import sweep as sweeping
 
     if given.plot:
         plot.check_target(given.plot)
     if not 0 < given.mfu <= 1:
         raise WrongUseError(f"--mfu {given.mfu}: expected a share above 0, up to 1")
-    # Without an axis there is one point, at the config's own isl; drawn, a line.
-    axis = None
-    if given.sweep or given.plot:
-        axis = sweeping.parse_axis(given.sweep)
     rates = [*map(sweeping.bandwidth, given.bandwidth), *measured]
+    # Without an axis there is one point, at the config's own isl; drawn, a line.
+    axis = sweeping.parse_axis(given.sweep) if given.sweep or given.plot else None
     model = load_model(given.model)
+    found = _points(given, model, axis, rates)
+    if only_check:
+        return ""
+    if any(point.prefill_seconds is None for point in found):
+        say(
+            "note",
+            "the time of prefill needs the parameters that a token meets "
+            "(--active_params) and a GPU that is known (system.hardware)",
+        )
+    if given.plot:
+        plot.draw(found, f"KV cache of {model.name}", given.plot)
+    return sweeping.render(found, getattr(given, "format", "table"))
+
+
+def _points(
+    given: argparse.Namespace,
+    model: Model,
+    axis: sweeping.Axis | None,
+    rates: list[float],
+) -> list[sweeping.Point]:
     overrides = {name: getattr(given, name) for name in OVERRIDES}
 
     def one(path: str) -> list[sweeping.Point]:
         config = load_config(path, overrides)
         if given.command != "profile":  # which has told of them with its plans
             _warn(config.warnings)
-        along = axis or sweeping.Axis("isl", (float(config.isl),))
         return sweeping.points(
             model,
             config,
-            along,
+            axis or sweeping.Axis("isl", (float(config.isl),)),
             rates,
             active_params=given.active_params,
             mfu=given.mfu,
         )
 
     paths = find_configs(given.model_config, given.model_configs)
-    found = [point for points in _each(paths, one) for point in points]
-    if only_check:
-        return ""
-    if any(point.prefill_seconds is None for point in found):
-        say(
-            "note",
-            "the time of prefill needs the model's parameters (--active_params) and "
-            "a GPU that is known (system.hardware)",
-        )
-    if given.plot:
-        plot.draw(found, f"KV cache of {model.name}", given.plot)
-    return sweeping.render(found, getattr(given, "format", "table"))
+    return [point for points in _each(paths, one) for point in points]
 
 
 def iosize(given: argparse.Namespace) -> int:

@@ -174,7 +174,7 @@ def points(
 def prefill_seconds(
     model: Model, config: ModelConfig, active_params: float | None, mfu: float
 ) -> float | None:
-    """Estimate the time of prefill of one prompt on all GPUs of the config.
+    """Estimate the time that each GPU of the config computes for one prompt.
 
     Two operations a parameter and token, and the attention scores and sums over
     all tokens before. None if the parameters or the GPU are not known.

@@ -105,6 +105,21 @@ def test_prefill_that_cannot_be_told() -> None:
     assert prefill_seconds(model, known, 1e9, 0.4) is not None
 
 
+@pytest.mark.parametrize("name", ["deepseek_r1", "gpt_oss_120b", "qwen3_235b_a22b"])
+def test_all_experts_are_not_what_a_token_meets(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # These files count every expert: prefill would look far too long.
+    model = str(EXAMPLES / f"model_{name}.yaml")
+    words = ["kvcache", "--model", model, "--model_config", CONFIG, "--bandwidth=1G"]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].endswith("?")
+    assert "--active_params" in err
+    assert main([*words, "--active_params=37e9"]) == 0
+    assert "?" not in capsys.readouterr().out
+
+
 @drawing
 @pytest.mark.parametrize(
     "axis",
