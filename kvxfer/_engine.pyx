@@ -65,14 +65,17 @@ class RingArrival(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What one call of :meth:`Engine.progress` found."""
+    """What one call of :meth:`Engine.progress` found.
+
+    ``failed`` has the slots of queues that failed since the last call: their QPs
+    want to be moved to ERR. With ``more`` the budget was used up: call again soon,
+    no event may come.
+    """
 
     finished: list
     arrivals: list
     failed: list
-    """Slots of queues that failed since the last call: move their QPs to ERR."""
     more: bool
-    """The budget was used up: call again soon, no event may come."""
 
 
 CANCELLED_STATUS = CANCELLED

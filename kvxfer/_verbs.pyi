@@ -21,7 +21,9 @@ from kvxfer.verbs_types import (
 Provider = Literal["soft", "libibverbs"]
 
 def live_objects() -> dict[str, int]: ...
-def list_devices(provider: Provider, *, path: str | None = None) -> list[DeviceInfo]: ...
+def list_devices(
+    provider: Provider, *, path: str | None = None
+) -> list[DeviceInfo]: ...
 
 class Handle:
     @property
