@@ -89,15 +89,16 @@ class States:
         if not rig.target.strict:
             pytest.skip("this device frees slots by itself, which NICs do not")
         a, b = rig.pair(Spec(limits=QPLimits(max_send_wr=4)))
-        b.post_recv(1)
-        a.post(
-            *(a.write(b, 0, 0, 8, signaled=False) for _ in range(3)),
-            a.write(b, 0, 0, 0, signaled=False, opcode=Opcode.RDMA_WRITE_WITH_IMM),
-        )
-        assert b.reap_one().status == SUCCESS  # so all four are done
+        depth = a.qp.max_send_wr
+        a.cq.arm()
+        a.post(*(a.write(b, 0, 0, 8, signaled=i == depth - 1) for i in range(depth)))
+        assert a.wait_event(5)  # so all of them are done
         with pytest.raises(VerbsError) as caught:
             a.post(a.write(b, 0, 0, 8))
         assert caught.value.errno == errno.ENOMEM
+        assert a.reap_one().status == SUCCESS
+        a.post(*(a.write(b, 0, 0, 8) for i in range(depth)))
+        assert len(a.reap(depth)) == depth
 
     def test_too_many_sges(self, rig: Rig) -> None:
         a, b = rig.pair(Spec(limits=QPLimits(max_send_wr=8, max_send_sge=2)))

@@ -207,8 +207,7 @@ int post_recv(struct end *end, uint64_t wr_id, size_t off, uint32_t length)
 	return ibv_post_recv(end->qp, &wr, &bad);
 }
 
-/* Sleep until the CQ may have something, by the recipe of the man page. */
-static void await(struct end *end, int ms)
+void await(struct end *end, int ms)
 {
 	struct pollfd look = { .fd = end->channel->fd, .events = POLLIN };
 	struct ibv_cq *cq;

@@ -73,6 +73,8 @@ struct ibv_send_wr write_wr(const struct end *from, const struct card *to,
 			    uint32_t length);
 int post_one(struct end *end, struct ibv_send_wr *wr);
 int post_recv(struct end *end, uint64_t wr_id, size_t off, uint32_t length);
+/* Sleep until the CQ may have something, by the recipe of the man page. */
+void await(struct end *end, int ms);
 /* Wait up to 20 s for n completions. */
 void reap(struct end *end, struct ibv_wc *wc, int n);
 /* Nothing arrives within the time. */
