@@ -540,6 +540,9 @@ cdef int drain(Core *core, uint32_t budget) noexcept nogil:
         uint32_t done = 0
     while done < budget:
         n = ibv_poll_cq(core.cq, POLL_BATCH, wcs)
+        if n < 0:
+            # Overrun or gone: of what is in flight nothing will be heard again.
+            fail_all(core, IBV_WC_GENERAL_ERR)
         if n <= 0:
             return 0
         for i in range(n):
@@ -548,6 +551,13 @@ cdef int drain(Core *core, uint32_t budget) noexcept nogil:
         # Free slots are filled at once, before the rest is polled.
         pump_all(core)
     return 1
+
+
+cdef void fail_all(Core *core, int status) noexcept nogil:
+    cdef uint32_t slot
+    for slot in range(core.n_slots):
+        if core.queues[slot] is not NULL:
+            fail(core, core.queues[slot], status)
 
 
 cdef void pump_all(Core *core) noexcept nogil:

@@ -41,6 +41,7 @@ cdef extern from "infiniband/verbs.h" nogil:
         IBV_QP_DEST_QPN
         IBV_WC_SUCCESS
         IBV_WC_WR_FLUSH_ERR
+        IBV_WC_GENERAL_ERR
         IBV_WC_RECV
         IBV_WC_RECV_RDMA_WITH_IMM
         IBV_WC_WITH_IMM

@@ -174,7 +174,10 @@ class VerbsError(KVXferError, OSError):
     Attributes:
       errno: The positive error number.
       call: The verb that returned it, as in the man pages.
+      n_posted: WRs of a post that were accepted before the one that was not.
     """
+
+    n_posted: int = 0
 
     def __init__(
         self, errno: int, message: str, *, call: str = "", hint: str = ""

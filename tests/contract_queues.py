@@ -75,7 +75,7 @@ class States:
             a.qp.post_send(wrs)
         assert caught.value.errno == errno.ENOMEM
         # Those in front were posted and are executed.
-        n_posted = vars(caught.value)["n_posted"]
+        n_posted = caught.value.n_posted
         assert n_posted == depth or (not rig.target.strict and depth < n_posted < n)
         assert statuses(a, 1) == [(depth - 2, SUCCESS)]
         assert np.array_equal(b.buffer[:100], a.buffer[:100])
