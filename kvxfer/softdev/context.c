@@ -245,7 +245,6 @@ static void init_context(struct soft_context *ctx, struct ibv_device *device)
 	list_init(&ctx->events);
 	ctx->listen_fd = ctx->epoll_fd = ctx->kick_fd = -1;
 	ctx->timer_ns = NEVER;
-	soft_random(&ctx->guid, sizeof(ctx->guid));
 }
 
 static void free_context(struct soft_context *ctx)
@@ -321,6 +320,39 @@ int soft_close_device(struct ibv_context *context)
 	free_context(ctx);
 	atomic_fetch_sub(&soft_tally.contexts, 1);
 	return 0;
+}
+
+/*
+ * The GID of a NIC's port is the same for all who open the device, so a program
+ * that connects two of its own contexts asks either of them for it. Here each
+ * context is an adapter of its own; our own GID with the QP number of another
+ * context of this process means that one.
+ */
+union ibv_gid soft_adapter_of(struct soft_context *ctx,
+			      const union ibv_gid *gid, uint32_t qpn)
+{
+	union ibv_gid found = *gid;
+	struct soft_context *other;
+	struct soft_list *at;
+	bool here;
+
+	if (memcmp(gid, &ctx->gid, sizeof(*gid)))
+		return found;
+	soft_lock(ctx);
+	here = soft_find_qp(ctx, qpn);
+	soft_unlock(ctx);
+	if (here)
+		return found;
+	pthread_mutex_lock(&contexts_lock);
+	for (at = contexts.next; at != &contexts; at = at->next) {
+		other = soft_of(at, struct soft_context, link);
+		soft_lock(other);
+		if (soft_find_qp(other, qpn))
+			found = other->gid;
+		soft_unlock(other);
+	}
+	pthread_mutex_unlock(&contexts_lock);
+	return found;
 }
 
 void kvx_soft_counts(struct kvx_soft_counts *counts)

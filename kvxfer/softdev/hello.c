@@ -42,8 +42,7 @@ void soft_send_hello(struct soft_conn *conn)
 	uint8_t body[FRAME_HELLO_BYTES];
 
 	memcpy(hello.src_gid, ctx->gid.raw, sizeof(hello.src_gid));
-	memcpy(hello.dst_gid, qp->attr.ah_attr.grh.dgid.raw,
-	       sizeof(hello.dst_gid));
+	memcpy(hello.dst_gid, qp->peer_gid.raw, sizeof(hello.dst_gid));
 	memcpy(hello.token, qp->hint.remote_token, sizeof(hello.token));
 	soft_random(qp->nonce, sizeof(qp->nonce));
 	memcpy(hello.nonce, qp->nonce, sizeof(hello.nonce));
@@ -79,8 +78,7 @@ static struct soft_qp *addressee(struct soft_context *ctx,
 	if (state != IBV_QPS_RTR && state != IBV_QPS_RTS)
 		return NULL;
 	if (memcmp(hello->dst_gid, ctx->gid.raw, sizeof(hello->dst_gid)) ||
-	    memcmp(hello->src_gid, qp->attr.ah_attr.grh.dgid.raw,
-		   sizeof(hello->src_gid)))
+	    memcmp(hello->src_gid, qp->peer_gid.raw, sizeof(hello->src_gid)))
 		return NULL;
 	if (hello->src_qpn != qp->attr.dest_qp_num)
 		return NULL;

@@ -94,7 +94,11 @@ struct soft_cqe {
 enum soft_armed { ARMED_NOT = 0, ARMED_SOLICITED, ARMED_NEXT };
 
 struct soft_cq {
-	struct ibv_cq ibv;
+	/* One object with two faces, as applications cast one to the other. */
+	union {
+		struct ibv_cq ibv;
+		struct ibv_cq_ex ex;
+	};
 	pthread_mutex_t lock; /* everything up to users */
 	struct soft_cqe *ring;
 	uint32_t mask;
@@ -110,6 +114,7 @@ struct soft_cq {
 	uint32_t events_taken;
 
 	struct soft_event async;
+	struct ibv_wc polled; /* of an ibv_start_poll that is under way */
 };
 
 /* --- queue pairs --------------------------------------------------------- */
@@ -169,7 +174,10 @@ struct soft_failure {
 enum dial_state { DIAL_IDLE, DIAL_BUSY, DIAL_UP, DIAL_BACKOFF };
 
 struct soft_qp {
-	struct ibv_qp ibv;
+	union { /* as in soft_cq */
+		struct ibv_qp ibv;
+		struct ibv_qp_ex ex;
+	};
 	atomic_int state; /* enum ibv_qp_state; by ctx->lock and both below */
 	pthread_mutex_t sq_lock, rq_lock;
 	struct soft_sq sq;
@@ -181,6 +189,7 @@ struct soft_qp {
 	struct soft_qp *next_qpn; /* hash chain */
 	struct soft_list link;	  /* ctx->qps */
 	struct ibv_qp_attr attr;  /* as modified so far */
+	union ibv_gid peer_gid;	  /* of the adapter that has the peer's QP */
 	struct kvx_peer_hint hint; /* zero: nothing is known */
 	/* Each direction is probed by itself, and then kept for life. */
 	enum frame_wire wire_out, wire_in;
@@ -212,6 +221,7 @@ struct soft_qp {
 	struct soft_list run_link; /* ctx->run; empty when not queued */
 
 	struct soft_event async;
+	void *builder; /* of the WRs between ibv_wr_start and ibv_wr_complete */
 };
 
 /* --- connections --------------------------------------------------------- */
@@ -308,7 +318,6 @@ struct soft_context {
 	atomic_int children;	    /* PDs, CQs, channels */
 
 	union ibv_gid gid;
-	uint64_t guid;
 	struct sockaddr_storage bound;
 	uint32_t wires; /* allowed, bit mask */
 	uint64_t pid_ns;
@@ -406,6 +415,12 @@ struct ibv_context *soft_open_device(struct ibv_device *device,
 				     const char *address,
 				     const char *wire);
 int soft_close_device(struct ibv_context *context);
+/*
+ * The GID of the adapter that qpn is to be found at, if somebody says that it
+ * is at gid. ctx->lock not held.
+ */
+union ibv_gid soft_adapter_of(struct soft_context *ctx,
+			      const union ibv_gid *gid, uint32_t qpn);
 
 /* table.c */
 int soft_query_port(struct ibv_context *context, uint8_t port_num,

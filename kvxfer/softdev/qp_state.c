@@ -208,6 +208,7 @@ static void reset(struct soft_qp *qp)
 	unlock_queues(qp);
 
 	memset(&qp->attr, 0, sizeof(qp->attr));
+	memset(&qp->peer_gid, 0, sizeof(qp->peer_gid));
 	memset(&qp->hint, 0, sizeof(qp->hint));
 	qp->wire_out = qp->wire_in = WIRE_NONE;
 	qp->was_up = qp->trace_allowed = qp->no_cma = qp->active = false;
@@ -220,11 +221,15 @@ int soft_modify_qp(struct ibv_qp *ibqp, struct ibv_qp_attr *attr, int mask)
 {
 	struct soft_context *ctx = to_context(ibqp->context);
 	struct soft_qp *qp = to_qp(ibqp);
+	union ibv_gid peer_gid = { 0 };
 	enum ibv_qp_state from, to;
 	int err;
 
 	if (soft_orphaned(ibqp->context))
 		return ENODEV;
+	if (mask & IBV_QP_AV) /* where it is legal, so is the number */
+		peer_gid = soft_adapter_of(ctx, &attr->ah_attr.grh.dgid,
+					   attr->dest_qp_num);
 	soft_lock(ctx);
 	from = (enum ibv_qp_state)qp_state(qp);
 	to = mask & IBV_QP_STATE ? attr->qp_state : from;
@@ -242,6 +247,8 @@ int soft_modify_qp(struct ibv_qp *ibqp, struct ibv_qp_attr *attr, int mask)
 		reset(qp);
 	} else {
 		take_values(qp, attr, mask);
+		if (mask & IBV_QP_AV)
+			qp->peer_gid = peer_gid;
 		ctx->mr_generation++; /* access flags may have changed */
 		set_state(qp, to);
 	}

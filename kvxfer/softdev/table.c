@@ -52,14 +52,14 @@ static uint64_t get_device_guid(struct ibv_device *device)
 
 static int query_device(struct ibv_context *context, struct ibv_device_attr *attr)
 {
-	struct soft_context *ctx = to_context(context);
+	const uint64_t guid = get_device_guid(context->device);
 
 	if (soft_orphaned(context))
 		return ENODEV;
 	*attr = (struct ibv_device_attr){
 		.fw_ver = "1.0",
-		.node_guid = ctx->guid,
-		.sys_image_guid = ctx->guid,
+		.node_guid = guid,
+		.sys_image_guid = guid,
 		.max_mr_size = UINT64_MAX >> 1,
 		.page_size_cap = 0xfffffffffffff000u,
 		.max_qp = SOFT_MAX_QP,

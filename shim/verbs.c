@@ -1,0 +1,298 @@
+/* The verbs that the software device has, under the names of libibverbs. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "shim.h"
+
+struct kvx_verbs_table shim_soft;
+
+__attribute__((constructor)) static void load(void)
+{
+	kvx_load_softdev(&shim_soft);
+}
+
+/* --- devices ------------------------------------------------------------- */
+
+EXPORT struct ibv_device **ibv_get_device_list(int *num_devices)
+{
+	return shim_soft.get_device_list(num_devices);
+}
+
+EXPORT void ibv_free_device_list(struct ibv_device **list)
+{
+	shim_soft.free_device_list(list);
+}
+
+EXPORT const char *ibv_get_device_name(struct ibv_device *device)
+{
+	return shim_soft.get_device_name(device);
+}
+
+EXPORT __be64 ibv_get_device_guid(struct ibv_device *device)
+{
+	return shim_soft.get_device_guid(device);
+}
+
+EXPORT int ibv_get_device_index(struct ibv_device *device)
+{
+	(void)device;
+	return -1; /* the kernel does not know it */
+}
+
+static int query_device_ex(struct ibv_context *context,
+			   const struct ibv_query_device_ex_input *input,
+			   struct ibv_device_attr_ex *attr, size_t size)
+{
+	if (input && input->comp_mask)
+		return EINVAL;
+	if (size < sizeof(attr->orig_attr))
+		return EINVAL;
+	memset(attr, 0, size);
+	return shim_soft.query_device(context, &attr->orig_attr);
+}
+
+EXPORT struct ibv_context *ibv_open_device(struct ibv_device *device)
+{
+	struct ibv_context *context =
+		shim_soft.open_device(device, getenv("KVXFER_SOFT_ADDRESS"), NULL);
+	struct verbs_context *extended;
+
+	if (!context)
+		return NULL;
+	extended = verbs_get_ctx(context);
+	extended->query_device_ex = query_device_ex;
+	extended->create_cq_ex = shim_create_cq_ex;
+	extended->create_qp_ex = shim_create_qp_ex;
+	return context;
+}
+
+EXPORT int ibv_close_device(struct ibv_context *context)
+{
+	return shim_soft.close_device(context);
+}
+
+EXPORT int ibv_query_device(struct ibv_context *context,
+			    struct ibv_device_attr *attr)
+{
+	return shim_soft.query_device(context, attr);
+}
+
+/* The struct of this symbol ends before port_cap_flags2; newer programs come
+ * through the context and get all of it. */
+EXPORT int ibv_query_port(struct ibv_context *context, uint8_t port_num,
+			  struct _compat_ibv_port_attr *attr)
+{
+	struct ibv_port_attr all;
+	int err = shim_soft.query_port(context, port_num, &all);
+
+	if (!err)
+		memcpy(attr, &all, offsetof(struct ibv_port_attr,
+					    port_cap_flags2));
+	return err;
+}
+
+EXPORT int ibv_query_gid(struct ibv_context *context, uint8_t port_num,
+			 int index, union ibv_gid *gid)
+{
+	int err = shim_soft.query_gid(context, port_num, index, gid);
+
+	errno = err;
+	return err ? -1 : 0;
+}
+
+EXPORT int _ibv_query_gid_ex(struct ibv_context *context, uint32_t port_num,
+			     uint32_t gid_index, struct ibv_gid_entry *entry,
+			     uint32_t flags, size_t entry_size)
+{
+	struct ibv_gid_entry all = { .gid_index = gid_index,
+				     .port_num = port_num,
+				     .gid_type = IBV_GID_TYPE_ROCE_V2 };
+	int err;
+
+	if (flags || port_num > UINT8_MAX || entry_size < sizeof(all))
+		return EINVAL;
+	err = shim_soft.query_gid(context, (uint8_t)port_num, (int)gid_index,
+				  &all.gid);
+	if (err)
+		return err;
+	memset(entry, 0, entry_size);
+	*entry = all;
+	return 0;
+}
+
+EXPORT ssize_t _ibv_query_gid_table(struct ibv_context *context,
+				    struct ibv_gid_entry *entries,
+				    size_t max_entries, uint32_t flags,
+				    size_t entry_size)
+{
+	int err;
+
+	if (max_entries == 0)
+		return 0;
+	err = _ibv_query_gid_ex(context, 1, 0, entries, flags, entry_size);
+	return err ? -err : 1;
+}
+
+/* Not in the headers: the provider interface's name for RoCE v2 is 1. */
+EXPORT int ibv_query_gid_type(struct ibv_context *context, uint8_t port_num,
+			      unsigned int index, unsigned int *type);
+EXPORT int ibv_query_gid_type(struct ibv_context *context, uint8_t port_num,
+			      unsigned int index, unsigned int *type)
+{
+	union ibv_gid gid;
+
+	if (ibv_query_gid(context, port_num, (int)index, &gid))
+		return -1;
+	*type = 1;
+	return 0;
+}
+
+EXPORT int ibv_query_pkey(struct ibv_context *context, uint8_t port_num,
+			  int index, __be16 *pkey)
+{
+	int err = shim_soft.query_pkey(context, port_num, index, pkey);
+
+	errno = err;
+	return err ? -1 : 0;
+}
+
+/* --- memory -------------------------------------------------------------- */
+
+EXPORT struct ibv_pd *ibv_alloc_pd(struct ibv_context *context)
+{
+	return shim_soft.alloc_pd(context);
+}
+
+EXPORT int ibv_dealloc_pd(struct ibv_pd *pd)
+{
+	return shim_soft.dealloc_pd(pd);
+}
+
+EXPORT struct ibv_mr *ibv_reg_mr(struct ibv_pd *pd, void *addr, size_t length,
+				 int access)
+{
+	return shim_soft.reg_mr(pd, addr, length, (unsigned int)access);
+}
+
+/* Regions are addressed by where they are. */
+EXPORT struct ibv_mr *ibv_reg_mr_iova2(struct ibv_pd *pd, void *addr,
+				       size_t length, uint64_t iova,
+				       unsigned int access)
+{
+	if (iova != (uintptr_t)addr) {
+		errno = EOPNOTSUPP;
+		return NULL;
+	}
+	return shim_soft.reg_mr(pd, addr, length, access);
+}
+
+EXPORT struct ibv_mr *ibv_reg_mr_iova(struct ibv_pd *pd, void *addr,
+				      size_t length, uint64_t iova, int access)
+{
+	return ibv_reg_mr_iova2(pd, addr, length, iova, (unsigned int)access);
+}
+
+EXPORT int ibv_dereg_mr(struct ibv_mr *mr)
+{
+	return shim_soft.dereg_mr(mr);
+}
+
+/*
+ * The device moves bytes by the owner's own addresses, never by physical pages,
+ * so a fork that copies pages on write cannot take them from under it.
+ */
+EXPORT int ibv_fork_init(void)
+{
+	return 0;
+}
+
+EXPORT enum ibv_fork_status ibv_is_fork_initialized(void)
+{
+	return IBV_FORK_UNNEEDED;
+}
+
+/* --- completions and events ---------------------------------------------- */
+
+EXPORT struct ibv_comp_channel *
+ibv_create_comp_channel(struct ibv_context *context)
+{
+	return shim_soft.create_comp_channel(context);
+}
+
+EXPORT int ibv_destroy_comp_channel(struct ibv_comp_channel *channel)
+{
+	return shim_soft.destroy_comp_channel(channel);
+}
+
+EXPORT struct ibv_cq *ibv_create_cq(struct ibv_context *context, int cqe,
+				    void *cq_context,
+				    struct ibv_comp_channel *channel,
+				    int comp_vector)
+{
+	return shim_soft.create_cq(context, cqe, cq_context, channel, comp_vector);
+}
+
+EXPORT int ibv_destroy_cq(struct ibv_cq *cq)
+{
+	return shim_soft.destroy_cq(cq);
+}
+
+EXPORT int ibv_get_cq_event(struct ibv_comp_channel *channel, struct ibv_cq **cq,
+			    void **cq_context)
+{
+	return shim_soft.get_cq_event(channel, cq, cq_context);
+}
+
+EXPORT void ibv_ack_cq_events(struct ibv_cq *cq, unsigned int nevents)
+{
+	shim_soft.ack_cq_events(cq, nevents);
+}
+
+EXPORT int ibv_get_async_event(struct ibv_context *context,
+			       struct ibv_async_event *event)
+{
+	return shim_soft.get_async_event(context, event);
+}
+
+EXPORT void ibv_ack_async_event(struct ibv_async_event *event)
+{
+	shim_soft.ack_async_event(event);
+}
+
+/* --- queue pairs --------------------------------------------------------- */
+
+EXPORT struct ibv_qp *ibv_create_qp(struct ibv_pd *pd,
+				    struct ibv_qp_init_attr *attr)
+{
+	return shim_soft.create_qp(pd, attr);
+}
+
+EXPORT int ibv_modify_qp(struct ibv_qp *qp, struct ibv_qp_attr *attr,
+			 int attr_mask)
+{
+	return shim_soft.modify_qp(qp, attr, attr_mask);
+}
+
+EXPORT int ibv_query_qp(struct ibv_qp *qp, struct ibv_qp_attr *attr,
+			int attr_mask, struct ibv_qp_init_attr *init_attr)
+{
+	return shim_soft.query_qp(qp, attr, attr_mask, init_attr);
+}
+
+EXPORT int ibv_destroy_qp(struct ibv_qp *qp)
+{
+	shim_free_builder(qp);
+	return shim_soft.destroy_qp(qp);
+}
+
+/* No promise about the order in which the bytes of one message land. */
+EXPORT int ibv_query_qp_data_in_order(struct ibv_qp *qp, enum ibv_wr_opcode op,
+				      uint32_t flags)
+{
+	(void)qp;
+	(void)op;
+	(void)flags;
+	return 0;
+}
