@@ -15,7 +15,6 @@ import ctypes
 import mmap
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -25,16 +24,16 @@ from typing import Any
 
 from kvxfer.kvbench.errors import PlanError, RunError
 from kvxfer.kvbench.fileio import Job, Queue, open_queue
+from kvxfer.kvbench.measuring import Bar, check_sizes, iterations, measured_result
 from kvxfer.kvbench.nixlbench import TIMED_OUT
 from kvxfer.kvbench.plan import Plan
-from kvxfer.kvbench.results import Result, percentile, result_for
+from kvxfer.kvbench.results import Result
 
-__all__ = ["DEPTH", "iterations", "run_file"]
+__all__ = ["DEPTH", "run_file"]
 
 DEPTH = 256  # requests of a thread with the kernel, as nixlbench's default
 _MAX_MEMORY = 256 << 20  # bytes for a thread's requests
 _SECTOR = 512
-_LARGE_BLOCK = 1 << 20
 
 
 @dataclass(slots=True)
@@ -53,22 +52,6 @@ class _Worker:
     def close(self) -> None:
         self.queue.close()
         self.memory.close()
-
-
-def iterations(params: dict[str, Any]) -> tuple[int, int]:
-    """Return the iterations of warm-up and of the measurement, over all threads.
-
-    As nixlbench: both are rounded up to a multiple of threads x the factor for
-    large blocks, and then fewer by that factor if a block is over 1 MiB.
-    """
-    step = params["num_threads"] * params["large_blk_iter_ftr"]
-    counts = []
-    for name in ("warmup_iter", "num_iter"):
-        count = -(-params[name] // step) * step
-        if params["max_block_size"] > _LARGE_BLOCK:
-            count //= params["large_blk_iter_ftr"]
-        counts.append(count)
-    return counts[0], counts[1]
 
 
 def run_file(plan: Plan, *, timeout: float, progress: bool) -> Result:
@@ -105,9 +88,8 @@ def run_file(plan: Plan, *, timeout: float, progress: bool) -> Result:
 
 
 def _check(params: dict[str, Any]) -> None:
-    block, batch = params["max_block_size"], params["max_batch_size"]
-    if block < 1 or batch < 1:
-        raise PlanError(f"nothing to transfer: {batch} blocks of {block} bytes")
+    check_sizes(params)
+    block = params["max_block_size"]
     if params["storage_enable_direct"] and block % _SECTOR:
         raise PlanError(
             f"direct I/O of {block} bytes: not a multiple of {_SECTOR} "
@@ -131,7 +113,7 @@ def _run(
         for thread in range(params["num_threads"]):
             workers.append(_worker(params, files, thread))
         warmup, counted = iterations(params)
-        bar = _Bar(warmup + counted if progress else 0)
+        bar = Bar(warmup + counted if progress else 0)
         share = params["num_threads"]
         _all(workers, lambda one: _repeat(one, params, warmup // share, deadline, bar))
         for worker in workers:
@@ -147,7 +129,14 @@ def _run(
         if params["check_consistency"]:
             for worker in workers:
                 _verify(worker, params)
-        return _result(plan, workers, seconds)
+        return measured_result(
+            plan,
+            "file",
+            prep=[value for worker in workers for value in worker.prep],
+            post=[value for worker in workers for value in worker.post],
+            tx=[value for worker in workers for value in worker.tx],
+            seconds=seconds,
+        )
     finally:
         for worker in workers:
             worker.close()
@@ -247,7 +236,7 @@ def _all(workers: list[_Worker], work: Callable[[_Worker], None]) -> None:
 
 
 def _repeat(
-    worker: _Worker, params: dict[str, Any], times: int, deadline: float, bar: _Bar
+    worker: _Worker, params: dict[str, Any], times: int, deadline: float, bar: Bar
 ) -> None:
     write = params["op_type"] == "WRITE"
     for _ in range(times):
@@ -275,60 +264,3 @@ def _verify(worker: _Worker, params: dict[str, Any]) -> None:
             held = worker.memory[i * size : (i + 1) * size]
             if held != _content(params, first + i):
                 raise RunError(f"block {first + i} does not hold what was written")
-
-
-def _result(plan: Plan, workers: list[_Worker], seconds: float) -> Result:
-    params = plan.params
-    prep = [1e6 * value for worker in workers for value in worker.prep]
-    post = [1e6 * value for worker in workers for value in worker.post]
-    tx = [1e6 * value for worker in workers for value in worker.tx]
-    moved = params["max_block_size"] * params["max_batch_size"] * len(tx)
-    per_thread = len(tx) / len(workers)
-    return result_for(
-        plan,
-        "file",
-        bandwidth_gb_s=moved / seconds / 1e9,
-        avg_latency_us=1e6 * seconds / (per_thread * params["max_batch_size"]),
-        avg_prep_us=sum(prep) / len(prep) if prep else None,
-        p99_prep_us=percentile(prep, 0.99) if prep else None,
-        avg_post_us=sum(post) / len(post),
-        p99_post_us=percentile(post, 0.99),
-        avg_tx_us=sum(tx) / len(tx),
-        p50_tx_us=percentile(tx, 0.5),
-        p90_tx_us=percentile(tx, 0.9),
-        p99_tx_us=percentile(tx, 0.99),
-        iterations=len(tx),
-        seconds=seconds,
-    )
-
-
-class _Bar:
-    """A bar on stderr; of no steps, it shows nothing."""
-
-    _WIDTH = 40
-    _EVERY = 0.2  # seconds
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._done = 0
-        self._start = self._shown = time.monotonic()
-        self._lock = threading.Lock()
-
-    def step(self) -> None:
-        with self._lock:
-            self._done += 1
-            now = time.monotonic()
-            if self._steps and now - self._shown >= self._EVERY:
-                self._shown = now
-                left = (now - self._start) / self._done * (self._steps - self._done)
-                filled = self._WIDTH * self._done // self._steps
-                sys.stderr.write(
-                    f"\r[{'#' * filled:<{self._WIDTH}}] {self._done}/{self._steps}, "
-                    f"{left:.0f} s left "
-                )
-                sys.stderr.flush()
-
-    def end(self) -> None:
-        if self._steps:
-            sys.stderr.write(f"\r{' ' * (self._WIDTH + 50)}\r")
-            sys.stderr.flush()

@@ -15,7 +15,7 @@ import pytest
 from kvxfer.kvbench import fileengine, fileio
 from kvxfer.kvbench.cli import main
 from kvxfer.kvbench.errors import RunError
-from kvxfer.kvbench.fileengine import iterations
+from kvxfer.kvbench.measuring import Bar, iterations
 from kvxfer.kvbench.results import percentile
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "kvbench" / "examples"
@@ -231,14 +231,14 @@ def test_percentiles() -> None:
 
 
 def test_the_bar(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    monkeypatch.setattr(fileengine._Bar, "_EVERY", 0.0)
-    bar = fileengine._Bar(4)
+    monkeypatch.setattr(Bar, "_EVERY", 0.0)
+    bar = Bar(4)
     for _ in range(3):
         bar.step()
     assert "[##############################          ] 3/4" in capsys.readouterr().err
     bar.end()
     assert capsys.readouterr().err.strip() == ""
-    silent = fileengine._Bar(0)
+    silent = Bar(0)
     silent.step()
     silent.end()
     assert capsys.readouterr().err == ""
