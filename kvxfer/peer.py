@@ -27,6 +27,7 @@ from kvxfer.errors import (
     FlushedError,
     KVXferError,
     ProtocolError,
+    RetryExceededError,
     WriteTimeoutError,
     completion_error,
     verbs_error,
@@ -250,12 +251,15 @@ class Peer:
         if outcome is Outcome.EXPIRED:
             # All that was posted has been acknowledged: nothing can come late.
             error: KVXferError = self._timeout_error(transfer, timeout)
+            self._tell_failed(transfer, request, str(error))
             error.fenced = True
         else:
+            layer, error = self._error_of(transfer)
+            # While there is a control connection to say it by.
+            self._tell_failed(transfer, request, str(error))
             self.break_("a write failed")
             assert self._breaking is not None
             await asyncio.shield(self._breaking)
-            layer, error = self._error_of(transfer)
             if transfer.expired:
                 cause, error = error, self._timeout_error(transfer, timeout)
                 error.__cause__ = cause
@@ -263,7 +267,6 @@ class Peer:
         error.peer = self.address
         error.layer = layer
         error.request_id = request.decode() or None
-        self._tell_failed(transfer, request, str(error))
         return error
 
     def _timeout_error(self, transfer: Transfer, timeout: float) -> WriteTimeoutError:
@@ -285,7 +288,11 @@ class Peer:
             qp_num=record.qp_num,
             vendor_err=record.vendor_err,
         )
-        if record.culprit and not isinstance(cause, FlushedError):
+        # Where it is known why the peer is silent, that is the better answer.
+        gone = (
+            FlushedError if self.error is None else (FlushedError, RetryExceededError)
+        )
+        if record.culprit and not isinstance(cause, gone):
             return layer, cause
         error = BrokenPeerError(
             str(self.error)
@@ -354,9 +361,11 @@ class Peer:
     async def fence(self, conn_id: int, reason: str) -> None:
         """The peer wants nothing to land any more (for the control connection)."""
         error = BrokenPeerError(f"{self.address} fenced the connection: {reason}")
+        # If one of our WRs is the reason, its completion says more; it is due.
+        self.break_("fenced by the peer", error, patient=True)
+        await self._drained()
         if self._link is not None:
             await self._link.fail()
-        self.break_("fenced by the peer", error)
 
     async def closed(self, reason: CloseReason) -> None:
         """The control connection is over (for the control connection)."""

@@ -86,6 +86,8 @@ class _Incoming:
         self.consumed_records = 0
         self.told_bytes = 0
         self.told_records = 0
+        self.gone = asyncio.get_running_loop().create_future()
+        self.ending: asyncio.Task[None] | None = None
 
 
 @dataclass(frozen=True)
@@ -440,7 +442,10 @@ class Server:
         """A connection is over: release its end (for the control connection)."""
         incoming = self._incoming.pop(conn_id)
         _log.info("%s disconnected: %s", incoming.peer, reason)
+        incoming.gone.set_result(None)
         try:
+            if incoming.ending is not None:
+                await asyncio.wait({incoming.ending})
             await incoming.link.close()
         except KVXferError:
             _log.exception("the QP of %s could not be destroyed", incoming.peer)
@@ -459,10 +464,22 @@ class Server:
     def _drop(self, conn_id: int, reason: str) -> None:
         """Put an end to a connection: its QP goes to ERR first."""
         incoming = self._incoming[conn_id]
-        _log.warning("%s is dropped: %s", incoming.peer, reason)
-        incoming.link.break_()
-        if self._control is not None:
-            self._control.drop(conn_id, reason)
+        if incoming.ending is None:
+            _log.warning("%s is dropped: %s", incoming.peer, reason)
+            incoming.link.break_()
+            incoming.ending = asyncio.get_running_loop().create_task(
+                self._end(conn_id, incoming, reason)
+            )
+
+    async def _end(self, conn_id: int, incoming: _Incoming, reason: str) -> None:
+        # The writer is told, and not just left: it asks for a fence of its own for
+        # the writes that it has in flight, and says goodbye when it has the answer.
+        assert self._control is not None
+        timeout = self.options.fence_timeout
+        await incoming.link.fail()
+        if await self._control.fence(conn_id, reason, timeout=timeout):
+            await asyncio.wait({incoming.gone}, timeout=timeout)
+        self._control.drop(conn_id, reason)
 
 
 def _name(candidates: list[wire.DeviceCandidate]) -> str:
