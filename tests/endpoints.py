@@ -12,6 +12,7 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,7 @@ def arena(
     planes: Mapping[str, int | tuple[int, int]] | None = None,
     seed: int = 0,
     group: str = "main",
+    path: Path | None = None,
 ) -> Arena:
     """Make a cache of scattered planes, with red zones around every block.
 
@@ -86,6 +88,8 @@ def arena(
       planes: Name to ``block_bytes``, or to ``(block_bytes, block_stride)``; a
         stride of its own is made up otherwise.
       seed: For contents, order of the planes and gaps.
+      path: A file that holds the memory, shared by all who map it. Whoever makes
+        it fills it.
     """
     held = range(layers) if isinstance(layers, int) else list(layers)
     sizes = {
@@ -101,7 +105,7 @@ def arena(
         at += 8 * rng.randrange(1, 40)
         offsets[name][layer] = at
         at += n_blocks * sizes[name][1]
-    memory = noise(at + 64, seed)
+    memory = noise(at + 64, seed) if path is None else _mapped(path, at + 64, seed)
     base = int(memory.__array_interface__["data"][0])
     cache = KVCache.from_pointers(
         {
@@ -114,6 +118,12 @@ def arena(
         group=group,
     )
     return Arena(memory, cache)
+
+
+def _mapped(path: Path, length: int, seed: int) -> Bytes:
+    if not path.exists():
+        path.write_bytes(noise(length, seed).tobytes())
+    return np.memmap(path, np.uint8, "r+", shape=length)
 
 
 def expected(

@@ -1,0 +1,209 @@
+"""Endpoints in processes of their own, to be killed, stopped and forked.
+
+A :class:`Nursery` is one process that has imported everything and forks a child for
+each :meth:`Nursery.start`: much faster than starting Python. What happens in the
+child is a coroutine of this module; it reports events, one JSON object a line, and
+ends when the test lets go of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from kvxfer import Client, Server
+from kvxfer.errors import KVXferError
+from tests.endpoints import QUICK, SOON, arena
+
+ROOT = Path(__file__).parent.parent
+
+
+class Child:
+    """A running child, as the test sees it."""
+
+    def __init__(self, pid: int, connection: socket.socket) -> None:
+        self.pid = pid
+        self._socket = connection
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def event(self, seconds: float = SOON) -> dict[str, Any]:
+        """Wait for the next event; empty when the child has ended."""
+        if self._reader is None:
+            self._reader, self._writer = await asyncio.open_connection(
+                sock=self._socket
+            )
+        line = await asyncio.wait_for(self._reader.readline(), seconds)
+        found: dict[str, Any] = json.loads(line) if line.endswith(b"\n") else {}
+        return found
+
+    async def ended(self, seconds: float = SOON) -> None:
+        """Wait until the child has ended."""
+        while await self.event(seconds):
+            continue
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the child."""
+        os.kill(self.pid, number)
+
+    async def close(self) -> None:
+        """Kill the child if it lives still."""
+        for number in (signal.SIGKILL, signal.SIGCONT):
+            with contextlib.suppress(ProcessLookupError):
+                self.signal(number)
+        if self._writer is None:
+            self._socket.close()
+            return
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+
+class Nursery:
+    """The process that children are forked from."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.children", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                cwd=ROOT,
+            )
+
+    @contextlib.asynccontextmanager
+    async def start(self, role: str, **arguments: Any) -> AsyncIterator[Child]:
+        """Run the coroutine function ``role`` of this module in a child.
+
+        Args:
+          **arguments: Its arguments; ``environ`` is added to the environment.
+        """
+        ours, theirs = socket.socketpair()
+        request = json.dumps({"role": role, **arguments}).encode()
+        with theirs:
+            socket.send_fds(self._socket, [request], [theirs.fileno()])
+            pid = int(await asyncio.to_thread(self._socket.recv, 64))
+        child = Child(pid, ours)
+        try:
+            yield child
+        finally:
+            await child.close()
+
+    def close(self) -> None:
+        """End the process; its children are the tests' to end."""
+        self._socket.close()
+        self._process.wait(SOON)
+
+
+# -- in the children ----------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Report:
+    """The test, as the child sees it."""
+
+    connection: socket.socket
+
+    def say(self, **event: Any) -> None:
+        """Report an event."""
+        self.connection.sendall(json.dumps(event).encode() + b"\n")
+
+    async def lets_go(self) -> None:
+        """Wait until the test closes its end."""
+        await asyncio.to_thread(self.connection.recv, 1)
+
+
+async def serve(test: Report, path: str, shape: dict[str, Any], **options: Any) -> None:
+    """Be a server on the memory in ``path``; report its port, then arrivals."""
+    with arena(path=Path(path), **shape) as target:
+        async with Server(target.cache, **{**QUICK, "port": 0, **options}) as server:
+            test.say(port=server.port)
+            async for arrival in server.arrivals():
+                test.say(layer=arrival.layer, request_id=arrival.request_id)
+
+
+async def write(
+    test: Report,
+    port: int,
+    shape: dict[str, Any],
+    n_tasks: int = 1,
+    fork: bool = False,
+    **options: Any,
+) -> None:
+    """Be a client that writes all blocks, again and again, until something breaks.
+
+    Reports once connected and when it writes; with ``fork`` the pid of a child of
+    its own, which does nothing.
+    """
+    with arena(**shape) as source:
+        async with Client(source.cache, **{**QUICK, **options}) as client:
+            peer = await client.connect("127.0.0.1", port)
+            if fork and (pid := os.fork()) == 0:
+                signal.pause()
+                os._exit(0)
+            test.say(event="connected", fork=pid if fork else None)
+            ids = range(shape["n_blocks"])
+            await client.write_cache(peer, ids, ids)
+            test.say(event="writing")
+
+            async def again() -> None:
+                while True:
+                    await client.write_cache(peer, ids, ids)
+
+            try:
+                await asyncio.gather(*(again() for _ in range(n_tasks)))
+            except KVXferError as error:
+                test.say(event="broken", error=type(error).__name__)
+
+
+def _child(request: dict[str, Any], connection: socket.socket) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ.update(request.pop("environ", {}))
+    roles: dict[str, Callable[..., Coroutine[Any, Any, None]]]
+    roles = {"serve": serve, "write": write}
+    role = roles[request.pop("role")]
+    test = Report(connection)
+
+    async def main() -> None:
+        work = asyncio.ensure_future(role(test, **request))
+        gone = asyncio.ensure_future(test.lets_go())
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            os._exit(0)
+        work.result()
+        os._exit(0)
+
+    asyncio.run(main())
+
+
+def _main(fd: int) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    nursery = socket.socket(fileno=fd)
+    while True:
+        request, fds, _, _ = socket.recv_fds(nursery, 1 << 16, 1)
+        if not request:
+            return
+        connection = socket.socket(fileno=fds[0])
+        pid = os.fork()
+        if pid == 0:
+            nursery.close()
+            try:
+                _child(json.loads(request), connection)
+            finally:
+                os._exit(1)
+        connection.close()
+        nursery.sendall(str(pid).encode())
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))

@@ -1,0 +1,404 @@
+"""What breaks under a write: a typed exception, a quiet device, a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvxfer import Client, Failure, Server
+from kvxfer.errors import (
+    BrokenPeerError,
+    ClosedResourceError,
+    CompletionError,
+    KVXferError,
+    LocalProtectionError,
+    RemoteAccessError,
+    RetryExceededError,
+    WriteTimeoutError,
+)
+from kvxfer.host import Host
+from kvxfer.link import Link
+from tests.endpoints import (
+    QUICK,
+    SOON,
+    Arena,
+    Bytes,
+    Pair,
+    arena,
+    connected,
+    dial,
+    expected,
+    until,
+)
+
+BIG: dict[str, Any] = {
+    "n_blocks": 64,
+    "layers": 8,
+    "planes": {"k": (65536, 65536 + 64)},
+}
+
+
+@pytest.fixture(params=["tcp", "cma"], autouse=True)
+def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How bytes travel in this run of the test."""
+    monkeypatch.setenv("KVXFER_SOFT_WIRE", request.param)
+    return str(request.param)
+
+
+def big(seed: int) -> Arena:
+    """Make a cache that takes a while to be written: 32 MiB."""
+    return arena(**BIG, seed=seed)
+
+
+async def failure_of(call: Awaitable[Any], seconds: float = SOON) -> KVXferError:
+    """Return the exception that a call ends with, before a deadline."""
+    with pytest.raises(KVXferError) as caught:
+        await asyncio.wait_for(call, seconds)
+    return caught.value
+
+
+async def next_failure(server: Server) -> Failure:
+    """Wait for what a writer gave up."""
+    return await asyncio.wait_for(anext(server.failures()), SOON)
+
+
+async def check_reconnects(pair: Pair) -> None:
+    """Connect again with the same client and write."""
+    pair.peer = await dial(pair.client, pair.server)
+    await pair.check_write([1, 2], [3, 4])
+    await until(lambda: len(pair.server.peers) == 1)
+
+
+async def deregister(owner: Client | Server) -> None:
+    """Break an endpoint's memory regions: no WR can touch the cache any more."""
+    (adapter,) = owner._host.adapters
+    for region in adapter._regions:
+        await adapter.call(region.close)
+
+
+# -- a failed WR --------------------------------------------------------------------
+
+
+async def test_a_refused_rkey_is_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed WR can never look like success."""
+    rkey_of = Host.rkey_of
+    monkeypatch.setattr(
+        Host, "rkey_of", lambda host, adapter: lambda place: 0x123456 + place.base % 7
+    )
+    async with connected() as pair:
+        monkeypatch.setattr(Host, "rkey_of", rkey_of)
+        before = pair.target.memory.copy()
+        error = await failure_of(
+            pair.client.write_cache(pair.peer, [1, 2], [3, 4], [2, 0], request_id="r7")
+        )
+        assert type(error) is RemoteAccessError
+        assert (error.status, error.status_name) == (10, "IBV_WC_REM_ACCESS_ERR")
+        assert error.wr_id and error.qp_num and error.vendor_err
+        assert (error.peer, error.request_id) == (pair.peer.address, "r7")
+        assert error.layer == 2
+        assert error.fenced is True
+        failure = await next_failure(pair.server)
+        assert (failure.request_id, failure.layers) == ("r7", (2, 0))
+        assert "IBV_WC_REM_ACCESS_ERR" in failure.reason
+        assert (pair.target.memory == before).all()
+        assert not pair.peer.connected
+        assert not pair.client.is_connected("127.0.0.1", pair.server.port)
+        error = await failure_of(pair.client.write_cache(pair.peer, [1], [2]))
+        assert type(error) is BrokenPeerError
+        await check_reconnects(pair)
+
+
+async def test_the_writes_beside_a_failed_one_name_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with connected(big(1), big(2)) as pair:
+        ids = range(64)
+        writes = [
+            asyncio.ensure_future(pair.client.write_cache(pair.peer, ids, ids, i % 8))
+            for i in range(16)
+        ]
+        await deregister(pair.server)
+        before = pair.target.memory.copy()
+        ends = await asyncio.wait_for(
+            asyncio.gather(*writes, return_exceptions=True), SOON
+        )
+        failed = [e for e in ends if isinstance(e, BaseException)]
+        # The device had no time for all of them, and one of them met the region.
+        kinds = [type(e) for e in failed]
+        assert kinds.count(RemoteAccessError) == 1
+        assert set(kinds) <= {RemoteAccessError, BrokenPeerError}
+        for error in failed:
+            assert isinstance(error, KVXferError)
+            assert error.fenced is True
+            if isinstance(error, BrokenPeerError):
+                assert isinstance(error.__cause__, CompletionError)
+        # Nothing landed once the region was deregistered.
+        assert (pair.target.memory == before).all()
+
+
+async def test_local_memory_that_is_not_registered() -> None:
+    async with connected() as pair:
+        before = pair.target.memory.copy()
+        await deregister(pair.client)
+        error = await failure_of(pair.client.write_cache(pair.peer, [1], [2]))
+        assert type(error) is LocalProtectionError
+        assert (pair.target.memory == before).all()
+
+
+# -- the end of the other side ------------------------------------------------------
+
+
+async def test_a_server_that_closes_during_writes() -> None:
+    """Once its close returns nothing lands any more."""
+    for round_ in range(3):
+        async with connected(big(1), big(2)) as pair:
+            ids = range(64)
+            writes = [
+                asyncio.ensure_future(pair.client.write_cache(pair.peer, ids, ids))
+                for _ in range(5)
+            ]
+            for _ in range(10 * round_):
+                await asyncio.sleep(0)
+            await pair.server.close()
+            before = pair.target.memory.copy()
+            ends = await asyncio.wait_for(
+                asyncio.gather(*writes, return_exceptions=True), SOON
+            )
+            for end in ends:
+                if isinstance(end, BaseException):
+                    assert isinstance(end, BrokenPeerError | RetryExceededError), repr(
+                        end
+                    )
+                    assert end.fenced is not None
+            assert any(isinstance(end, KVXferError) for end in ends)
+            assert (pair.target.memory == before).all()
+
+
+async def test_a_client_that_closes_during_writes() -> None:
+    """Its own memory is free when the close returns, the target's as well."""
+    async with connected(big(1), big(2)) as pair:
+        ids = range(64)
+        writes = [
+            asyncio.ensure_future(pair.client.write_cache(pair.peer, ids, ids))
+            for _ in range(5)
+        ]
+        await asyncio.sleep(0)
+        await pair.client.close()
+        pair.source.memory[:] = 0xEE
+        before = pair.target.memory.copy()
+        for end in await asyncio.gather(*writes, return_exceptions=True):
+            assert isinstance(end, BrokenPeerError | ClosedResourceError), repr(end)
+        await until(lambda: not pair.server.peers)
+        assert (pair.target.memory == before).all()
+
+
+async def test_closing_twice_at_once_waits_for_the_first() -> None:
+    async with connected(big(1), big(2)) as pair:
+        write = asyncio.ensure_future(
+            pair.client.write_cache(pair.peer, range(64), range(64))
+        )
+        await asyncio.sleep(0)
+        for closing in (pair.client.close, pair.server.close):
+            first = asyncio.ensure_future(closing())
+            await asyncio.sleep(0)
+            await closing()
+            assert pair.source.cache.in_use == 0
+            await first
+        await failure_of(write)
+
+
+async def test_a_cancelled_close_closes() -> None:
+    async with connected(big(1), big(2)) as pair:
+        write = asyncio.ensure_future(
+            pair.client.write_cache(pair.peer, range(64), range(64))
+        )
+        await asyncio.sleep(0)
+        for owner in (pair.client, pair.server):
+            closing = asyncio.ensure_future(owner.close())
+            await asyncio.sleep(0)
+            closing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await closing
+            assert owner._host.cache.in_use == 0
+        await failure_of(write)
+
+
+async def test_a_close_overtakes_a_connect() -> None:
+    async with connected() as pair, connected() as other:
+        connecting = [
+            asyncio.ensure_future(pair.client.connect("127.0.0.1", other.server.port))
+            for _ in range(3)
+        ]
+        await asyncio.sleep(0)
+        await pair.client.close()
+        for task in connecting:
+            error = await failure_of(task)
+            assert type(error) is ClosedResourceError
+
+
+async def test_a_cancelled_connect_leaves_nothing() -> None:
+    # A dialer that went away before the offer is known by its silence alone.
+    async with connected(server_options={"connect_timeout": 0.5}) as pair:
+        with arena(seed=5) as source:
+            async with Client(source.cache, **QUICK) as client:
+                for turns in range(0, 40, 3):
+                    connecting = asyncio.ensure_future(dial(client, pair.server))
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    connecting.cancel()
+                    await asyncio.wait({connecting})
+                peer = await dial(client, pair.server)
+                await client.write_cache(peer, [1], [2])
+                await until(lambda: len(pair.server.peers) == 2)
+
+
+async def test_a_server_restarted_on_its_port_is_a_new_peer() -> None:
+    async with connected() as pair:
+        await pair.check_write([1], [2])
+        port, old = pair.server.port, pair.target.memory
+        await pair.server.close()
+        before = old.copy()
+        with arena(seed=8) as target:
+            async with Server(target.cache, port=port, **QUICK) as server:
+                untouched = target.memory.copy()
+                error = await failure_of(pair.client.write_cache(pair.peer, [1], [2]))
+                assert type(error) is BrokenPeerError
+                assert (target.memory == untouched).all()
+                peer = await dial(pair.client, server)
+                assert peer is not pair.peer
+                again = Pair(pair.source, target, server, pair.client, peer)
+                await again.check_write([3], [4])
+                # The old peer stays what it is: gone.
+                error = await failure_of(pair.client.write_cache(pair.peer, [1], [2]))
+                assert type(error) is BrokenPeerError
+        assert (old == before).all()
+
+
+async def test_a_link_that_fails_by_itself_is_noticed_without_a_write() -> None:
+    async with connected() as pair:
+        (incoming,) = pair.server._incoming.values()
+        await incoming.link.adapter.call(incoming.link.qp.to_error)
+        await until(lambda: not pair.peer.connected)
+        await until(lambda: not pair.server.peers)
+        error = await failure_of(pair.client.write_cache(pair.peer, [1], [2]))
+        assert "its QP failed" in str(error.__cause__)
+        await check_reconnects(pair)
+
+
+# -- timeouts -----------------------------------------------------------------------
+
+
+async def test_a_timeout_leaves_the_connection_usable() -> None:
+    async with connected(big(1), big(2), sq_depth=16) as pair:
+        ids = range(64)
+        for round_ in range(5):
+            error = await failure_of(
+                pair.client.write_cache(
+                    pair.peer, ids, ids, request_id=f"r{round_}", timeout=0.0005
+                )
+            )
+            assert type(error) is WriteTimeoutError
+            assert (error.request_id, error.peer) == (f"r{round_}", pair.peer.address)
+            # All that was posted is acknowledged: nothing can come late.
+            assert error.fenced is True
+            assert "layers are done" in str(error)
+            # The source is ours again, and what is written there travels nowhere.
+            before = pair.target.memory.copy()
+            kept = pair.source.memory.copy()
+            pair.source.memory[:] = 0xEE
+            failure = await next_failure(pair.server)
+            assert failure.request_id == f"r{round_}"
+            assert failure.layers and set(failure.layers) <= set(range(8))
+            assert "not written within" in failure.reason
+            assert (pair.target.memory == before).all()
+            pair.source.memory[:] = kept
+        await pair.check_write([1, 2], [3, 4])
+
+
+async def test_a_deadline_that_is_met_is_no_timeout() -> None:
+    async with connected() as pair:
+        for _ in range(50):
+            await pair.check_write([1], [2], timeout=5.0)
+        assert pair.peer.connected
+
+
+# -- cancellation -------------------------------------------------------------------
+
+
+def only_of(memory: Bytes, *allowed: Bytes) -> bool:
+    """Say whether each byte of ``memory`` is that of one of the others."""
+    fine = np.zeros(len(memory), bool)
+    for other in allowed:
+        fine |= memory == other
+    return bool(fine.all())
+
+
+async def test_a_cancelled_write_returns_when_the_device_is_done() -> None:
+    """The source may be overwritten at once: none of that ever reaches the target."""
+    rng = random.Random(3)
+    ids = range(64)
+    async with connected(big(1), big(2), sq_depth=16) as pair:
+        old, source = pair.target.memory.copy(), pair.source.memory.copy()
+        wanted = expected(pair.source, pair.target, old, ids, ids)
+        n_cancelled = 0
+        for round_ in range(12):
+            pair.target.memory[:] = old
+            pair.source.memory[:] = source
+            write = asyncio.ensure_future(
+                pair.client.write_cache(pair.peer, ids, ids, request_id=f"r{round_}")
+            )
+            asyncio.get_running_loop().call_later(rng.random() * 0.01, write.cancel)
+            await asyncio.wait({write}, timeout=SOON)
+            pair.source.memory[:] = 0xEE
+            at_once = pair.target.memory.copy()
+            assert only_of(at_once, old, wanted)
+            # A write behind it, in order: nothing of the first can come later.
+            await pair.client.write_cache(pair.peer, [], [], 0)
+            await pair.client.write_cache(pair.peer, [0], [0], 7)
+            after = expected(pair.source, pair.target, at_once, [0], [0], [7])
+            assert (pair.target.memory == after).all()
+            if write.cancelled() and (at_once != wanted).any():
+                n_cancelled += 1
+                failure = await next_failure(pair.server)
+                while failure.request_id != f"r{round_}":
+                    failure = await next_failure(pair.server)
+                assert failure.reason == "cancelled"
+        assert pair.peer.connected
+        assert n_cancelled
+
+
+async def test_writes_cancelled_before_they_began_leave_no_trace() -> None:
+    async with connected() as pair:
+        before = pair.target.memory.copy()
+        write = asyncio.ensure_future(pair.client.write_cache(pair.peer, [1], [2]))
+        write.cancel()
+        await asyncio.wait({write})
+        assert write.cancelled()
+        assert (pair.target.memory == before).all()
+        await pair.check_write([3], [4])
+
+
+async def test_a_write_that_cannot_be_drained_costs_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Past the drain timeout the QP goes to ERR, and the wait still ends."""
+    async with connected(
+        big(1), big(2), drain_timeout=0.05, server_options={"notify_receives": 1}
+    ) as pair:
+        # No credit and no acknowledgement: the server's half is out of RTS already.
+        (incoming,) = pair.server._incoming.values()
+        monkeypatch.setattr(Link, "wire", "tcp")
+        await incoming.link.fail()
+        start = time.monotonic()
+        error = await failure_of(
+            pair.client.write_cache(pair.peer, range(64), range(64), timeout=0.1)
+        )
+        assert isinstance(error, WriteTimeoutError | BrokenPeerError | CompletionError)
+        assert error.fenced is True
+        assert time.monotonic() - start < 5
