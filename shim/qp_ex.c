@@ -238,12 +238,14 @@ static void fill_calls(struct ibv_qp_ex *ex)
 struct ibv_qp *shim_create_qp_ex(struct ibv_context *context,
 				 struct ibv_qp_init_attr_ex *attr)
 {
-	const uint32_t known =
-		IBV_QP_INIT_ATTR_PD | IBV_QP_INIT_ATTR_SEND_OPS_FLAGS;
+	const uint32_t known = IBV_QP_INIT_ATTR_PD |
+			       IBV_QP_INIT_ATTR_CREATE_FLAGS |
+			       IBV_QP_INIT_ATTR_SEND_OPS_FLAGS;
+	bool flags = attr->comp_mask & IBV_QP_INIT_ATTR_CREATE_FLAGS;
 	bool calls = attr->comp_mask & IBV_QP_INIT_ATTR_SEND_OPS_FLAGS;
 	struct ibv_qp *qp;
 
-	if (attr->comp_mask & ~known ||
+	if (attr->comp_mask & ~known || (flags && attr->create_flags) ||
 	    (calls && attr->send_ops_flags & ~KNOWN_OPS)) {
 		errno = EOPNOTSUPP;
 		return NULL;

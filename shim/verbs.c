@@ -50,6 +50,8 @@ static int query_device_ex(struct ibv_context *context,
 	if (size < sizeof(attr->orig_attr))
 		return EINVAL;
 	memset(attr, 0, size);
+	if (vext_field_avail(struct ibv_device_attr_ex, phys_port_cnt_ex, size))
+		attr->phys_port_cnt_ex = 1;
 	return shim_soft.query_device(context, &attr->orig_attr);
 }
 
@@ -130,7 +132,7 @@ EXPORT ssize_t _ibv_query_gid_table(struct ibv_context *context,
 	int err;
 
 	if (max_entries == 0)
-		return 0;
+		return -EINVAL; /* too few */
 	err = _ibv_query_gid_ex(context, 1, 0, entries, flags, entry_size);
 	return err ? -err : 1;
 }

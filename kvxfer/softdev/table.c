@@ -9,6 +9,7 @@
 #include "internal.h"
 
 #define PKEY_DEFAULT 0xffff
+#define VENDOR_ID 0xffffff /* nobody's; 0 would read as "not known" */
 #define LINK_WIDTH_4X 2
 #define LINK_SPEED_EDR 32
 #define PHYS_LINK_UP 5
@@ -60,6 +61,7 @@ static int query_device(struct ibv_context *context, struct ibv_device_attr *att
 		.fw_ver = "1.0",
 		.node_guid = guid,
 		.sys_image_guid = guid,
+		.vendor_id = VENDOR_ID,
 		.max_mr_size = UINT64_MAX >> 1,
 		.page_size_cap = 0xfffffffffffff000u,
 		.max_qp = SOFT_MAX_QP,
