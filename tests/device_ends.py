@@ -48,6 +48,8 @@ class Target:
     provider: Literal["soft", "libibverbs"]
     wire: str | None = None
     gid_index: int = 0
+    library: str | None = None
+    """Of libibverbs; None: the system's."""
     strict: bool = True
     """Slots come back by polling only; an overrun CQ takes its QPs along."""
 
@@ -95,7 +97,12 @@ class End:
         self.spec = spec
         self.buffer: NDArray[np.uint8] = np.zeros(spec.size, np.uint8)
         self.addr: int = self.buffer.ctypes.data
-        self.device = Device(target.name, provider=target.provider, wire=target.wire)
+        self.device = Device(
+            target.name,
+            provider=target.provider,
+            wire=target.wire,
+            path=target.library,
+        )
         self.pd = ProtectionDomain(self.device)
         self.cq = CompletionQueue(self.device, spec.cq_depth)
         self.mr = MemoryRegion(self.pd, self.addr, spec.size, spec.mr_access)

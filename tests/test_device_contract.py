@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvxfer.options import Options
 from tests.contract import DeviceContract
 from tests.device_ends import Rig, Target
 
@@ -42,6 +43,7 @@ class TestHardware(DeviceContract):
             rdma_device,
             "libibverbs",
             gid_index=gid_index or 0,
+            library=Options.load().ibverbs_path,
             strict=not rdma_device.startswith("rxe"),
         )
         with Rig(target) as rig:
