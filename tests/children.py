@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,8 @@ async def write(
 def _child(request: dict[str, Any], connection: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.update(request.pop("environ", {}))
+    planes = request["shape"]["planes"]  # JSON knows no tuples
+    request["shape"]["planes"] = {name: tuple(size) for name, size in planes.items()}
     roles: dict[str, Callable[..., Coroutine[Any, Any, None]]]
     roles = {"serve": serve, "write": write}
     role = roles[request.pop("role")]
@@ -178,9 +181,9 @@ def _child(request: dict[str, Any], connection: socket.socket) -> None:
         work = asyncio.ensure_future(role(test, **request))
         gone = asyncio.ensure_future(test.lets_go())
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            os._exit(0)
-        work.result()
+        if work.done() and work.exception() is not None:
+            traceback.print_exception(work.exception())
+        # At once: the thread that waits for the test would be waited for.
         os._exit(0)
 
     asyncio.run(main())
