@@ -18,13 +18,18 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvxfer.kvbench.errors import PlanError, RunError
 from kvxfer.kvbench.fileio import Job, Queue, open_queue
-from kvxfer.kvbench.measuring import Bar, check_sizes, iterations, measured_result
+from kvxfer.kvbench.measuring import (
+    Bar,
+    at_once,
+    check_sizes,
+    iterations,
+    measured_result,
+)
 from kvxfer.kvbench.nixlbench import TIMED_OUT
 from kvxfer.kvbench.plan import Plan
 from kvxfer.kvbench.results import Result
@@ -47,7 +52,6 @@ class _Worker:
     prep: list[float] = field(default_factory=list)
     post: list[float] = field(default_factory=list)
     tx: list[float] = field(default_factory=list)
-    failure: BaseException | None = None
 
     def close(self) -> None:
         self.queue.close()
@@ -115,13 +119,22 @@ def _run(
         warmup, counted = iterations(params)
         bar = Bar(warmup + counted if progress else 0)
         share = params["num_threads"]
-        _all(workers, lambda one: _repeat(one, params, warmup // share, deadline, bar))
+        stopped = threading.Event()
+
+        def repeat(times: int) -> None:
+            at_once(
+                lambda one: _repeat(one, params, times, deadline, stopped, bar),
+                workers,
+                stopped.set,
+            )
+
+        repeat(warmup // share)
         for worker in workers:
             worker.prep.clear()
             worker.post.clear()
             worker.tx.clear()
         start = time.perf_counter()
-        _all(workers, lambda one: _repeat(one, params, counted // share, deadline, bar))
+        repeat(counted // share)
         seconds = time.perf_counter() - start
         bar.end()
         if any(len(worker.tx) < counted // share for worker in workers):
@@ -216,31 +229,17 @@ def _worker(params: dict[str, Any], files: list[int], thread: int) -> _Worker:
     return _Worker(queue, memory, jobs, slots)
 
 
-def _all(workers: list[_Worker], work: Callable[[_Worker], None]) -> None:
-    """Let every worker do its work at once; raise the first failure."""
-
-    def guarded(worker: _Worker) -> None:
-        try:
-            work(worker)
-        except BaseException as error:  # noqa: BLE001 - raised again below
-            worker.failure = error
-
-    threads = [threading.Thread(target=guarded, args=(one,)) for one in workers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for worker in workers:
-        if worker.failure is not None:
-            raise worker.failure
-
-
 def _repeat(
-    worker: _Worker, params: dict[str, Any], times: int, deadline: float, bar: Bar
+    worker: _Worker,
+    params: dict[str, Any],
+    times: int,
+    deadline: float,
+    stopped: threading.Event,
+    bar: Bar,
 ) -> None:
     write = params["op_type"] == "WRITE"
     for _ in range(times):
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= deadline or stopped.is_set():
             return
         start = time.perf_counter()
         if params["recreate_xfer"]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from kvxfer.kvbench.errors import PlanError
 from kvxfer.kvbench.plan import Plan
 from kvxfer.kvbench.results import Result, percentile, result_for
 
-__all__ = ["Bar", "check_sizes", "iterations", "measured_result"]
+__all__ = ["Bar", "at_once", "check_sizes", "iterations", "measured_result"]
+
+T = TypeVar("T")
 
 _LARGE_BLOCK = 1 << 20
 
@@ -79,6 +82,59 @@ def measured_result(
         iterations=len(tx),
         seconds=seconds,
     )
+
+
+def at_once(
+    work: Callable[[T], None], workers: Sequence[T], stop: Callable[[], None]
+) -> None:
+    """Do ``work`` for each of ``workers`` in a thread of its own, all at once.
+
+    No thread is left when this returns or raises, whichever way.
+
+    Args:
+      work: What to do.
+      workers: For whom.
+      stop: Makes all work end soon; called when one fails, or on Ctrl-C.
+
+    Raises:
+      BaseException: The first that any of the work raised.
+    """
+    failures: list[BaseException] = []
+
+    def guarded(worker: T, ended: threading.Event) -> None:
+        try:
+            work(worker)
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            failures.append(error)
+            stop()
+        finally:
+            ended.set()
+
+    ends = [threading.Event() for _ in workers]
+    threads = [
+        threading.Thread(target=guarded, args=arguments)
+        for arguments in zip(workers, ends, strict=True)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        # Not join(): CPython takes one that is interrupted for a thread's end.
+        for ended in ends:
+            ended.wait()
+    except BaseException:
+        stop()
+        for thread, ended in zip(threads, ends, strict=True):
+            while thread.ident is not None and not ended.is_set():
+                # What they use is freed next: a second Ctrl-C makes it no quicker.
+                with suppress(BaseException):
+                    ended.wait()
+        raise
+    finally:
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+    if failures:
+        raise failures[0]
 
 
 class Bar:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from kvxfer.kvbench.commands import sweep, wants_sweep
+from kvxfer.kvbench.commands import say, sweep, wants_sweep
+from kvxfer.kvbench.endpoint import MAX_BYTES, parse_target, pool_for, serve_line
 from kvxfer.kvbench.errors import RunError, WrongUseError
 from kvxfer.kvbench.formats import heading, masked_command
 from kvxfer.kvbench.plan import STORAGE, Plan
@@ -41,8 +42,10 @@ def run(given: argparse.Namespace, plans: Sequence[Plan]) -> int:
     try:
         for plan in plans:
             print(f"{heading(plan)}\n{_RULE}", flush=True)
+            for remark in _remarks(plan, given) if engine == "kvxfer" else ():
+                say("note", remark)
             if given.dry_run:
-                print(_dry(engine, plan))
+                print(_dry(engine, plan, given))
                 continue
             results.extend(_measure(engine, plan, given))
     finally:
@@ -67,22 +70,66 @@ def _check(engine: str, plans: Sequence[Plan], given: argparse.Namespace) -> Non
                 )
     if engine == "nixlbench" and not given.dry_run and not shutil.which("nixlbench"):
         raise RunError("nixlbench is not on PATH", exit_code=127)
-    if engine == "kvxfer" and not given.dry_run:
-        raise RunError(
-            "engine kvxfer is not there yet: put nixlbench on PATH, or give "
-            "--engine file with a storage backend"
+    if engine == "kvxfer":
+        _check_kvxfer(plans, given)
+
+
+def _check_kvxfer(plans: Sequence[Plan], given: argparse.Namespace) -> None:
+    if given.target is not None:
+        parse_target(given.target)
+    for plan in plans:
+        pool_for(plan.params)
+        backend = plan.params["backend"]
+        if backend in STORAGE:
+            other = "" if backend == "OBJ" else "; --engine file measures it"
+            raise WrongUseError(
+                f"--engine kvxfer moves memory to memory, and backend {backend} is "
+                f"for storage{other}"
+            )
+        if plan.params["op_type"] == "READ":
+            raise WrongUseError(
+                "--engine kvxfer writes and never reads: who has the blocks pushes "
+                "them (--op_type WRITE measures that)"
+            )
+
+
+def _remarks(plan: Plan, given: argparse.Namespace) -> Iterator[str]:
+    """Yield in what kvxfer's own engine measures another thing than the plan."""
+    params = plan.params
+    if "VRAM" in (params["initiator_seg_type"], params["target_seg_type"]):
+        yield "kvxfer measures host memory, not VRAM"
+    if max(params["num_initiator_dev"], params["num_target_dev"]) > 1:
+        yield "kvxfer measures one device on each side"
+    if params["scheme"] != "pairwise":
+        yield f"kvxfer measures pairwise transfers, not scheme {params['scheme']}"
+    if pool_for(params).places < params["max_batch_size"]:
+        yield (
+            f"a batch has more than the {MAX_BYTES} bytes that kvxfer measures with: "
+            "it uses blocks again"
+        )
+    if params["check_consistency"]:
+        yield (
+            "the endpoint checks blocks while others arrive, which costs bandwidth"
+            if given.target is None
+            else "the target does the checking, if it was started with --verify"
         )
 
 
-def _dry(engine: str, plan: Plan) -> str:
+def _dry(engine: str, plan: Plan, given: argparse.Namespace) -> str:
     if engine == "nixlbench":
         return masked_command(plan)
     params = plan.params
-    return (
+    text = (
         f"engine {engine}: {params['op_type']} {params['max_batch_size']} x "
         f"{params['max_block_size']} bytes, {params['num_iter']} times after "
         f"{params['warmup_iter']}, {params['num_threads']} threads"
     )
+    if engine == "kvxfer":
+        host, port = parse_target(given.target) if given.target else ("127.0.0.1", 0)
+        verify = params["check_consistency"]
+        line = serve_line(pool_for(params), host, port, verify=verify)
+        text += f"\nendpoint: {line}"
+    return text
 
 
 def _measure(engine: str, plan: Plan, given: argparse.Namespace) -> list[Result]:
@@ -90,10 +137,24 @@ def _measure(engine: str, plan: Plan, given: argparse.Namespace) -> list[Result]
         from kvxfer.kvbench.nixlbench import run_nixlbench
 
         return run_nixlbench(plan, timeout=given.timeout, here=given.processes)
+    progress = sys.stderr.isatty() and not given.no_progress
+    if engine == "kvxfer":
+        return [_measure_kvxfer(plan, given, progress)]
     from kvxfer.kvbench.fileengine import run_file
 
-    progress = sys.stderr.isatty() and not given.no_progress
     return [run_file(plan, timeout=given.timeout, progress=progress)]
+
+
+def _measure_kvxfer(plan: Plan, given: argparse.Namespace, progress: bool) -> Result:
+    try:
+        from kvxfer.kvbench.transferengine import run_transfer
+    except ImportError as error:
+        raise RunError(
+            f"engine kvxfer needs the rest of kvxfer, built and installed: {error}"
+        ) from error
+    return run_transfer(
+        plan, target=given.target, timeout=given.timeout, progress=progress
+    )
 
 
 def _hand_on(results: Sequence[Result], engine: str, given: argparse.Namespace) -> None:
