@@ -231,6 +231,7 @@ cdef extern from "verbs_table.h" nogil:
         int (*destroy_qp)(ibv_qp *) noexcept nogil
         int (*bind_peer)(ibv_qp *, const kvx_peer_hint *) noexcept nogil
         void (*wire_name)(ibv_qp *, char *) noexcept nogil
+        int (*set_faults)(ibv_context *, const char *, size_t *) noexcept nogil
 
     int kvx_load_libibverbs(
         const char *path, kvx_verbs_table *table, char *error, size_t size)

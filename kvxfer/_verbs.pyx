@@ -12,7 +12,7 @@ import warnings
 import weakref
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EAGAIN, errno
+from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strlen
@@ -331,6 +331,34 @@ cdef class Device(Handle):
         if err == EAGAIN:
             return None
         raise verbs_error(err, "ibv_get_async_event")
+
+    def set_faults(self, str plan):
+        """Have the software device fail on purpose, by a plan; ``""`` ends it.
+
+        The plan counts from here on; docs/testing.md has its rules. What a former
+        plan did (a QP in ERR, a port that is down) stays done.
+
+        Raises:
+          UsageError: The plan is malformed; the message says where, and the old
+            one stays in force. Or this is not the software device.
+        """
+        cdef:
+            bytes encoded = plan.encode()
+            const char *c_plan = encoded
+            size_t at = 0
+            int err
+        self._ensure_open()
+        with nogil:
+            err = self.table.set_faults(self.ctx, c_plan, &at)
+        if err == EINVAL:
+            raise UsageError(
+                f"fault plan, at offset {at}: {encoded[at:at + 40].decode(errors="replace")!r} "
+                "is not understood"
+            )
+        if err == EOPNOTSUPP:
+            raise UsageError(f"{self.name} is no software device: it has no fault plan")
+        if err:
+            raise verbs_error(err, "set_faults")
 
     def query(self):
         """Return the device's limits as :class:`DeviceAttr`."""

@@ -68,6 +68,14 @@ static int bind_peer(struct ibv_qp *qp, const struct kvx_peer_hint *hint)
 	return 0;
 }
 
+static int set_faults(struct ibv_context *context, const char *plan, size_t *at)
+{
+	(void)context;
+	(void)plan;
+	*at = 0;
+	return EOPNOTSUPP;
+}
+
 static void wire_name(struct ibv_qp *qp, char name[KVX_WIRE_NAME_BYTES])
 {
 	(void)qp;
@@ -115,6 +123,7 @@ int kvx_load_libibverbs(const char *path, struct kvx_verbs_table *table,
 	table->reg_mr = reg_mr;
 	table->bind_peer = bind_peer;
 	table->wire_name = wire_name;
+	table->set_faults = set_faults;
 
 	const struct {
 		void *slot;

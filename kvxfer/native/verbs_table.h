@@ -104,6 +104,14 @@ struct kvx_verbs_table {
 	/* How the QP's bytes travel: "rdma" on a NIC; "tcp", "cma" or, before
 	 * the first contact with the peer, "none" on the software device. */
 	void (*wire_name)(struct ibv_qp *qp, char name[KVX_WIRE_NAME_BYTES]);
+
+	/*
+	 * Have the device fail on purpose as the text says ("" ends it): see
+	 * softdev/fault.h. EINVAL with *at the offset of what is wrong in it;
+	 * EOPNOTSUPP on a NIC, which fails in its own ways.
+	 */
+	int (*set_faults)(struct ibv_context *context, const char *plan,
+			  size_t *at);
 };
 
 /*

@@ -174,14 +174,21 @@ static int take_answer(struct soft_conn *conn)
 	struct frame_header header;
 	int got;
 
+	if (conn->deaf) {
+		conn->readable = false;
+		return 0;
+	}
 	if (conn->in_resp)
 		return take_read_data(conn);
 	got = soft_conn_fill(conn, conn->in, &conn->in_len, FRAME_HEADER_BYTES);
 	if (got <= 0)
 		return got;
 	conn->in_len = 0;
-	qp->progress_ns = conn->ctx->now_ns;
-	if (frame_get_header(conn->in, &header) || !obey(conn, &header))
+	if (frame_get_header(conn->in, &header))
+		header.type = 0;
+	if (!qp->faults.deaf_from || !soft_inject_lost(conn, &header))
+		qp->progress_ns = conn->ctx->now_ns;
+	if (!obey(conn, &header))
 		soft_qp_fail(qp, &bad_peer, NULL);
 	return 1;
 }

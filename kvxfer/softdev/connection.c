@@ -11,6 +11,7 @@
 
 #define MAX_GREETING 256	       /* strangers at a time */
 #define GREETING_NS (5000 * NS_PER_MS) /* to say hello */
+#define FINISH_NS (2000 * NS_PER_MS)
 #define ACCEPTS_PER_TURN 64
 #define DISCARD_BYTES (1u << 20)
 
@@ -182,6 +183,7 @@ void soft_conn_free_dead(struct soft_context *ctx)
 		conn = soft_of(link, struct soft_conn, link);
 		free(conn->tx);
 		free(conn->rx);
+		free(conn->late);
 		free(conn);
 	}
 }
@@ -284,6 +286,20 @@ static void finish_dialing(struct soft_conn *conn)
 	soft_send_hello(conn);
 }
 
+void soft_conn_finish(struct soft_conn *conn)
+{
+	static const struct linger in_good_order = { .l_onoff = 0 };
+
+	(void)setsockopt(conn->fd, SOL_SOCKET, SO_LINGER, &in_good_order,
+			 sizeof(in_good_order));
+	(void)shutdown(conn->fd, SHUT_WR);
+	conn->state = CONN_DRAIN;
+	conn->deadline_ns = conn->ctx->now_ns + FINISH_NS;
+	soft_want_timer(conn->ctx, conn->deadline_ns);
+	conn->readable = true;
+	soft_ready(conn);
+}
+
 void soft_conn_service(struct soft_conn *conn)
 {
 	switch (conn->state) {
@@ -307,6 +323,7 @@ void soft_conn_service(struct soft_conn *conn)
 	case CONN_DRAIN:
 		drain(conn);
 		break;
+	case CONN_LATE: /* waits for its time */
 	case CONN_DEAD:
 		break;
 	}
@@ -314,8 +331,10 @@ void soft_conn_service(struct soft_conn *conn)
 
 void soft_conn_expire(struct soft_conn *conn)
 {
-	if (conn->ctx->now_ns >= conn->deadline_ns)
-		soft_conn_close(conn);
-	else
+	if (conn->ctx->now_ns < conn->deadline_ns)
 		soft_want_timer(conn->ctx, conn->deadline_ns);
+	else if (conn->state == CONN_LATE)
+		soft_inject_late(conn);
+	else
+		soft_conn_close(conn);
 }

@@ -243,6 +243,11 @@ static void init_context(struct soft_context *ctx, struct ibv_device *device)
 	list_init(&ctx->run);
 	list_init(&ctx->dead);
 	list_init(&ctx->events);
+	list_init(&ctx->port_err.link);
+	list_init(&ctx->port_active.link);
+	list_init(&ctx->gid_change.link);
+	list_init(&ctx->device_fatal.link);
+	pthread_mutex_init(&ctx->plan.lock, NULL);
 	ctx->listen_fd = ctx->epoll_fd = ctx->kick_fd = -1;
 	ctx->timer_ns = NEVER;
 }
@@ -254,6 +259,7 @@ static void free_context(struct soft_context *ctx)
 	pthread_mutex_destroy(&ctx->gate);
 	pthread_mutex_destroy(&ctx->lock);
 	pthread_mutex_destroy(&ctx->event_lock);
+	pthread_mutex_destroy(&ctx->plan.lock);
 	free(ctx);
 }
 
@@ -261,7 +267,9 @@ struct ibv_context *soft_open_device(struct ibv_device *device,
 				     const char *address,
 				     const char *wire)
 {
+	const char *faults = getenv("KVXFER_SOFT_FAULT");
 	struct soft_context *ctx;
+	size_t at;
 	int err;
 
 	pthread_once(&fork_once, watch_forks);
@@ -276,6 +284,8 @@ struct ibv_context *soft_open_device(struct ibv_device *device,
 	ctx->socket_buffer = allowed_socket_buffer();
 
 	err = ctx->wires ? 0 : EINVAL;
+	if (!err && faults)
+		err = fault_set(&ctx->plan, faults, soft_now_ns(), &at);
 	if (!err)
 		err = soft_parse_address(address ? address : "127.0.0.1",
 					 &ctx->bound);

@@ -149,7 +149,7 @@ int soft_req_notify_cq(struct ibv_cq *ibcq, int solicited_only)
 	return 0;
 }
 
-static void overrun(struct soft_cq *cq)
+void soft_cq_overrun(struct soft_cq *cq)
 {
 	struct soft_context *ctx = to_context(cq->ibv.context);
 
@@ -171,7 +171,7 @@ static void overrun(struct soft_cq *cq)
 void soft_cq_push(struct soft_cq *cq, const struct soft_cqe *cqe, bool solicited)
 {
 	if (cq->overrun || cq->head - cq->tail >= cq->mask) {
-		overrun(cq);
+		soft_cq_overrun(cq);
 		return;
 	}
 	cq->ring[cq->head & cq->mask] = *cqe;

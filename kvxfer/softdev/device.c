@@ -90,10 +90,14 @@ static void run_timers(struct soft_context *ctx)
 {
 	struct soft_list *at, *next;
 	struct soft_conn *conn;
+	struct soft_qp *qp;
 
 	ctx->timer_ns = NEVER;
-	for (at = ctx->qps.next; at != &ctx->qps; at = at->next)
-		soft_initiator_timer(soft_of(at, struct soft_qp, link));
+	for (at = ctx->qps.next; at != &ctx->qps; at = at->next) {
+		qp = soft_of(at, struct soft_qp, link);
+		soft_initiator_timer(qp);
+		soft_inject_timer(qp);
+	}
 	for (at = ctx->conns.next; at != &ctx->conns; at = next) {
 		next = at->next; /* it may close itself, but no other */
 		conn = soft_of(at, struct soft_conn, link);
@@ -113,6 +117,8 @@ static void look_around(struct soft_context *ctx)
 		fail_overrun(ctx);
 	if (ctx->now_ns >= ctx->timer_ns)
 		run_timers(ctx);
+	if (soft_faulty(ctx))
+		soft_inject_look(ctx);
 	soft_unlock(ctx);
 }
 
@@ -129,14 +135,14 @@ static bool serve(struct soft_context *ctx)
 		link = list_pop(&ctx->run);
 		if (link) {
 			qp = soft_of(link, struct soft_qp, run_link);
-			if (soft_initiate(qp))
+			if (!ctx->port_down && soft_initiate(qp))
 				soft_run(qp);
 		}
 		soft_unlock(ctx);
 
 		soft_lock(ctx);
 		link = list_pop(&ctx->ready);
-		if (link)
+		if (link && !ctx->port_down)
 			soft_conn_service(
 				soft_of(link, struct soft_conn, ready_link));
 		more = !list_empty(&ctx->run) || !list_empty(&ctx->ready);

@@ -225,6 +225,20 @@ void soft_raise_cq(struct soft_cq *cq, enum ibv_event_type type)
 	raise_event(to_context(cq->ibv.context), &cq->async, type);
 }
 
+void soft_raise_adapter(struct soft_context *ctx, enum ibv_event_type type)
+{
+	struct soft_event *event = &ctx->device_fatal;
+
+	if (type == IBV_EVENT_GID_CHANGE)
+		event = &ctx->gid_change;
+	else if (type == IBV_EVENT_PORT_ERR)
+		event = &ctx->port_err;
+	else if (type == IBV_EVENT_PORT_ACTIVE)
+		event = &ctx->port_active;
+	event->event.element.port_num = 1;
+	raise_event(ctx, event, type);
+}
+
 int soft_get_async_event(struct ibv_context *context,
 			 struct ibv_async_event *out)
 {

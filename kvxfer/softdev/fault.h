@@ -31,17 +31,17 @@
 
 enum fault_act {
 	FAULT_NONE = 0,
-	FAULT_STATUS,	     /* the WR fails with this status */
-	FAULT_ACK_LOST,	     /* executed, and no answer from there on arrives */
-	FAULT_DROP,	     /* neither it nor what follows reaches the peer */
-	FAULT_DELAY,	     /* it leaves late */
-	FAULT_LATE_WRITE,    /* as drop, but it arrives when the QP has failed */
-	FAULT_CQ_OVERFLOW,   /* a completion of its CQ is lost */
-	FAULT_ENOMEM,	     /* post_send refuses it */
-	FAULT_DIE,	     /* half of its bytes move, then SIGKILL */
-	FAULT_QP_FATAL,	     /* its QP fails for no fault of the WR */
-	FAULT_DEVICE_FATAL,  /* the adapter is lost */
-	FAULT_LATE_BYTES,    /* acknowledged before its bytes are in place */
+	FAULT_STATUS,	    /* the WR fails with this status */
+	FAULT_ACK_LOST,	    /* executed, and no answer from there on arrives */
+	FAULT_DROP,	    /* neither it nor what follows reaches the peer */
+	FAULT_DELAY,	    /* it leaves late */
+	FAULT_LATE_WRITE,   /* as drop, but it arrives when the QP has failed */
+	FAULT_CQ_OVERFLOW,  /* a completion of its CQ is lost */
+	FAULT_ENOMEM,	    /* post_send refuses it */
+	FAULT_DIE,	    /* half of its bytes move, then SIGKILL */
+	FAULT_QP_FATAL,	    /* its QP fails for no fault of the WR */
+	FAULT_DEVICE_FATAL, /* the adapter is lost */
+	FAULT_LATE_BYTES,   /* acknowledged before its bytes are in place */
 	FAULT_REORDER_BYTES, /* its bytes are put in place last to first */
 	FAULT_PORT_DOWN,
 	FAULT_PORT_UP,
@@ -60,14 +60,14 @@ enum fault_point {
 struct fault_rule {
 	enum fault_act act;
 	enum fault_point point;
-	uint32_t status;       /* FAULT_STATUS: enum ibv_wc_status */
-	uint32_t qpn;	       /* 0: any */
-	uint64_t nth;	       /* 0: any */
-	uint64_t times;	       /* left; UINT64_MAX: no end */
-	uint64_t rate;	       /* of 2^32; UINT64_MAX: not given */
+	uint32_t status; /* FAULT_STATUS: enum ibv_wc_status */
+	uint32_t qpn;	 /* 0: any */
+	uint64_t nth;	 /* 0: any */
+	uint64_t times;	 /* left; UINT64_MAX: no end */
+	uint64_t rate;	 /* of 2^32; UINT64_MAX: not given */
 	uint64_t min_us, max_us;
-	uint64_t at_ns;	       /* POINT_TIME, after the plan was set */
-	uint64_t seen;	       /* WRs counted so far */
+	uint64_t at_ns; /* POINT_TIME, after the plan was set */
+	uint64_t seen;	/* WRs counted so far */
 };
 
 /* What is to happen to a WR. */

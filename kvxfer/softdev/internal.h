@@ -30,6 +30,7 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
+#include "fault.h"
 #include "frame.h"
 #include "list.h"
 #include "softdev.h"
@@ -171,6 +172,22 @@ struct soft_failure {
 	uint32_t vendor_err;
 };
 
+/* A frame that somebody holds back, whole. */
+struct soft_late {
+	size_t length, sent;
+	uint8_t bytes[];
+};
+
+/* What the fault plan has in store for a QP; by ctx->lock. */
+struct soft_qp_faults {
+	uint64_t decided; /* WRs that the plan was asked about */
+	struct fault now; /* the answer for the last of them */
+	uint64_t hold_ns; /* FAULT_DELAY: until then */
+	uint64_t
+		deaf_from; /* answers for this WR and later are lost; 0: none */
+	struct soft_late *late;
+};
+
 enum dial_state { DIAL_IDLE, DIAL_BUSY, DIAL_UP, DIAL_BACKOFF };
 
 struct soft_qp {
@@ -211,6 +228,8 @@ struct soft_qp {
 	 * matches the hello, the pulled bytes are of this life. */
 	uint8_t nonce[FRAME_NONCE_BYTES];
 
+	struct soft_qp_faults faults;
+
 	/* Responder. */
 	struct soft_conn *in;
 	uint64_t rx_seq; /* WRs executed since RESET */
@@ -231,6 +250,7 @@ enum conn_state {
 	CONN_HELLO,   /* out: waits for WELCOME; in: waits for HELLO */
 	CONN_UP,
 	CONN_DRAIN,   /* in: NAK sent, the rest is thrown away */
+	CONN_LATE,    /* out: its QP has failed, late is still to come */
 	CONN_DEAD,    /* closed; freed by the device thread */
 };
 
@@ -286,6 +306,8 @@ struct soft_conn {
 	bool readable, writable;
 	uint64_t deadline_ns; /* HELLO, DRAIN: close when it passes */
 	bool broken; /* reset by the peer: what is queued counts no more */
+	bool deaf;   /* out: what the peer says is lost */
+	struct soft_late *late;
 
 	/* Small frames to send: hello, answers. */
 	uint8_t out[1024];
@@ -341,11 +363,16 @@ struct soft_context {
 	bool has_thread; /* by ctx->lock */
 	pthread_t thread;
 
+	struct fault_plan plan;
+	atomic_uint fault_wanted; /* bit mask of 1 << enum fault_act */
+	bool port_down, lost;	  /* by ctx->lock */
+
 	/* Scratch of whoever holds ctx->lock. */
 	struct iovec local_iov[MAX_IOV], remote_iov[MAX_IOV];
 
 	pthread_mutex_t event_lock; /* async events */
 	struct soft_list events;
+	struct soft_event port_err, port_active, gid_change, device_fatal;
 };
 
 #define soft_of(ptr, type, member) \
@@ -465,6 +492,7 @@ void soft_notify_cq(struct soft_cq *cq); /* cq->lock held */
 void soft_forget_cq_events(struct soft_cq *cq);
 void soft_raise_qp(struct soft_qp *qp, enum ibv_event_type type);
 void soft_raise_cq(struct soft_cq *cq, enum ibv_event_type type);
+void soft_raise_adapter(struct soft_context *ctx, enum ibv_event_type type);
 /* Take the event back if it is pending and wait until all taken are acked. */
 void soft_settle_qp_events(struct soft_qp *qp);
 void soft_settle_cq_events(struct soft_cq *cq);
@@ -486,6 +514,7 @@ void soft_cq_push(struct soft_cq *cq, const struct soft_cqe *cqe,
 /* Drop the QP's entries. */
 void soft_cq_purge(struct soft_cq *cq, const struct soft_qp *qp);
 bool soft_cq_is_overrun(struct soft_cq *cq);
+void soft_cq_overrun(struct soft_cq *cq); /* a CQE is lost; cq->lock held */
 
 /* qp.c */
 struct ibv_qp *soft_create_qp(struct ibv_pd *pd, struct ibv_qp_init_attr *init);
@@ -547,6 +576,8 @@ void soft_conn_close(struct soft_conn *conn);
 void soft_conn_free_dead(struct soft_context *ctx);
 void soft_conn_service(struct soft_conn *conn);
 void soft_conn_expire(struct soft_conn *conn);
+/* Say no more, and close when the peer has read what was said. */
+void soft_conn_finish(struct soft_conn *conn);
 /* Queue a small frame and try to send it. False: the connection is lost. */
 bool soft_conn_put(struct soft_conn *conn, const struct frame_header *header,
 		   const uint8_t *payload);
@@ -578,6 +609,8 @@ void soft_take_answers(struct soft_conn *conn);
 /* request.c; ctx->lock held */
 /* Put the QP's next WRs into a frame. False: there is nothing to send. */
 bool soft_frame_requests(struct soft_qp *qp, struct soft_tx *tx);
+/* A copy of the frame that WR sq.next alone would make. NULL: no memory. */
+struct soft_late *soft_frame_late(struct soft_qp *qp);
 /* Why a WR cannot be executed on our side; status 0: it can. */
 struct soft_failure soft_check_wqe(struct soft_qp *qp, uint64_t seq);
 /* The SGEs of a WR, inline bytes as one of them. */
@@ -600,6 +633,28 @@ static inline bool soft_needs_recv(const struct frame_desc *desc)
 {
 	return desc->op == OP_SEND || desc->flags & DESC_IMM;
 }
+
+/* inject.c: faults on purpose; ctx->lock held unless said otherwise */
+static inline bool soft_faulty(struct soft_context *ctx)
+{
+	return atomic_load_explicit(&ctx->plan.on, memory_order_relaxed);
+}
+int soft_set_faults(struct ibv_context *context, const char *plan,
+		    size_t *at); /* not held */
+/* post_send is given a WR: 0 or the errno to refuse it with. sq_lock held. */
+int soft_inject_post(struct soft_qp *qp);
+/* WR sq.next is about to leave, the first of its frame or not. True: it may. */
+bool soft_inject_start(struct soft_qp *qp, bool first);
+/* An answer came, and some of it is lost: the header says what is left. */
+bool soft_inject_lost(struct soft_conn *conn, struct frame_header *header);
+/* The QP ends. True: its outgoing connection lives on, without it. */
+bool soft_inject_hang_up(struct soft_qp *qp);
+/* CONN_LATE: the time has come. */
+void soft_inject_late(struct soft_conn *conn);
+void soft_inject_timer(struct soft_qp *qp);
+void soft_inject_reset(struct soft_qp *qp);
+/* What concerns the whole adapter. */
+void soft_inject_look(struct soft_context *ctx);
 
 /* read.c; ctx->lock held */
 bool soft_begin_read(struct soft_conn *conn);

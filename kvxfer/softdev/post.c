@@ -105,6 +105,8 @@ int soft_post_send(struct ibv_qp *ibqp, struct ibv_send_wr *wr,
 	first = head = atomic_load_explicit(&qp->sq.head, memory_order_relaxed);
 	for (; wr; wr = wr->next) {
 		err = check_send(qp, wr, state, head);
+		if (!err && soft_faulty(qp_context(qp)))
+			err = soft_inject_post(qp);
 		if (!err && state == IBV_QPS_RTS)
 			err = fill_wqe(qp, wr, head);
 		if (err) {

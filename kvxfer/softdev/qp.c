@@ -207,6 +207,7 @@ int soft_destroy_qp(struct ibv_qp *ibqp)
 		return ENODEV;
 	soft_lock(ctx);
 	soft_qp_hang_up(qp);
+	soft_inject_reset(qp);
 	delist(ctx, qp);
 	soft_unlock(ctx);
 

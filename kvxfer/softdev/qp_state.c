@@ -147,7 +147,7 @@ void soft_qp_hang_up(struct soft_qp *qp)
 {
 	/* From here on what a responder pulls from us no longer counts. */
 	explicit_bzero(qp->nonce, sizeof(qp->nonce));
-	if (qp->out)
+	if (qp->out && !soft_inject_hang_up(qp))
 		soft_conn_close(qp->out);
 	if (qp->in)
 		soft_conn_close(qp->in);
@@ -215,6 +215,7 @@ static void reset(struct soft_qp *qp)
 	qp->reads_out = 0;
 	qp->read_offset = 0;
 	qp->rx_seq = 0;
+	soft_inject_reset(qp);
 }
 
 int soft_modify_qp(struct ibv_qp *ibqp, struct ibv_qp_attr *attr, int mask)
@@ -238,6 +239,8 @@ int soft_modify_qp(struct ibv_qp *ibqp, struct ibv_qp_attr *attr, int mask)
 		err = check_move(from, to, mask);
 	if (!err)
 		err = check_values(attr, mask);
+	if (!err && ctx->lost && to != IBV_QPS_ERR && to != IBV_QPS_RESET)
+		err = EIO;
 	if (err)
 		goto out;
 

@@ -1,5 +1,8 @@
 /* From send queue entries to frames of requests. */
 #define _GNU_SOURCE
+#include <stdlib.h>
+#include <string.h>
+
 #include "internal.h"
 
 /* A frame that is being put together. */
@@ -201,7 +204,7 @@ static void put_wr(struct builder *b, uint64_t seq)
 }
 
 /* Whether the WR may start now. */
-static bool may_start(struct soft_qp *qp, uint64_t seq)
+static bool may_start(struct soft_qp *qp, uint64_t seq, bool first)
 {
 	const struct soft_wqe *wqe = &qp->sq.ring[seq & qp->sq.mask];
 
@@ -214,7 +217,24 @@ static bool may_start(struct soft_qp *qp, uint64_t seq)
 		return false;
 	/* A bad one fails in its turn, when those before it are done. */
 	qp->local = soft_check_wqe(qp, seq);
-	return !qp->local.status;
+	if (qp->local.status)
+		return false;
+	return !soft_faulty(qp_context(qp)) || soft_inject_start(qp, first);
+}
+
+static void close_frame(struct builder *b, uint64_t first)
+{
+	struct frame_header header = { .type = FRAME_REQUEST,
+				       .seq = first,
+				       .n_desc = b->n_desc,
+				       .payload_len = (uint32_t)b->payload };
+	struct soft_tx *tx = b->tx;
+
+	frame_put_header(tx->head, &header);
+	tx->head_len = FRAME_HEADER_BYTES +
+		       (size_t)b->n_desc * FRAME_DESC_BYTES;
+	tx->head_off = 0;
+	tx->busy = true;
 }
 
 bool soft_frame_requests(struct soft_qp *qp, struct soft_tx *tx)
@@ -222,14 +242,15 @@ bool soft_frame_requests(struct soft_qp *qp, struct soft_tx *tx)
 	struct builder b = { .qp = qp, .tx = tx };
 	struct soft_sq *sq = &qp->sq;
 	uint64_t head = atomic_load_explicit(&sq->head, memory_order_acquire);
-	struct frame_header header = { .type = FRAME_REQUEST, .seq = sq->next };
+	uint64_t first = sq->next;
 
 	tx->n_iov = tx->at_iov = 0;
 	tx->first_seq = sq->next;
 	tx->mr_generation = qp_context(qp)->mr_generation;
 	while (sq->next != head && b.n_desc < FRAME_MAX_DESC &&
 	       b.payload < FRAME_MAX_PAYLOAD && !b.full) {
-		if (sq->next_offset == 0 && !may_start(qp, sq->next))
+		if (sq->next_offset == 0 &&
+		    !may_start(qp, sq->next, b.n_desc == 0))
 			break;
 		put_wr(&b, sq->next);
 		if (sq->next_offset <
@@ -241,11 +262,47 @@ bool soft_frame_requests(struct soft_qp *qp, struct soft_tx *tx)
 	if (b.n_desc == 0)
 		return false;
 
-	header.n_desc = b.n_desc;
-	header.payload_len = (uint32_t)b.payload;
-	frame_put_header(tx->head, &header);
-	tx->head_len = FRAME_HEADER_BYTES + (size_t)b.n_desc * FRAME_DESC_BYTES;
-	tx->head_off = 0;
-	tx->busy = true;
+	close_frame(&b, first);
 	return true;
+}
+
+static struct soft_late *copy_of(const struct soft_tx *tx)
+{
+	struct soft_late *late;
+	size_t length = tx->head_len;
+	int i;
+
+	for (i = 0; i < tx->n_iov; i++)
+		length += tx->iov[i].iov_len;
+	late = calloc(1, sizeof(*late) + length);
+	if (!late)
+		return NULL;
+	memcpy(late->bytes, tx->head, tx->head_len);
+	late->length = tx->head_len;
+	for (i = 0; i < tx->n_iov; i++) {
+		memcpy(late->bytes + late->length, tx->iov[i].iov_base,
+		       tx->iov[i].iov_len);
+		late->length += tx->iov[i].iov_len;
+	}
+	return late;
+}
+
+struct soft_late *soft_frame_late(struct soft_qp *qp)
+{
+	uint32_t reads_out = qp->reads_out;
+	struct soft_late *late = NULL;
+	struct builder b = { .qp = qp, .tx = calloc(1, sizeof(*b.tx)) };
+
+	if (!b.tx)
+		return NULL;
+	put_wr(&b, qp->sq.next);
+	if (b.n_desc) {
+		close_frame(&b, qp->sq.next);
+		late = copy_of(b.tx);
+	}
+	free(b.tx);
+	/* It has not been sent, and is none of the QP's any more. */
+	qp->sq.next_offset = 0;
+	qp->reads_out = reads_out;
+	return late;
 }

@@ -40,6 +40,7 @@ enum kvx_soft_vendor_err {
 	KVX_SOFT_REFUSED = 0x32,	 /* wrong token, or no wire in common */
 	KVX_SOFT_BAD_PEER = 0x33,	 /* the peer broke the protocol */
 	KVX_SOFT_NO_RECV = 0x34,	 /* RNR retries used up */
+	KVX_SOFT_INJECTED = 0x40,	 /* the fault plan wanted it */
 };
 
 #endif

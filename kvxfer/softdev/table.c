@@ -13,6 +13,7 @@
 #define LINK_WIDTH_4X 2
 #define LINK_SPEED_EDR 32
 #define PHYS_LINK_UP 5
+#define PHYS_DISABLED 3
 
 static struct ibv_device soft0 = {
 	.node_type = IBV_NODE_CA,
@@ -85,12 +86,18 @@ static int query_device(struct ibv_context *context, struct ibv_device_attr *att
 int soft_query_port(struct ibv_context *context, uint8_t port_num,
 		    struct ibv_port_attr *attr)
 {
+	struct soft_context *ctx = to_context(context);
+	bool down;
+
 	if (soft_orphaned(context))
 		return ENODEV;
 	if (port_num != 1)
 		return EINVAL;
+	soft_lock(ctx);
+	down = ctx->port_down || ctx->lost;
+	soft_unlock(ctx);
 	*attr = (struct ibv_port_attr){
-		.state = IBV_PORT_ACTIVE,
+		.state = down ? IBV_PORT_DOWN : IBV_PORT_ACTIVE,
 		.max_mtu = IBV_MTU_4096,
 		.active_mtu = IBV_MTU_4096,
 		.gid_tbl_len = 1,
@@ -99,7 +106,7 @@ int soft_query_port(struct ibv_context *context, uint8_t port_num,
 		.max_vl_num = 1,
 		.active_width = LINK_WIDTH_4X,
 		.active_speed = LINK_SPEED_EDR,
-		.phys_state = PHYS_LINK_UP,
+		.phys_state = down ? PHYS_DISABLED : PHYS_LINK_UP,
 		.link_layer = IBV_LINK_LAYER_ETHERNET,
 	};
 	return 0;
@@ -159,5 +166,6 @@ void kvx_load_softdev(struct kvx_verbs_table *table)
 		.destroy_qp = soft_destroy_qp,
 		.bind_peer = soft_bind_peer,
 		.wire_name = soft_wire_name,
+		.set_faults = soft_set_faults,
 	};
 }

@@ -1,0 +1,285 @@
+/* What the fault plan does to the device: the initiator, the port, the adapter. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "internal.h"
+
+int soft_set_faults(struct ibv_context *context, const char *plan, size_t *at)
+{
+	struct soft_context *ctx = to_context(context);
+	int err;
+
+	if (soft_orphaned(context))
+		return ENODEV;
+	err = fault_set(&ctx->plan, plan, soft_now_ns(), at);
+	if (!err)
+		soft_wake(ctx); /* a rule may have a time of its own */
+	return err;
+}
+
+int soft_inject_post(struct soft_qp *qp)
+{
+	struct fault fault = fault_meet(&qp_context(qp)->plan, POINT_POST,
+					qp->ibv.qp_num);
+
+	return fault.act == FAULT_ENOMEM ? ENOMEM : 0;
+}
+
+/* Whoever has only sq_lock or less leaves it to the device thread. */
+static void have_done(struct soft_context *ctx, enum fault_act act)
+{
+	atomic_fetch_or(&ctx->fault_wanted, 1u << act);
+	soft_wake(ctx);
+}
+
+/* The effects that are the same for a WR on its way out and one that came in. */
+static void strike(struct soft_qp *qp, const struct fault *fault,
+		   struct ibv_cq *ibcq)
+{
+	struct soft_cq *cq = to_cq(ibcq);
+
+	switch (fault->act) {
+	case FAULT_CQ_OVERFLOW:
+		pthread_mutex_lock(&cq->lock);
+		soft_cq_overrun(cq);
+		pthread_mutex_unlock(&cq->lock);
+		break;
+	case FAULT_DEVICE_FATAL:
+	case FAULT_PORT_DOWN:
+	case FAULT_GID_CHANGE:
+		have_done(qp_context(qp), fault->act);
+		break;
+	default:
+		break;
+	}
+}
+
+/* Send the first half of the WR's frame and be gone. */
+static void die(struct soft_qp *qp)
+{
+	struct soft_late *late = soft_frame_late(qp);
+	size_t left = late ? late->length / 2 : 0, off = 0;
+	ssize_t sent;
+
+	while (left && qp->out) {
+		sent = send(qp->out->fd, late->bytes + off, left, MSG_NOSIGNAL);
+		if (sent < 0 && errno != EAGAIN && errno != EINTR)
+			break;
+		off += sent > 0 ? (size_t)sent : 0;
+		left -= sent > 0 ? (size_t)sent : 0;
+	}
+	kill(getpid(), SIGKILL);
+}
+
+/* Apply what was decided for the WR at sq.next. True: it may leave. */
+static bool apply(struct soft_qp *qp, bool first)
+{
+	struct soft_qp_faults *faults = &qp->faults;
+	struct soft_context *ctx = qp_context(qp);
+
+	switch (faults->now.act) {
+	case FAULT_STATUS:
+		qp->local.status = (enum ibv_wc_status)faults->now.status;
+		qp->local.vendor_err = KVX_SOFT_INJECTED;
+		return false;
+	case FAULT_QP_FATAL:
+		soft_raise_qp(qp, IBV_EVENT_QP_FATAL);
+		qp->local.status = IBV_WC_WR_FLUSH_ERR;
+		qp->local.vendor_err = KVX_SOFT_INJECTED;
+		return false;
+	case FAULT_ACK_LOST:
+		if (!faults->deaf_from)
+			faults->deaf_from = qp->sq.next + 1;
+		return true;
+	case FAULT_DELAY:
+		if (ctx->now_ns >= faults->hold_ns)
+			return true;
+		soft_want_timer(ctx, faults->hold_ns);
+		return false;
+	case FAULT_DROP:
+		return false;
+	case FAULT_LATE_WRITE:
+		if (!faults->late)
+			faults->late = soft_frame_late(qp);
+		return false;
+	case FAULT_DIE:
+		if (first)
+			die(qp);
+		return false; /* the WRs before it leave first */
+	default:
+		return true;
+	}
+}
+
+bool soft_inject_start(struct soft_qp *qp, bool first)
+{
+	struct soft_qp_faults *faults = &qp->faults;
+	struct soft_context *ctx = qp_context(qp);
+
+	if (faults->decided <= qp->sq.next) {
+		faults->decided = qp->sq.next + 1;
+		faults->now = fault_meet(&ctx->plan, POINT_INITIATOR,
+					 qp->ibv.qp_num);
+		strike(qp, &faults->now, qp->ibv.send_cq);
+		if (faults->now.act == FAULT_DELAY) {
+			faults->hold_ns = ctx->now_ns + faults->now.delay_ns;
+			/* It is we who wait, and not for the peer. */
+			qp->progress_ns = faults->hold_ns;
+		}
+	}
+	return apply(qp, first);
+}
+
+bool soft_inject_lost(struct soft_conn *conn, struct frame_header *header)
+{
+	uint64_t from = conn->qp->faults.deaf_from;
+
+	if (header->seq < from - 1 ||
+	    (header->seq == from - 1 &&
+	     (header->type == FRAME_ACK || header->type == FRAME_BUSY)))
+		return false;
+	/* What it says of the WRs before may be known. */
+	*header = (struct frame_header){ .type = FRAME_ACK, .seq = from - 1 };
+	conn->deaf = true;
+	return true;
+}
+
+bool soft_inject_hang_up(struct soft_qp *qp)
+{
+	struct soft_conn *conn = qp->out;
+	struct soft_late *late = qp->faults.late;
+
+	qp->faults.late = NULL;
+	if (!late || !conn || conn->state != CONN_UP || conn->tx->busy) {
+		free(late);
+		return false;
+	}
+	/* The network still holds the WR, whatever becomes of the QP. */
+	conn->qp = NULL;
+	qp->out = NULL;
+	conn->state = CONN_LATE;
+	conn->late = late;
+	conn->deadline_ns = soft_now_ns() + qp->faults.now.delay_ns;
+	soft_want_timer(conn->ctx, conn->deadline_ns);
+	soft_wake(conn->ctx);
+	return true;
+}
+
+void soft_inject_late(struct soft_conn *conn)
+{
+	struct soft_late *late = conn->late;
+	ssize_t sent = 1;
+
+	while (sent > 0 && late->sent < late->length) {
+		sent = send(conn->fd, late->bytes + late->sent,
+			    late->length - late->sent, MSG_NOSIGNAL);
+		late->sent += sent > 0 ? (size_t)sent : 0;
+	}
+	if (sent < 0 && (errno == EAGAIN || errno == EINTR)) {
+		conn->deadline_ns = conn->ctx->now_ns + NS_PER_MS;
+		soft_want_timer(conn->ctx, conn->deadline_ns);
+		return;
+	}
+	if (sent < 0) {
+		soft_conn_close(conn);
+		return;
+	}
+	soft_conn_finish(conn);
+}
+
+void soft_inject_timer(struct soft_qp *qp)
+{
+	uint64_t hold_ns = qp->faults.hold_ns;
+
+	if (!hold_ns || qp->faults.now.act != FAULT_DELAY)
+		return;
+	if (qp_context(qp)->now_ns < hold_ns) {
+		soft_want_timer(qp_context(qp), hold_ns);
+		return;
+	}
+	qp->faults.hold_ns = 0;
+	soft_run(qp);
+}
+
+void soft_inject_reset(struct soft_qp *qp)
+{
+	free(qp->faults.late);
+	memset(&qp->faults, 0, sizeof(qp->faults));
+}
+
+/* All QPs that are connected to anything. */
+static void fail_all(struct soft_context *ctx)
+{
+	static const struct soft_failure fatal = { IBV_WC_FATAL_ERR,
+						   KVX_SOFT_INJECTED };
+	struct soft_list *at;
+	struct soft_qp *qp;
+
+	ctx->lost = true;
+	for (at = ctx->qps.next; at != &ctx->qps; at = at->next) {
+		qp = soft_of(at, struct soft_qp, link);
+		if (qp_state(qp) != IBV_QPS_RESET)
+			soft_qp_fail(qp, &fatal, NULL);
+	}
+	soft_raise_adapter(ctx, IBV_EVENT_DEVICE_FATAL);
+}
+
+/* Nothing leaves and nothing is taken in; clocks run on. */
+static void set_port(struct soft_context *ctx, bool down)
+{
+	struct soft_list *at;
+
+	if (ctx->port_down == down)
+		return;
+	ctx->port_down = down;
+	soft_raise_adapter(ctx,
+			   down ? IBV_EVENT_PORT_ERR : IBV_EVENT_PORT_ACTIVE);
+	if (down)
+		return;
+	for (at = ctx->qps.next; at != &ctx->qps; at = at->next)
+		soft_run(soft_of(at, struct soft_qp, link));
+	for (at = ctx->conns.next; at != &ctx->conns; at = at->next)
+		soft_ready(soft_of(at, struct soft_conn, link));
+}
+
+/* The address that all connections are made between is no more. */
+static void change_gid(struct soft_context *ctx)
+{
+	struct soft_list *at, *next;
+	struct soft_conn *conn;
+	struct soft_qp *qp;
+
+	soft_make_gid(&ctx->bound, &ctx->gid);
+	for (at = ctx->conns.next; at != &ctx->conns; at = next) {
+		next = at->next;
+		conn = soft_of(at, struct soft_conn, link);
+		qp = conn->outgoing ? conn->qp : NULL;
+		soft_conn_close(conn);
+		if (qp)
+			soft_out_lost(qp, false);
+	}
+	soft_raise_adapter(ctx, IBV_EVENT_GID_CHANGE);
+}
+
+void soft_inject_look(struct soft_context *ctx)
+{
+	unsigned int wanted = atomic_exchange(&ctx->fault_wanted, 0);
+	uint64_t next_ns = NEVER;
+	enum fault_act act;
+
+	while ((act = fault_due(&ctx->plan, ctx->now_ns, &next_ns)))
+		wanted |= 1u << act;
+	soft_want_timer(ctx, next_ns);
+	if (wanted & 1u << FAULT_PORT_DOWN)
+		set_port(ctx, true);
+	if (wanted & 1u << FAULT_PORT_UP)
+		set_port(ctx, false);
+	if (wanted & 1u << FAULT_GID_CHANGE)
+		change_gid(ctx);
+	if (wanted & 1u << FAULT_DEVICE_FATAL)
+		fail_all(ctx);
+}

@@ -1,0 +1,274 @@
+"""The software device fails on purpose: what it then says, and what it leaves alone.
+
+Every test goes by the verbs classes, so what is shown here is the device; what the
+library makes of it is in ``test_fault_transfers.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from kvxfer._verbs import Device
+from kvxfer.errors import QueueFullError, UsageError
+from kvxfer.verbs_types import QPState
+from tests.device_ends import FLUSH, RETRY_EXC, SUCCESS, End, Rig, Target, statuses
+
+INJECTED = 0x40  # vendor_err of a WR that the plan alone is to blame for
+SAID_BY_TARGET = {
+    9: "REM_INV_REQ_ERR",
+    10: "REM_ACCESS_ERR",
+    11: "REM_OP_ERR",
+    13: "RNR_RETRY_EXC_ERR",
+}
+SAID_BY_INITIATOR = {
+    1: "LOC_LEN_ERR",
+    2: "LOC_QP_OP_ERR",
+    3: "LOC_EEC_OP_ERR",
+    4: "LOC_PROT_ERR",
+    5: "WR_FLUSH_ERR",
+    6: "MW_BIND_ERR",
+    7: "BAD_RESP_ERR",
+    8: "LOC_ACCESS_ERR",
+    12: "RETRY_EXC_ERR",
+    14: "LOC_RDD_VIOL_ERR",
+    15: "REM_INV_RD_REQ_ERR",
+    16: "REM_ABORT_ERR",
+    17: "INV_EECN_ERR",
+    18: "INV_EEC_STATE_ERR",
+    19: "FATAL_ERR",
+    20: "RESP_TIMEOUT_ERR",
+    21: "GENERAL_ERR",
+    22: "TM_ERR",
+    23: "TM_RNDV_INCOMPLETE",
+}
+N = 7  # WRs of a chain
+
+
+@pytest.fixture(params=["tcp", "cma"])
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    with Rig(Target("soft0", "soft", wire=request.param)) as rig:
+        yield rig
+
+
+def chain(a: End, b: End, signaled: set[int], n: int = N) -> None:
+    """Post ``n`` WRs, WR i to bytes [1000 i, 1000 i + 1000)."""
+    a.post(
+        *(
+            a.write(b, 1000 * i, 1000 * i, 1000, wr_id=i, signaled=i in signaled)
+            for i in range(n)
+        )
+    )
+
+
+def landed(a: End, b: End, n: int = N) -> list[int]:
+    """Return which of a chain's WRs are in place; none may be so in part."""
+    found = []
+    for i in range(n):
+        part = slice(1000 * i, 1000 * i + 1000)
+        if np.array_equal(a.buffer[part], b.buffer[part]):
+            found.append(i)
+        else:
+            assert not b.buffer[part].any()
+    assert not b.buffer[1000 * n :].any()
+    return found
+
+
+# -- plans --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "",
+        " ; ;",
+        "seed=7",
+        "act=drop",
+        "qp=*,nth=100,act=status:rem_access",
+        "qp=77, nth=1, times=3, act=status:IBV_WC_LOC_LEN_ERR",
+        "seed=1; rate=0.001,act=drop; rate=1,act=ack_lost; rate=.5,act=drop",
+        "act=delay,us=50..500; act=posted_write_delay,us=200",
+        "act=enomem@post=7",
+        "act=port_down@t=2s; act=port_up@t=2500ms; t=1us,act=gid_change",
+        "nth=3,act=partial_then_die,on=initiator;act=late_write,us=5",
+        "act=reorder_bytes;act=cq_overflow;act=qp_fatal;act=device_fatal",
+    ],
+)
+def test_plans_that_are_taken(plan: str) -> None:
+    with Device("soft0") as device:
+        device.set_faults(plan)
+
+
+@pytest.mark.parametrize(
+    ("plan", "at"),
+    [
+        ("nonsense", 0),
+        ("seed=7;nonsense=1", 16),
+        ("act=explode", 4),
+        ("act=status", 4),
+        ("act=status:SUCCESS", 4),
+        ("act=status:nothing", 4),
+        ("nth=3", 0),
+        ("act=drop,nth=0", 13),
+        ("act=drop,rate=1.5", 14),
+        ("act=drop,rate=x", 14),
+        ("act=drop,qp=0", 12),
+        ("act=drop,qp=99999999", 12),
+        ("act=drop;;act=delay", 10),
+        ("act=drop,us=5", 12),
+        ("act=delay,us=9..5", 13),
+        ("act=drop@t=5s", 11),
+        ("act=port_down@t=5", 16),
+        ("act=port_up", 0),
+        ("act=drop,on=target", 12),
+        ("act=drop,on=both", 12),
+        ("act=status:rem_access,on=initiator", 11),
+        ("act=status:loc_prot,on=target", 11),
+        ("act=drop,act=drop", 13),
+        ("act=drop nth=3", 9),
+        ("act=drop;" * 33, 288),
+    ],
+)
+def test_a_malformed_plan_is_refused_with_the_place(plan: str, at: int) -> None:
+    with Device("soft0") as device:
+        with pytest.raises(UsageError, match=f"at offset {at}:"):
+            device.set_faults(plan)
+
+
+def test_a_malformed_plan_leaves_the_old_one(rig: Rig) -> None:
+    a, b = rig.pair()
+    a.device.set_faults("nth=2,act=status:general")
+    with pytest.raises(UsageError):
+        a.device.set_faults("nth=1,act=nothing")
+    chain(a, b, {0, 1})
+    assert statuses(a, 2 + N - 2)[:2] == [(0, SUCCESS), (1, 21)]
+
+
+def test_a_plan_comes_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVXFER_SOFT_FAULT", "nth=1,act=status:general")
+    with Rig(Target("soft0", "soft")) as rig:
+        a, b = rig.pair()
+        a.post(a.write(b, 0, 0, 8))
+        assert a.reap_one().status == 21
+
+
+def test_the_same_seed_fails_the_same_wrs(rig: Rig) -> None:
+    def failing(seed: int) -> int:
+        a, b = rig.pair()
+        a.device.set_faults(f"seed={seed};rate=0.05,act=status:general")
+        for i in range(64):
+            a.post(a.write(b, 0, 0, 8, wr_id=i))
+        found = [wc.wr_id for wc in a.reap(64) if wc.status == 21]
+        return found[0] if found else 64
+
+    first = [failing(seed) for seed in range(8)]
+    assert first == [failing(seed) for seed in range(8)]
+    assert len(set(first)) > 2
+
+
+# -- a status at any WR -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signaled", ["none", "all", "that", "others"])
+@pytest.mark.parametrize("at", [0, N // 2, N - 1])
+def test_every_status_at_every_place(rig: Rig, at: int, signaled: str) -> None:
+    """Before it all is well, it fails as wanted, after it all is flushed."""
+    for status, name in SAID_BY_INITIATOR.items():
+        with_completion = {
+            "none": set[int](),
+            "all": set(range(N)),
+            "that": {at},
+            "others": set(range(N)) - {at},
+        }[signaled]
+        a, b = rig.pair()
+        b.post_recv(70)
+        by = b if status in SAID_BY_TARGET else a
+        by.device.set_faults(f"nth={at + 1},act=status:{name}")
+        chain(a, b, with_completion)
+        done = [(i, SUCCESS) for i in range(at) if i in with_completion]
+        flushed = [(i, FLUSH) for i in range(at + 1, N)]
+        wcs = a.reap(len(done) + 1 + len(flushed))
+        assert [(wc.wr_id, wc.status) for wc in wcs] == [
+            *done,
+            (at, status),
+            *flushed,
+        ], name
+        assert wcs[len(done)].vendor_err == INJECTED
+        assert a.qp.state == QPState.ERR
+        assert landed(a, b) == list(range(at))
+        # An error of the target's own takes its QP along; ours does not.
+        if status in (9, 10, 11):
+            assert statuses(b, 1) == [(70, FLUSH)]
+            assert b.wait_async_event() in (1, 2, 3)
+        else:
+            assert b.qp.state == QPState.RTS
+        a.close()
+        b.close()
+
+
+def test_a_qp_that_fails_by_itself(rig: Rig) -> None:
+    a, b = rig.pair()
+    a.device.set_faults("nth=3,act=qp_fatal")
+    chain(a, b, set())
+    assert statuses(a, N - 2) == [(i, FLUSH) for i in range(2, N)]
+    assert a.wait_async_event() == 1  # IBV_EVENT_QP_FATAL
+    assert landed(a, b) == [0, 1]
+    assert b.qp.state == QPState.RTS
+
+
+# -- loss ---------------------------------------------------------------------------
+
+
+def test_a_lost_acknowledgement(rig: Rig) -> None:
+    """Written, and said to have failed: nobody may conclude the one from the other."""
+    a, b = rig.pair()
+    a.device.set_faults("nth=4,act=ack_lost")
+    chain(a, b, set(range(N)))
+    assert statuses(a, N) == [
+        *((i, SUCCESS) for i in range(3)),
+        (3, RETRY_EXC),
+        *((i, FLUSH) for i in range(4, N)),
+    ]
+    assert landed(a, b) == list(range(N))
+    assert b.qp.state == QPState.RTS
+
+
+def test_a_dropped_wr(rig: Rig) -> None:
+    a, b = rig.pair()
+    a.device.set_faults("nth=4,act=drop")
+    chain(a, b, set())
+    assert statuses(a, N - 3) == [
+        (3, RETRY_EXC),
+        *((i, FLUSH) for i in range(4, N)),
+    ]
+    assert landed(a, b) == [0, 1, 2]
+
+
+def test_a_slow_device_is_no_dead_peer(rig: Rig) -> None:
+    """It may be slower than the retry time of 7 x 67 ms all in all."""
+    a, b = rig.pair()
+    a.device.set_faults("act=delay,us=1000..200000;seed=4")
+    chain(a, b, {N - 1})
+    assert statuses(a, 1) == [(N - 1, SUCCESS)]
+    assert landed(a, b) == list(range(N))
+
+
+# -- queues -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nth", range(1, N + 1))
+def test_no_memory_at_each_place_of_a_chain(rig: Rig, nth: int) -> None:
+    """What was taken before it is executed, and the rest is the caller's."""
+    a, b = rig.pair()
+    a.device.set_faults(f"act=enomem@post={nth}")
+    wrs = [a.write(b, 1000 * i, 1000 * i, 1000, wr_id=i) for i in range(N)]
+    with pytest.raises(QueueFullError) as caught:
+        a.qp.post_send(wrs)
+    assert caught.value.n_posted == nth - 1
+    assert statuses(a, nth - 1) == [(i, SUCCESS) for i in range(nth - 1)]
+    assert landed(a, b) == list(range(nth - 1))
+    a.post(*wrs[nth - 1 :])
+    assert statuses(a, N - nth + 1) == [(i, SUCCESS) for i in range(nth - 1, N)]
+    assert landed(a, b) == list(range(N))
