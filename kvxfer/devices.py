@@ -6,6 +6,7 @@ A NIC is preferred; the software device is always there and comes last, unless
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,27 @@ def choose_gid(device: _verbs.Device, spec: DeviceSpec, index: int | None) -> GI
             + ("" if index is None else f" at index {index}; see gid_index")
         )
     return min(table, key=_gid_rank)
+
+
+def check_reachable(spec: DeviceSpec, ours: GIDChoice, theirs: bytes) -> None:
+    """Refuse a peer's GID that packets from our GID cannot be addressed to.
+
+    Raises:
+      DeviceUnavailableError: One is an IPv4 address and the other is not.
+    """
+    if ours.gid_type == "RoCE v2" and (
+        ours.gid.startswith(_IPV4_MAPPED) != theirs.startswith(_IPV4_MAPPED)
+    ):
+        # The verbs would say EINVAL, and not which of a dozen attributes is meant.
+        raise DeviceUnavailableError(
+            f"GID {ours.index} of {spec.name} is {_text(ours.gid)} and the peer's is "
+            f"{_text(theirs)}: both must be IPv4 addresses, or neither; see gid_index"
+        )
+
+
+def _text(gid: bytes) -> str:
+    address = ipaddress.IPv6Address(gid)
+    return str(address.ipv4_mapped or address)
 
 
 def max_retries(spec: DeviceSpec) -> int:

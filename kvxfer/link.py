@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvxfer import _engine
+from kvxfer import _engine, devices
 from kvxfer._verbs import MemoryRegion, QueuePair
 from kvxfer.adapter import Adapter
 from kvxfer.errors import ControlError, InternalError, KVXferError, ProtocolError
@@ -151,8 +151,13 @@ class Link:
           remote: The peer's half.
           control_address: Numeric address of the control connection, for a peer
             that names no other.
+
+        Raises:
+          DeviceUnavailableError: The GIDs of the two cannot reach each other.
+          VerbsError: The device does not take the path.
         """
         adapter = self.adapter
+        devices.check_reachable(adapter.spec, adapter.gid, remote.gid)
         options = adapter.options
         path = QPPath(
             qp_num=remote.qp_num,

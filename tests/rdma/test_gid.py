@@ -72,6 +72,19 @@ async def test_every_entry_carries_bytes(device: str) -> None:
             await pair.check_write(scattered(32, 20, 1), scattered(32, 20, 2))
 
 
+async def test_indices_that_do_not_go_together(device: str) -> None:
+    with opened(device) as (handle, spec):
+        gids = table(handle, spec)
+    ipv4 = next((i for i, gid in gids.items() if gid.startswith(IPV4_MAPPED)), None)
+    other = next((i for i, gid in gids.items() if gid.startswith(b"\xfe\x80")), None)
+    if ipv4 is None or other is None:
+        pytest.skip("the table has no two entries of different kinds")
+    for ours, theirs in ((ipv4, other), (other, ipv4)):
+        with pytest.raises(DeviceUnavailableError, match=r"fe80::.*see gid_index"):
+            async with connected(gid_index=ours, server_options={"gid_index": theirs}):
+                pytest.fail("connected")
+
+
 async def test_a_device_that_is_not_there(device: str) -> None:
     with arena() as source:
         client = Client(source.cache, device="rocket7")
