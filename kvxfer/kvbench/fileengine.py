@@ -111,13 +111,13 @@ def _run(
     plan: Plan, folder: str, deadline: float, timeout: float, progress: bool
 ) -> Result:
     params = plan.params
+    warmup, counted = iterations(params)
+    bar = Bar(warmup + counted if progress else 0)
     files = _make_files(params, folder)
     workers: list[_Worker] = []
     try:
         for thread in range(params["num_threads"]):
             workers.append(_worker(params, files, thread))
-        warmup, counted = iterations(params)
-        bar = Bar(warmup + counted if progress else 0)
         share = params["num_threads"]
         stopped = threading.Event()
 
@@ -136,7 +136,6 @@ def _run(
         start = time.perf_counter()
         repeat(counted // share)
         seconds = time.perf_counter() - start
-        bar.end()
         if any(len(worker.tx) < counted // share for worker in workers):
             raise RunError(f"the run took more than {timeout:g} s", TIMED_OUT)
         if params["check_consistency"]:
@@ -151,6 +150,7 @@ def _run(
             seconds=seconds,
         )
     finally:
+        bar.end()
         for worker in workers:
             worker.close()
         for file in files:

@@ -159,7 +159,7 @@ def test_errors(
 ) -> None:
     argv = list(case["argv"])
     if argv[:1] == ["profile"]:
-        argv.append("--dry_run")
+        argv += ["--dry_run", "--engine=nixlbench"]
     code = main(argv)
     out, err = capsys.readouterr()
     if case["id"] in NARROW_IDS:
