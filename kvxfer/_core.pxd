@@ -109,7 +109,7 @@ cdef struct Op:
     bint reserved               # its place in the notify ring is taken
     bint culprit                # the queue's first failure was one of its WRs
     uint64_t ring_start
-    uint64_t end                # value of queue.posted behind its last WR
+    uint64_t end                # value of queue.posted behind its last WR so far
     uint64_t n_wrs
     uint64_t n_bytes
     uint64_t born_ns
@@ -136,6 +136,7 @@ cdef struct Queue:
     uint32_t max_sge
     uint64_t posted
     uint64_t retired
+    uint32_t *owners            # by sequence % depth: index of the WR's operation
     uint32_t receives           # posted receives
     bint failed
     bint reported               # the failure has been handed to Python
@@ -145,7 +146,7 @@ cdef struct Queue:
     uint32_t vendor_err
     uint64_t failed_wr_id
     kvx_heap ready              # of Op: something left to post
-    Op *first_posted            # FIFO: nothing left to post
+    Op *first_posted            # nothing left to post; by the last WR of each
     Op *last_posted
     uint32_t n_ops
     # The route: whose blocks they are.

@@ -97,6 +97,7 @@ cdef void free_queue(Queue *queue) noexcept nogil:
     free(queue.rows)
     free(queue.pairs)
     free(queue.seen)
+    free(queue.owners)
     free(queue)
 
 
@@ -189,16 +190,19 @@ cdef void cancel(Core *core, uint64_t op_id) noexcept nogil:
     cdef:
         uint32_t index = <uint32_t>op_id
         Op *op = core.ops[index] if index < core.n_op_slots else NULL
+        Queue *queue
     # Once its place in the ring is taken, the record has to follow.
     if (op is NULL or op.id != op_id or op.cursor.stage == POSTED or op.reserved
             or op.cancelled or op.queue.failed):
         return
     op.cancelled = True
     kvx_heap_remove(&op.queue.ready, op)
+    queue = op.queue
+    # One that has posted nothing waits for nobody: op.end is 0.
     append_posted(core, op)
-    retire_ops(core, op.queue)
+    retire_ops(core, queue)
     # Others may have waited behind it.
-    pump(core, op.queue)
+    pump(core, queue)
 
 
 cdef void stop(Core *core, Queue *queue) noexcept nogil:
@@ -255,15 +259,27 @@ cdef int post_receive(Core *core, Queue *queue) noexcept nogil:
 
 
 cdef void append_posted(Core *core, Op *op) noexcept nogil:
-    """Nothing of this operation is left to post."""
+    """Nothing of this operation is left to post: it waits for its last WR.
+
+    Those that wait are in the order of their last WRs. Only a cancelled one does
+    not belong at the end.
+    """
+    cdef:
+        Queue *queue = op.queue
+        Op **place = &queue.first_posted
     op.cursor.stage = POSTED
-    op.next = NULL
-    op.end = op.queue.posted
-    if op.queue.last_posted is NULL:
-        op.queue.first_posted = op
-    else:
-        op.queue.last_posted.next = op
-    op.queue.last_posted = op
+    if queue.last_posted is NULL or queue.last_posted.end <= op.end:
+        op.next = NULL
+        if queue.last_posted is NULL:
+            queue.first_posted = op
+        else:
+            queue.last_posted.next = op
+        queue.last_posted = op
+        return
+    while place[0].end <= op.end:
+        place = &place[0].next
+    op.next = place[0]
+    place[0] = op
 
 
 cdef void finish(Core *core, Op *op, int status) noexcept nogil:
@@ -501,11 +517,14 @@ cdef bint post(Core *core, Queue *queue, Op *op, uint32_t n) noexcept nogil:
         uint32_t i
         uint32_t n_posted = n
         ibv_send_wr *bad = NULL
+        uint64_t place = queue.posted % queue.depth
         bint was_empty = queue.posted == queue.retired
         int err
     for i in range(n):
         core.wrs[i].wr_id = make_wr_id(queue, queue.posted + i)
         core.wrs[i].send_flags = 0
+        queue.owners[place] = <uint32_t>op.id
+        place = place + 1 if place + 1 < queue.depth else 0
     # RC completes in order: the tail's CQE retires the whole chain.
     core.wrs[n - 1].send_flags = IBV_SEND_SIGNALED
     core.wrs[n - 1].next = NULL
@@ -518,6 +537,7 @@ cdef bint post(Core *core, Queue *queue, Op *op, uint32_t n) noexcept nogil:
     core.outstanding += n_posted
     op.n_wrs += n_posted
     if n_posted:
+        op.end = queue.posted
         op.n_bytes = core.bytes_after[n_posted - 1]
         queue.tail_unsignaled = err != 0
     if err == 0:
@@ -605,12 +625,9 @@ cdef void completed(Core *core, ibv_wc *wc) noexcept nogil:
 
 cdef void blame(Core *core, Queue *queue, uint64_t sequence) noexcept nogil:
     """Mark the operation that the failed WR belongs to."""
-    cdef Op *op = queue.first_posted
-    while op is not NULL and op.end <= sequence:
-        op = op.next
-    if op is NULL:
-        op = <Op *>kvx_heap_top(&queue.ready)
-    if op is not NULL:
+    # Unretired until now, so its operation has not ended.
+    cdef Op *op = core.ops[queue.owners[sequence % queue.depth]]
+    if op is not NULL and op.queue is queue:
         op.culprit = True
 
 

@@ -240,7 +240,9 @@ cdef class Engine:
             queue.rows = <Row *>calloc(n_rows + 1, sizeof(Row))
             queue.pairs = <Pair *>calloc(n_pairs + 1, sizeof(Pair))
             queue.seen = <uint8_t *>calloc(n_blocks // 8 + 1, 1)
-            if queue.rows is NULL or queue.pairs is NULL or queue.seen is NULL:
+            queue.owners = <uint32_t *>calloc(queue.depth, sizeof(uint32_t))
+            if (queue.rows is NULL or queue.pairs is NULL or queue.seen is NULL
+                    or queue.owners is NULL):
                 raise MemoryError
             for i, (layer, group, n_local, n_remote, pairs) in enumerate(rows):
                 queue.rows[i] = Row(at, len(pairs), n_local, n_remote, layer, group)
