@@ -9,7 +9,9 @@
 #define KNOWN_OPS                                                             \
 	((uint64_t)(IBV_QP_EX_WITH_RDMA_WRITE |                               \
 		    IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM | IBV_QP_EX_WITH_SEND |\
-		    IBV_QP_EX_WITH_SEND_WITH_IMM | IBV_QP_EX_WITH_RDMA_READ))
+		    IBV_QP_EX_WITH_SEND_WITH_IMM | IBV_QP_EX_WITH_RDMA_READ | \
+		    IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP |                       \
+		    IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD))
 
 /*
  * The WRs between ibv_wr_start and ibv_wr_complete. The calls in between have
@@ -111,6 +113,35 @@ static void wr_rdma_read(struct ibv_qp_ex *ex, uint32_t rkey,
 			 uint64_t remote_addr)
 {
 	begin(ex, IBV_WR_RDMA_READ, rkey, remote_addr, 0);
+}
+
+static void begin_atomic(struct ibv_qp_ex *ex, enum ibv_wr_opcode opcode,
+			 uint32_t rkey, uint64_t remote_addr,
+			 uint64_t compare_add, uint64_t swap)
+{
+	struct builder *b = builder_of(ex);
+
+	begin(ex, opcode, 0, 0, 0);
+	if (b->n == 0)
+		return;
+	current(b)->wr.atomic.remote_addr = remote_addr;
+	current(b)->wr.atomic.compare_add = compare_add;
+	current(b)->wr.atomic.swap = swap;
+	current(b)->wr.atomic.rkey = rkey;
+}
+
+static void wr_atomic_cmp_swp(struct ibv_qp_ex *ex, uint32_t rkey,
+			      uint64_t remote_addr, uint64_t compare,
+			      uint64_t swap)
+{
+	begin_atomic(ex, IBV_WR_ATOMIC_CMP_AND_SWP, rkey, remote_addr, compare,
+		     swap);
+}
+
+static void wr_atomic_fetch_add(struct ibv_qp_ex *ex, uint32_t rkey,
+				uint64_t remote_addr, uint64_t add)
+{
+	begin_atomic(ex, IBV_WR_ATOMIC_FETCH_AND_ADD, rkey, remote_addr, add, 0);
 }
 
 static void wr_send(struct ibv_qp_ex *ex)
@@ -227,6 +258,8 @@ static void fill_calls(struct ibv_qp_ex *ex)
 	ex->wr_rdma_write = wr_rdma_write;
 	ex->wr_rdma_write_imm = wr_rdma_write_imm;
 	ex->wr_rdma_read = wr_rdma_read;
+	ex->wr_atomic_cmp_swp = wr_atomic_cmp_swp;
+	ex->wr_atomic_fetch_add = wr_atomic_fetch_add;
 	ex->wr_send = wr_send;
 	ex->wr_send_imm = wr_send_imm;
 	ex->wr_set_sge = wr_set_sge;

@@ -22,7 +22,7 @@ static bool complete(struct soft_qp *qp, uint64_t seq)
 		return false;
 	/* A READ is done when its bytes are here, not when somebody says so. */
 	for (at = sq->done; qp->reads_out && at != seq; at++)
-		if (sq->ring[at & sq->mask].opcode == IBV_WR_RDMA_READ)
+		if (soft_fetches(&sq->ring[at & sq->mask]))
 			return false;
 	soft_sends_done(qp, seq);
 	qp->active = soft_outstanding(qp);
@@ -63,7 +63,7 @@ static bool take_read_header(struct soft_conn *conn,
 	uint64_t after = qp->read_offset + header->payload_len;
 
 	if (!qp->reads_out || !complete(qp, header->seq) ||
-	    header->seq >= sq->next || wqe->opcode != IBV_WR_RDMA_READ)
+	    header->seq >= sq->next || !soft_fetches(wqe))
 		return false;
 	if (after > wqe->length ||
 	    (after == wqe->length) != !!(header->flags & RESP_END))

@@ -88,7 +88,7 @@ static void gather(struct chunk *chunk)
 		desc = &rx->desc[i];
 		if (desc->flags & DESC_START && off == 0)
 			message_off = 0;
-		if (desc->op == OP_READ)
+		if (frame_fetches(desc->op))
 			return;
 		if (desc->op == OP_SEND && i != rx->at)
 			return; /* its RECV is looked at first */
@@ -108,7 +108,7 @@ static void advance(struct soft_conn *conn, size_t bytes)
 
 	for (; rx->at < rx->bad; rx->at++, rx->at_off = 0) {
 		desc = &rx->desc[rx->at];
-		if (desc->op == OP_READ ||
+		if (frame_fetches(desc->op) ||
 		    (desc->op == OP_SEND && !rx->recv_checked))
 			return;
 		if (desc->flags & DESC_START && rx->at_off == 0)

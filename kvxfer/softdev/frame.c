@@ -172,12 +172,27 @@ void frame_put_desc(uint8_t out[FRAME_DESC_BYTES], const struct frame_desc *desc
 	bool head_only = (desc->flags & (DESC_START | DESC_END)) == DESC_START;
 
 	put64(out + D_RADDR, desc->raddr);
-	put64(out + D_LADDR, desc->laddr);
 	put32(out + D_RKEY, desc->rkey);
-	put32(out + D_LEN, desc->len);
 	put16(out + D_OP, desc->op);
 	put16(out + D_FLAGS, desc->flags);
+	if (frame_is_atomic(desc->op)) {
+		put64(out + D_LADDR, desc->operand);
+		put32(out + D_LEN, (uint32_t)desc->compare);
+		put32(out + D_IMM, (uint32_t)(desc->compare >> 32));
+		return;
+	}
+	put64(out + D_LADDR, desc->laddr);
+	put32(out + D_LEN, desc->len);
 	put32(out + D_IMM, head_only ? desc->total : desc->imm);
+}
+
+static void get_atomic(const uint8_t *in, struct frame_desc *desc)
+{
+	desc->operand = get64(in + D_LADDR);
+	desc->compare = get32(in + D_LEN) | (uint64_t)get32(in + D_IMM) << 32;
+	desc->laddr = 0;
+	desc->imm = 0;
+	desc->len = desc->total = FRAME_ATOMIC_BYTES;
 }
 
 static void get_desc(const uint8_t *in, struct frame_desc *desc)
@@ -194,6 +209,9 @@ static void get_desc(const uint8_t *in, struct frame_desc *desc)
 	desc->total = 0;
 	if (desc->flags & DESC_START)
 		desc->total = desc->flags & DESC_END ? desc->len : field;
+	desc->operand = desc->compare = 0;
+	if (frame_is_atomic(desc->op))
+		get_atomic(in, desc);
 }
 
 /* What a descriptor may be by itself. */
@@ -216,6 +234,8 @@ static enum frame_error check_desc(const struct frame_desc *desc)
 	case OP_SEND:
 		return desc->raddr || desc->rkey ? FRAME_BAD_RANGE : FRAME_OK;
 	case OP_READ:
+	case OP_FETCH_ADD:
+	case OP_COMPARE_SWAP:
 		if ((desc->flags & ~DESC_SOLICITED) != (DESC_START | DESC_END))
 			return FRAME_BAD_FLAGS;
 		return FRAME_OK;
@@ -274,7 +294,7 @@ enum frame_error frame_get_table(const uint8_t *in,
 			error = follow(&after, &desc[i]);
 		if (error)
 			return error;
-		if (desc[i].op != OP_READ)
+		if (!frame_fetches(desc[i].op))
 			sum += desc[i].len;
 	}
 	if (header->payload_len != (payload ? sum : 0))

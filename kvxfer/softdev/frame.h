@@ -29,6 +29,7 @@
 #define FRAME_DESC_BYTES 32u
 #define FRAME_HELLO_BYTES 192u
 #define FRAME_MAX_DESC 512u
+#define FRAME_ATOMIC_BYTES 8u
 #define FRAME_MAX_PAYLOAD (4u << 20)
 #define FRAME_MAX_MESSAGE (1u << 30)
 #define FRAME_NONCE_BYTES 16u
@@ -58,7 +59,24 @@ enum frame_wire { WIRE_NONE = 0, WIRE_TCP = 1, WIRE_CMA = 2 };
 /* FRAME_READ_RESP flags */
 #define RESP_END 1u /* these are the last bytes of the READ */
 
-enum frame_op { OP_WRITE = 1, OP_SEND = 2, OP_READ = 3 };
+enum frame_op {
+	OP_WRITE = 1,
+	OP_SEND = 2,
+	OP_READ = 3,
+	OP_FETCH_ADD = 4,
+	OP_COMPARE_SWAP = 5,
+};
+
+static inline bool frame_is_atomic(uint16_t op)
+{
+	return op == OP_FETCH_ADD || op == OP_COMPARE_SWAP;
+}
+
+/* Brings bytes back and carries none: READs and atomics. */
+static inline bool frame_fetches(uint16_t op)
+{
+	return op == OP_READ || frame_is_atomic(op);
+}
 
 /* struct frame_desc flags */
 #define DESC_START 1u	  /* first descriptor of its WR */
@@ -99,11 +117,17 @@ struct frame_desc {
 	uint16_t flags;
 	uint32_t imm;	/* END with IMM: as the application gave it */
 	uint32_t total; /* START: bytes of the whole WR; decoded, see below */
+	uint64_t operand; /* atomic: what to add or to put there */
+	uint64_t compare; /* COMPARE_SWAP: with what */
 };
 
 /*
  * On the wire a descriptor has one 32-bit field for imm and total: total on a
  * START that is not END, imm on END. A WR of one descriptor has total = len.
+ *
+ * An atomic is one descriptor and its length is always FRAME_ATOMIC_BYTES, so
+ * that operand goes into the place of laddr and compare into those of len and
+ * imm.
  */
 
 /* The WR that a REQUEST stream is in the middle of. */

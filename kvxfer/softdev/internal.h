@@ -132,6 +132,24 @@ struct soft_wqe {
 	uint8_t flags; /* IBV_SEND_FENCE | IBV_SEND_SOLICITED | IBV_SEND_INLINE */
 };
 
+/* In the slot of an atomic WR. */
+struct soft_atomic {
+	struct ibv_sge sge; /* first, where other WRs have theirs */
+	uint64_t compare_add, swap;
+};
+
+static inline bool soft_is_atomic(uint8_t opcode)
+{
+	return opcode == IBV_WR_ATOMIC_FETCH_AND_ADD ||
+	       opcode == IBV_WR_ATOMIC_CMP_AND_SWP;
+}
+
+/* Is it done when bytes have come back? */
+static inline bool soft_fetches(const struct soft_wqe *wqe)
+{
+	return wqe->opcode == IBV_WR_RDMA_READ || soft_is_atomic(wqe->opcode);
+}
+
 struct soft_rqe {
 	uint64_t wr_id;
 	uint64_t length;
@@ -145,7 +163,7 @@ struct soft_rqe {
  */
 struct soft_sq {
 	struct soft_wqe *ring;
-	uint8_t *slots;	     /* per WR: its SGEs, or its inline bytes */
+	uint8_t *slots; /* per WR: its SGEs, its inline bytes, or an atomic */
 	size_t slot_bytes;
 	uint64_t mask;
 	uint32_t depth;
@@ -289,6 +307,7 @@ struct soft_rx {
 	uint64_t rnr_at_ns;
 	/* READ under way: a response frame and what is left after it. */
 	uint64_t read_left;
+	uint64_t fetched; /* atomic: what was there before */
 	uint8_t read_head[FRAME_HEADER_BYTES];
 	size_t read_head_off;
 	size_t read_frame_left;
@@ -657,6 +676,7 @@ void soft_inject_reset(struct soft_qp *qp);
 void soft_inject_look(struct soft_context *ctx);
 
 /* read.c; ctx->lock held */
+/* False: an atomic's target is not mapped. */
 bool soft_begin_read(struct soft_conn *conn);
 /* Send the next piece. CHUNK_MOVED, _WAIT or _LOST. */
 enum chunk_result soft_send_read(struct soft_conn *conn);

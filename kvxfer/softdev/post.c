@@ -29,6 +29,8 @@ static int check_send(const struct soft_qp *qp, const struct ibv_send_wr *wr,
 	case IBV_WR_SEND_WITH_IMM:
 		return 0;
 	case IBV_WR_RDMA_READ:
+	case IBV_WR_ATOMIC_FETCH_AND_ADD:
+	case IBV_WR_ATOMIC_CMP_AND_SWP:
 		return wr->send_flags & IBV_SEND_INLINE ? EINVAL : 0;
 	default:
 		return EINVAL;
@@ -56,6 +58,20 @@ static void copy_inline(uint8_t *slot, const struct ibv_send_wr *wr)
 		       wr->sg_list[i].length);
 		slot += wr->sg_list[i].length;
 	}
+}
+
+static int fill_atomic(struct soft_wqe *wqe, uint8_t *slot,
+		       const struct ibv_send_wr *wr)
+{
+	struct soft_atomic *atomic = (struct soft_atomic *)slot;
+
+	if (wr->num_sge != 1 || wqe->length != FRAME_ATOMIC_BYTES)
+		return EINVAL;
+	atomic->compare_add = wr->wr.atomic.compare_add;
+	atomic->swap = wr->wr.atomic.swap;
+	wqe->raddr = wr->wr.atomic.remote_addr;
+	wqe->rkey = wr->wr.atomic.rkey;
+	return 0;
 }
 
 /* The WR, its SGEs and inline bytes are copied; the payload is read later. */
@@ -86,7 +102,7 @@ static int fill_wqe(struct soft_qp *qp, const struct ibv_send_wr *wr,
 	wqe->flags = (uint8_t)(wr->send_flags &
 			       (IBV_SEND_FENCE | IBV_SEND_SOLICITED |
 				IBV_SEND_INLINE));
-	return 0;
+	return soft_is_atomic(wqe->opcode) ? fill_atomic(wqe, slot, wr) : 0;
 }
 
 int soft_post_send(struct ibv_qp *ibqp, struct ibv_send_wr *wr,

@@ -58,6 +58,7 @@ static int allocate_queues(struct soft_qp *qp, const struct ibv_qp_cap *asked)
 	sq->mask = sq->depth ? sq->depth - 1 : 0;
 	sq->slot_bytes = at_least(qp->cap.max_send_sge * sizeof(struct ibv_sge),
 				  qp->cap.max_inline_data);
+	sq->slot_bytes = at_least(sq->slot_bytes, sizeof(struct soft_atomic));
 	sq->ring = calloc(at_least(sq->depth, 1), sizeof(*sq->ring));
 	sq->slots = calloc(at_least(sq->depth, 1), sq->slot_bytes);
 

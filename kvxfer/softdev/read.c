@@ -1,4 +1,4 @@
-/* The target's side of an RDMA READ: its bytes go back over the socket. */
+/* The target's side of READs and atomics: bytes go back over the socket. */
 #define _GNU_SOURCE
 #include <errno.h>
 
@@ -30,13 +30,39 @@ bool soft_read_in_frame(const struct soft_conn *conn)
 	return rx->read_head_off > 0;
 }
 
+/*
+ * Once and all at once, also for the threads of this process. The region is
+ * registered, but the application may have unmapped it; touching that would end
+ * the process, so look first.
+ */
+static bool execute_atomic(struct soft_rx *rx, const struct frame_desc *desc)
+{
+	uint64_t *target = (uint64_t *)(uintptr_t)desc->raddr;
+
+	if (soft_check_mapped((uintptr_t)target, sizeof(*target), true))
+		return false;
+	if (desc->op == OP_FETCH_ADD) {
+		rx->fetched = __atomic_fetch_add(target, desc->operand,
+						 __ATOMIC_SEQ_CST);
+		return true;
+	}
+	rx->fetched = desc->compare;
+	__atomic_compare_exchange_n(target, &rx->fetched, desc->operand, false,
+				    __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+	return true;
+}
+
 bool soft_begin_read(struct soft_conn *conn)
 {
 	struct soft_rx *rx = conn->rx;
+	const struct frame_desc *desc = &rx->desc[rx->at];
+
+	if (frame_is_atomic(desc->op) && !execute_atomic(rx, desc))
+		return false;
 
 	/* The response says as well that all before it is done. */
 	rx->acks_owed = 0;
-	rx->read_left = rx->desc[rx->at].len;
+	rx->read_left = desc->len;
 	rx->phase = RX_READ;
 	next_frame(conn);
 	return true;
@@ -68,10 +94,12 @@ enum chunk_result soft_send_read(struct soft_conn *conn)
 {
 	struct soft_rx *rx = conn->rx;
 	const struct frame_desc *desc = &rx->desc[rx->at];
+	uint64_t from = frame_is_atomic(desc->op) ? (uintptr_t)&rx->fetched :
+						    desc->raddr;
 	struct iovec iov[2] = {
 		{ rx->read_head + rx->read_head_off,
 		  FRAME_HEADER_BYTES - rx->read_head_off },
-		{ (void *)(uintptr_t)(desc->raddr + desc->len - rx->read_left),
+		{ (void *)(uintptr_t)(from + desc->len - rx->read_left),
 		  rx->read_frame_left },
 	};
 	struct msghdr message = { .msg_iov = iov, .msg_iovlen = 2 };

@@ -35,7 +35,7 @@ uint32_t soft_wqe_sges(struct soft_qp *qp, uint64_t seq, struct ibv_sge *one,
 struct soft_failure soft_check_wqe(struct soft_qp *qp, uint64_t seq)
 {
 	const struct soft_wqe *wqe = &qp->sq.ring[seq & qp->sq.mask];
-	bool is_read = wqe->opcode == IBV_WR_RDMA_READ;
+	bool fetches = soft_fetches(wqe);
 	struct soft_failure failure = { 0 };
 	const struct ibv_sge *sges;
 	struct ibv_sge one;
@@ -44,7 +44,7 @@ struct soft_failure soft_check_wqe(struct soft_qp *qp, uint64_t seq)
 	if (wqe->length > FRAME_MAX_MESSAGE)
 		return (struct soft_failure){ IBV_WC_LOC_LEN_ERR,
 					      KVX_SOFT_TOO_LONG };
-	if (is_read && qp->attr.max_rd_atomic == 0)
+	if (fetches && qp->attr.max_rd_atomic == 0)
 		return (struct soft_failure){ IBV_WC_LOC_QP_OP_ERR,
 					      KVX_SOFT_NO_RD_ATOMIC };
 	if (wqe->flags & IBV_SEND_INLINE)
@@ -53,7 +53,7 @@ struct soft_failure soft_check_wqe(struct soft_qp *qp, uint64_t seq)
 	for (i = 0; i < n && !failure.vendor_err; i++)
 		failure.vendor_err = soft_check_local(
 			qp_context(qp), qp->ibv.pd, &sges[i],
-			is_read ? IBV_ACCESS_LOCAL_WRITE : 0);
+			fetches ? IBV_ACCESS_LOCAL_WRITE : 0);
 	if (failure.vendor_err)
 		failure.status = IBV_WC_LOC_PROT_ERR;
 	return failure;
@@ -64,6 +64,10 @@ static uint16_t opcode_of(const struct soft_wqe *wqe)
 	switch (wqe->opcode) {
 	case IBV_WR_RDMA_READ:
 		return OP_READ;
+	case IBV_WR_ATOMIC_FETCH_AND_ADD:
+		return OP_FETCH_ADD;
+	case IBV_WR_ATOMIC_CMP_AND_SWP:
+		return OP_COMPARE_SWAP;
 	case IBV_WR_SEND:
 	case IBV_WR_SEND_WITH_IMM:
 		return OP_SEND;
@@ -82,6 +86,21 @@ static uint16_t end_flags(const struct soft_wqe *wqe)
 	if (wqe->flags & IBV_SEND_SOLICITED)
 		flags |= DESC_SOLICITED;
 	return flags;
+}
+
+static void put_operands(const struct soft_sq *sq, const struct soft_wqe *wqe,
+			 struct frame_desc *desc)
+{
+	const uint8_t *slot = sq->slots +
+			      (size_t)(wqe - sq->ring) * sq->slot_bytes;
+	const struct soft_atomic *atomic = (const struct soft_atomic *)slot;
+
+	if (desc->op == OP_FETCH_ADD) {
+		desc->operand = atomic->compare_add;
+	} else {
+		desc->operand = atomic->swap;
+		desc->compare = atomic->compare_add;
+	}
 }
 
 /* One descriptor for the next len bytes of the WR. */
@@ -107,6 +126,8 @@ static void put_desc(struct builder *b, const struct soft_wqe *wqe,
 	sq->next_offset += len;
 	if (sq->next_offset == wqe->length)
 		desc.flags |= end_flags(wqe);
+	if (frame_is_atomic(op))
+		put_operands(sq, wqe, &desc);
 	frame_put_desc(b->tx->head + FRAME_HEADER_BYTES +
 			       (size_t)b->n_desc * FRAME_DESC_BYTES,
 		       &desc);
@@ -193,7 +214,7 @@ static void put_wr(struct builder *b, uint64_t seq)
 {
 	const struct soft_wqe *wqe = &b->qp->sq.ring[seq & b->qp->sq.mask];
 
-	if (wqe->opcode == IBV_WR_RDMA_READ) {
+	if (soft_fetches(wqe)) {
 		put_desc(b, wqe, 0, wqe->length);
 		b->qp->reads_out++;
 	} else if (b->qp->wire_out == WIRE_CMA) {
@@ -212,7 +233,7 @@ static bool may_start(struct soft_qp *qp, uint64_t seq, bool first)
 		return false;
 	if (wqe->flags & IBV_SEND_FENCE && qp->reads_out)
 		return false;
-	if (wqe->opcode == IBV_WR_RDMA_READ && qp->attr.max_rd_atomic &&
+	if (soft_fetches(wqe) && qp->attr.max_rd_atomic &&
 	    qp->reads_out >= qp->attr.max_rd_atomic)
 		return false;
 	/* A bad one fails in its turn, when those before it are done. */

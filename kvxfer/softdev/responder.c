@@ -89,13 +89,19 @@ static enum step nak(struct soft_conn *conn, const struct soft_failure *failure,
 	return STEP_OVER;
 }
 
+static unsigned int needed_access(const struct frame_desc *desc)
+{
+	if (frame_is_atomic(desc->op))
+		return IBV_ACCESS_REMOTE_ATOMIC;
+	return desc->op == OP_READ ? IBV_ACCESS_REMOTE_READ :
+				     IBV_ACCESS_REMOTE_WRITE;
+}
+
 static struct soft_failure check_desc(struct soft_qp *qp,
 				      const struct frame_desc *desc)
 {
 	struct soft_failure failure = { 0 };
-	bool is_read = desc->op == OP_READ;
-	unsigned int access = is_read ? IBV_ACCESS_REMOTE_READ :
-					IBV_ACCESS_REMOTE_WRITE;
+	unsigned int access = needed_access(desc);
 	/* The first descriptor stands for the whole WR, as its first packet
 	 * does on a wire: a bad WR writes nothing at all. */
 	uint64_t length = desc->flags & DESC_START ? desc->total : desc->len;
@@ -103,9 +109,12 @@ static struct soft_failure check_desc(struct soft_qp *qp,
 	if (desc->op == OP_SEND)
 		return failure; /* goes where its RECV says */
 	if (!(qp->attr.qp_access_flags & access) ||
-	    (is_read && !qp->attr.max_dest_rd_atomic))
+	    (frame_fetches(desc->op) && !qp->attr.max_dest_rd_atomic))
 		return (struct soft_failure){ IBV_WC_REM_INV_REQ_ERR,
 					      KVX_SOFT_REMOTE_QP_ACCESS };
+	if (frame_is_atomic(desc->op) && desc->raddr % FRAME_ATOMIC_BYTES)
+		return (struct soft_failure){ IBV_WC_REM_INV_REQ_ERR,
+					      KVX_SOFT_REMOTE_ALIGNMENT };
 	failure.vendor_err = soft_check_remote(qp_context(qp), qp->ibv.pd,
 					       desc->rkey, desc->raddr, length,
 					       access);
@@ -284,6 +293,8 @@ static enum step move(struct soft_conn *conn)
 static enum step execute(struct soft_conn *conn)
 {
 	struct soft_rx *rx = conn->rx;
+	static const struct soft_failure no_target = { IBV_WC_REM_OP_ERR,
+						       KVX_SOFT_REMOTE_MEMORY };
 	const struct frame_desc *desc = &rx->desc[rx->at];
 	bool moved;
 
@@ -299,8 +310,9 @@ static enum step execute(struct soft_conn *conn)
 	}
 	if (rx->at == rx->bad)
 		return nak(conn, &rx->failure, NULL);
-	if (desc->op == OP_READ)
-		return soft_begin_read(conn) ? STEP_ON : lost(conn);
+	if (frame_fetches(desc->op))
+		return soft_begin_read(conn) ? STEP_ON :
+					       nak(conn, &no_target, NULL);
 
 	if (desc->flags & DESC_START && rx->at_off == 0)
 		rx->message_off = 0;
@@ -314,11 +326,14 @@ static enum step execute(struct soft_conn *conn)
 
 static enum step read_on(struct soft_conn *conn)
 {
+	const struct frame_desc *desc = &conn->rx->desc[conn->rx->at];
 	struct soft_failure failure;
 
-	/* The region may have gone since the last piece. */
-	if (conn->rx->mr_generation != conn->ctx->mr_generation) {
-		failure = check_desc(conn->qp, &conn->rx->desc[conn->rx->at]);
+	/* The region may have gone since the last piece; an atomic has been
+	 * executed and needs it no more. */
+	if (desc->op == OP_READ &&
+	    conn->rx->mr_generation != conn->ctx->mr_generation) {
+		failure = check_desc(conn->qp, desc);
 		if (failure.status)
 			return soft_read_in_frame(conn) ?
 				       lost(conn) : nak(conn, &failure, NULL);

@@ -35,6 +35,7 @@ enum kvx_soft_vendor_err {
 	KVX_SOFT_REMOTE_QP_ACCESS = 0x24, /* remote QP lacks the access flag */
 	KVX_SOFT_REMOTE_MEMORY = 0x25,	 /* registered, but no longer mapped */
 	KVX_SOFT_REMOTE_RECV = 0x26,	 /* the RECV it hit is unusable */
+	KVX_SOFT_REMOTE_ALIGNMENT = 0x27, /* atomic at no multiple of 8 */
 	KVX_SOFT_NO_ANSWER = 0x30,	 /* no progress within the retry time */
 	KVX_SOFT_PEER_GONE = 0x31,	 /* the established connection broke */
 	KVX_SOFT_REFUSED = 0x32,	 /* wrong token, or no wire in common */

@@ -76,7 +76,7 @@ static int query_device(struct ibv_context *context, struct ibv_device_attr *att
 		.max_qp_rd_atom = SOFT_MAX_RD_ATOMIC,
 		.max_res_rd_atom = SOFT_MAX_RD_ATOMIC * SOFT_MAX_QP,
 		.max_qp_init_rd_atom = SOFT_MAX_RD_ATOMIC,
-		.atomic_cap = IBV_ATOMIC_NONE,
+		.atomic_cap = IBV_ATOMIC_GLOB /* by the CPU */,
 		.max_pkeys = 1,
 		.phys_port_cnt = 1,
 	};

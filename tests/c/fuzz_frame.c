@@ -22,7 +22,7 @@ static void believe(const struct frame_header *header,
 	uint32_t i;
 
 	for (i = 0; i < header->n_desc; i++) {
-		CHECK(desc[i].op >= OP_WRITE && desc[i].op <= OP_READ);
+		CHECK(desc[i].op >= OP_WRITE && desc[i].op <= OP_COMPARE_SWAP);
 		CHECK(desc[i].raddr + desc[i].len >= desc[i].raddr);
 		CHECK(desc[i].laddr + desc[i].len >= desc[i].laddr);
 		CHECK(desc[i].len <= FRAME_MAX_MESSAGE);
@@ -32,7 +32,7 @@ static void believe(const struct frame_header *header,
 			CHECK(desc[i].total <= FRAME_MAX_MESSAGE);
 		}
 		open = !(desc[i].flags & DESC_END);
-		if (desc[i].op != OP_READ)
+		if (!frame_fetches(desc[i].op))
 			sum += desc[i].len;
 	}
 	CHECK(open == after->open);
@@ -105,9 +105,10 @@ static uint32_t edge(void)
 /* A WR of some descriptors, mostly well made. */
 static uint32_t make_wr(struct frame_desc *desc, uint32_t room, uint64_t *sum)
 {
-	static const uint16_t ops[] = { OP_WRITE, OP_WRITE, OP_SEND, OP_READ };
-	uint16_t op = ops[random_below(4)];
-	uint32_t n = op == OP_READ ? 1 : 1 + random_below(3), i, total = 0;
+	static const uint16_t ops[] = { OP_WRITE, OP_WRITE,	OP_SEND,
+					OP_READ,  OP_FETCH_ADD, OP_COMPARE_SWAP };
+	uint16_t op = ops[random_below(6)];
+	uint32_t n = frame_fetches(op) ? 1 : 1 + random_below(3), i, total = 0;
 	uint64_t at = op == OP_SEND ? 0 : random_below(1u << 30);
 
 	if (n > room)
@@ -124,7 +125,7 @@ static uint32_t make_wr(struct frame_desc *desc, uint32_t room, uint64_t *sum)
 					   (i == n - 1 ? DESC_END : 0));
 		if (op != OP_SEND)
 			at += desc[i].len;
-		if (op != OP_READ)
+		if (!frame_fetches(op))
 			*sum += desc[i].len;
 	}
 	return n;

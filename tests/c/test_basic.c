@@ -199,6 +199,61 @@ static void reads(void)
 	no_objects_left();
 }
 
+static void atomics(void)
+{
+	enum { N = 16 };
+	struct ibv_send_wr wr;
+	uint64_t *fetched, *target;
+	struct ibv_sge sge;
+	struct end a, b;
+	struct card to;
+	struct ibv_wc wc[N + 1];
+	uint32_t i;
+
+	make_pair(&a, &b, NULL);
+	to = card_of(&b);
+	fetched = (uint64_t *)a.buffer;
+	target = (uint64_t *)b.buffer;
+	*target = UINT64_MAX;
+	/* More of them than may be under way, then one of each kind of swap. */
+	for (i = 0; i < N; i++) {
+		wr = write_wr(&a, &to, &sge, i * 8, 0, 8);
+		wr.opcode = IBV_WR_ATOMIC_FETCH_AND_ADD;
+		wr.wr.atomic.remote_addr = to.addr;
+		wr.wr.atomic.rkey = to.rkey;
+		wr.wr.atomic.compare_add = (1ull << 40) + 1;
+		CHECK(!post_one(&a, &wr));
+	}
+	reap(&a, wc, N);
+	for (i = 0; i < N; i++) {
+		CHECK(wc[i].status == IBV_WC_SUCCESS);
+		CHECK(wc[i].opcode == IBV_WC_FETCH_ADD && wc[i].byte_len == 8);
+		CHECK(fetched[i] == UINT64_MAX + i * ((1ull << 40) + 1));
+	}
+	wr.opcode = IBV_WR_ATOMIC_CMP_AND_SWP;
+	for (i = 0; i < 2; i++) {
+		wr.wr.atomic.compare_add = i ? 5 : *target;
+		wr.wr.atomic.swap = (7ull << 33) + i;
+		CHECK(!post_one(&a, &wr));
+		reap(&a, wc, 1);
+		CHECK(wc[0].status == IBV_WC_SUCCESS);
+		CHECK(wc[0].opcode == IBV_WC_COMP_SWAP);
+		CHECK(*target == 7ull << 33); /* the second one did not match */
+	}
+	CHECK(fetched[N - 1] == 7ull << 33);
+	sge.length = 4;
+	CHECK(post_one(&a, &wr) == EINVAL);
+	sge.length = 8;
+	wr.wr.atomic.remote_addr += 4;
+	CHECK(!post_one(&a, &wr));
+	reap(&a, wc, 1);
+	CHECK(wc[0].status == IBV_WC_REM_INV_REQ_ERR);
+	CHECK(wc[0].vendor_err == KVX_SOFT_REMOTE_ALIGNMENT);
+	close_end(&a);
+	close_end(&b);
+	no_objects_left();
+}
+
 static void sends(void)
 {
 	struct ibv_send_wr wr;
@@ -254,6 +309,7 @@ int main(void)
 	long_writes();
 	immediate();
 	reads();
+	atomics();
 	sends();
 	puts("basic: ok");
 	return 0;
