@@ -351,10 +351,8 @@ cdef class Device(Handle):
         with nogil:
             err = self.table.set_faults(self.ctx, c_plan, &at)
         if err == EINVAL:
-            raise UsageError(
-                f"fault plan, at offset {at}: {encoded[at:at + 40].decode(errors="replace")!r} "
-                "is not understood"
-            )
+            near = encoded[at:at + 40].decode(errors="replace")
+            raise UsageError(f"fault plan, at offset {at}: {near!r} is not understood")
         if err == EOPNOTSUPP:
             raise UsageError(f"{self.name} is no software device: it has no fault plan")
         if err:

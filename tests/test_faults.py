@@ -6,15 +6,30 @@ library makes of it is in ``test_fault_transfers.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+import secrets
+import select
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
 
 from kvxfer._verbs import Device
-from kvxfer.errors import QueueFullError, UsageError
-from kvxfer.verbs_types import QPState
-from tests.device_ends import FLUSH, RETRY_EXC, SUCCESS, End, Rig, Target, statuses
+from kvxfer.errors import QueueFullError, UsageError, VerbsError
+from kvxfer.verbs_types import Opcode, PortState, QPState
+from tests.device_ends import (
+    FLUSH,
+    PATIENCE,
+    RETRY_EXC,
+    SUCCESS,
+    End,
+    Rig,
+    Spec,
+    Target,
+    statuses,
+)
 
 INJECTED = 0x40  # vendor_err of a WR that the plan alone is to blame for
 SAID_BY_TARGET = {
@@ -74,6 +89,25 @@ def landed(a: End, b: End, n: int = N) -> list[int]:
             assert not b.buffer[part].any()
     assert not b.buffer[1000 * n :].any()
     return found
+
+
+def lands(a: End, b: End, which: list[int]) -> bool:
+    return landed(a, b) == which
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for what has no event of its own."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.001)
+
+
+def expect_no_change(end: End, seconds: float) -> None:
+    """No byte of the buffer changes for so long."""
+    before = end.buffer.copy()
+    select.select([], [], [], seconds)
+    assert np.array_equal(end.buffer, before)
 
 
 # -- plans --------------------------------------------------------------------------
@@ -175,7 +209,7 @@ def test_the_same_seed_fails_the_same_wrs(rig: Rig) -> None:
 @pytest.mark.parametrize("at", [0, N // 2, N - 1])
 def test_every_status_at_every_place(rig: Rig, at: int, signaled: str) -> None:
     """Before it all is well, it fails as wanted, after it all is flushed."""
-    for status, name in SAID_BY_INITIATOR.items():
+    for status, name in {**SAID_BY_INITIATOR, **SAID_BY_TARGET}.items():
         with_completion = {
             "none": set[int](),
             "all": set(range(N)),
@@ -272,3 +306,198 @@ def test_no_memory_at_each_place_of_a_chain(rig: Rig, nth: int) -> None:
     a.post(*wrs[nth - 1 :])
     assert statuses(a, N - nth + 1) == [(i, SUCCESS) for i in range(nth - 1, N)]
     assert landed(a, b) == list(range(N))
+
+
+def test_a_completion_queue_that_overflows(rig: Rig) -> None:
+    """It says so, and its QPs are in ERR: their completions are lost."""
+    a, b = rig.pair()
+    a.device.set_faults("nth=3,act=cq_overflow")
+    chain(a, b, set(range(N)))
+    assert a.wait_async_event() == 0  # IBV_EVENT_CQ_ERR
+    until(lambda: a.qp.state == QPState.ERR)
+    with pytest.raises(VerbsError):
+        while True:
+            a.cq.poll()
+    assert landed(a, b) == list(range(len(landed(a, b))))
+
+
+# -- bytes --------------------------------------------------------------------------
+
+
+def test_an_acknowledgement_before_the_bytes(rig: Rig) -> None:
+    """A completion at the initiator says nothing of what a reader there sees."""
+    a, b = rig.pair()
+    b.device.set_faults("act=posted_write_delay,us=100000")
+    chain(a, b, {N - 1})
+    assert statuses(a, 1) == [(N - 1, SUCCESS)]
+    assert landed(a, b) == []
+    until(lambda: landed(a, b) == list(range(N)))
+
+
+@pytest.mark.parametrize("by", ["imm", "send", "read", "dereg", "error", "destroy"])
+def test_what_puts_acknowledged_bytes_in_place(rig: Rig, by: str) -> None:
+    a, b = rig.pair()
+    b.device.set_faults("act=posted_write_delay,us=60000000")
+    b.post_recv(1, 50000, 8)
+    chain(a, b, {N - 1})
+    assert statuses(a, 1) == [(N - 1, SUCCESS)]
+    assert landed(a, b) == []
+    if by == "imm":
+        a.post(a.write(b, 0, 0, 0, opcode=Opcode.RDMA_WRITE_WITH_IMM))
+        assert statuses(b, 1) == [(1, SUCCESS)]
+    elif by == "send":
+        a.post(a.write(b, 60000, 0, 0, opcode=Opcode.SEND))
+        assert statuses(b, 1) == [(1, SUCCESS)]
+    elif by == "read":
+        a.post(a.write(b, 50000, 0, 8, opcode=Opcode.RDMA_READ))
+        assert statuses(a, 1) == [(0, SUCCESS)]
+        assert np.array_equal(a.buffer[50000:50008], a.buffer[:8])
+    elif by == "dereg":
+        b.mr.close()
+    elif by == "error":
+        b.qp.to_error()
+    else:
+        b.qp.close()
+    assert landed(a, b) == list(range(N))
+
+
+def test_bytes_in_another_order(rig: Rig) -> None:
+    """Whoever sees the last byte of a block has not seen the block.
+
+    Reading on until the last byte is there, and then all of it, finds holes sooner
+    or later; when the completion is there, there are none.
+    """
+    size = 4 << 20
+    a, b = rig.pair(Spec(size=size))
+    b.device.set_faults("act=reorder_bytes")
+    a.buffer[:] |= 1  # none is zero, as all are before
+    holes = 0
+    for _ in range(50):
+        b.buffer[:] = 0
+        a.post(a.write(b, 0, 0, size))
+        while not b.buffer[-1]:
+            if a.cq.poll():
+                break
+        else:
+            holes += not b.buffer.all()
+            a.reap_one()
+        assert np.array_equal(a.buffer, b.buffer)
+        if holes:
+            break
+    assert holes
+
+
+# -- an old life --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fenced", ["error", "reset", "reconnected", "destroyed"])
+def test_a_late_write_of_an_old_life(rig: Rig, fenced: str) -> None:
+    """The target's own fence keeps it out, whatever is still in the network."""
+    a, b = rig.pair()
+    a.device.set_faults("nth=2,act=late_write,us=50000")
+    chain(a, b, {0}, 2)
+    assert statuses(a, 2) == [(0, SUCCESS), (1, RETRY_EXC)]
+    if fenced == "error":
+        b.qp.to_error()
+    elif fenced == "destroyed":
+        b.qp.close()
+    else:
+        b.qp.to_reset()
+        if fenced == "reconnected":
+            a.qp.to_reset()
+            a.psn, b.psn = secrets.randbits(24), secrets.randbits(24)
+            a.connect(b)
+            b.connect(a)
+    expect_no_change(b, 0.2)
+    assert landed(a, b) == [0]
+    if fenced == "reconnected":
+        a.post(a.write(b, 1000, 1000, 1000, wr_id=1))
+        assert statuses(a, 1) == [(1, SUCCESS)]
+        assert landed(a, b) == [0, 1]
+
+
+def test_without_a_fence_it_lands(rig: Rig) -> None:
+    """The initiator's end of the matter is not enough."""
+    a, b = rig.pair()
+    b.post_recv(70)
+    a.device.set_faults("nth=2,act=late_write,us=50000")
+    late = a.write(b, 1000, 1000, 1000, opcode=Opcode.RDMA_WRITE_WITH_IMM)
+    a.post(a.write(b, 0, 0, 1000, wr_id=1), late)
+    assert statuses(a, 2) == [(1, SUCCESS), (0, RETRY_EXC)]
+    assert landed(a, b, 2) == [0]
+    until(partial(lands, a, b, [0, 1]))
+    if rig.target.wire == "tcp":
+        assert statuses(b, 1) == [(70, SUCCESS)]
+    else:
+        # Pulled from a QP that is no more: what arrived is not announced.
+        b.expect_silence(0.1)
+
+
+# -- the port and the adapter -------------------------------------------------------
+
+
+def test_a_port_that_comes_back_in_time(rig: Rig) -> None:
+    a, b = rig.pair()
+    for end in (a, b):
+        other = b if end is a else a
+        end.device.set_faults("act=port_down@t=0us;act=port_up@t=200ms")
+        assert end.wait_async_event() == 10  # IBV_EVENT_PORT_ERR
+        assert end.device.query_port().state is PortState.DOWN
+        end.post(end.write(other, 0, 0, 8))
+        end.expect_silence(0.05)
+        other.post(other.write(end, 8, 8, 8))
+        assert statuses(end, 1) == [(0, SUCCESS)]
+        assert statuses(other, 1) == [(0, SUCCESS)]
+        assert end.wait_async_event() == 9  # IBV_EVENT_PORT_ACTIVE
+        assert end.device.query_port().state is PortState.ACTIVE
+
+
+@pytest.mark.parametrize("whose", ["initiator", "target"])
+def test_a_port_that_stays_down(rig: Rig, whose: str) -> None:
+    a, b = rig.pair()
+    end = a if whose == "initiator" else b
+    end.device.set_faults(f"nth=3,act=port_down,on={whose}")
+    chain(a, b, set(range(N)))
+    found = [wc.status for wc in a.reap(N)]
+    n = found.index(RETRY_EXC)
+    assert n <= 2
+    assert found == [SUCCESS] * n + [RETRY_EXC] + [FLUSH] * (N - n - 1)
+    assert landed(a, b)[:n] == list(range(n))
+
+
+@pytest.mark.parametrize("whose", ["initiator", "target"])
+def test_a_gid_that_changes(rig: Rig, whose: str) -> None:
+    """Who is connected to the old one is connected to nobody."""
+    a, b = rig.pair()
+    a.post(a.write(b, 0, 0, 8))
+    assert statuses(a, 1) == [(0, SUCCESS)]
+    end = a if whose == "initiator" else b
+    before = end.gid
+    end.device.set_faults("act=gid_change@t=0us")
+    assert end.wait_async_event() == 18  # IBV_EVENT_GID_CHANGE
+    assert end.gid != before
+    end.device.set_faults("")
+    a.post(a.write(b, 0, 0, 8, wr_id=1))
+    assert statuses(a, 1) == [(1, RETRY_EXC)]
+    # By the new one it goes on.
+    for one in (a, b):
+        one.qp.to_reset()
+    a.connect(b)
+    b.connect(a)
+    a.post(a.write(b, 0, 0, 8, wr_id=2))
+    assert statuses(a, 1) == [(2, SUCCESS)]
+
+
+def test_an_adapter_that_is_lost(rig: Rig) -> None:
+    a, b = rig.pair()
+    a.post_recv(70)
+    a.device.set_faults("act=device_fatal@t=0us")
+    assert a.wait_async_event() == 8  # IBV_EVENT_DEVICE_FATAL
+    assert statuses(a, 1) == [(70, FLUSH)]
+    a.post(a.write(b, 0, 0, 8, wr_id=1))
+    assert statuses(a, 1) == [(1, FLUSH)]
+    a.qp.to_reset()
+    with pytest.raises(VerbsError) as caught:
+        a.connect(b)
+    assert caught.value.errno == errno.EIO
+    assert not b.buffer.any()

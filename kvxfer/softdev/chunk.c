@@ -92,6 +92,8 @@ static void gather(struct chunk *chunk)
 			return;
 		if (desc->op == OP_SEND && i != rx->at)
 			return; /* its RECV is looked at first */
+		if (rx->faults && rx->faults[i].act != rx->faults[rx->at].act)
+			return;
 		if (!add_desc(chunk, desc, off, message_off))
 			return;
 		message_off += desc->len - off;
@@ -154,13 +156,21 @@ enum chunk_result soft_move_chunk(struct soft_conn *conn)
 {
 	struct chunk chunk = { .conn = conn };
 	enum chunk_result result = CHUNK_MOVED;
+	struct soft_landing *landing = NULL;
+	bool faulty = conn->rx->faults != NULL;
 
 	gather(&chunk);
+	if (faulty && chunk.bytes)
+		landing = soft_inject_detour(conn, &chunk.n_local,
+					     &chunk.n_remote, &chunk.bytes);
 	if (chunk.bytes && conn->wire == WIRE_CMA)
 		result = soft_cma_pull(conn, chunk.n_local, chunk.n_remote,
 				       &chunk.bytes);
 	else if (chunk.bytes)
 		result = receive(&chunk);
+	if (faulty && chunk.bytes)
+		soft_inject_arrived(conn, landing,
+				    result == CHUNK_MOVED ? chunk.bytes : 0);
 	if (result == CHUNK_MOVED)
 		advance(conn, chunk.bytes);
 	return result;

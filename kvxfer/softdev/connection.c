@@ -182,6 +182,8 @@ void soft_conn_free_dead(struct soft_context *ctx)
 	while ((link = list_pop(&ctx->dead))) {
 		conn = soft_of(link, struct soft_conn, link);
 		free(conn->tx);
+		if (conn->rx)
+			free(conn->rx->faults);
 		free(conn->rx);
 		free(conn->late);
 		free(conn);

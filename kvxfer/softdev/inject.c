@@ -29,16 +29,34 @@ int soft_inject_post(struct soft_qp *qp)
 	return fault.act == FAULT_ENOMEM ? ENOMEM : 0;
 }
 
-/* Whoever has only sq_lock or less leaves it to the device thread. */
+/* What closes connections is left to a moment when none is being served. */
 static void have_done(struct soft_context *ctx, enum fault_act act)
 {
 	atomic_fetch_or(&ctx->fault_wanted, 1u << act);
 	soft_wake(ctx);
 }
 
+/* Nothing leaves and nothing is taken in; clocks run on. */
+static void set_port(struct soft_context *ctx, bool down)
+{
+	struct soft_list *at;
+
+	if (ctx->port_down == down)
+		return;
+	ctx->port_down = down;
+	soft_raise_adapter(ctx,
+			   down ? IBV_EVENT_PORT_ERR : IBV_EVENT_PORT_ACTIVE);
+	if (down)
+		return;
+	for (at = ctx->qps.next; at != &ctx->qps; at = at->next)
+		soft_run(soft_of(at, struct soft_qp, link));
+	for (at = ctx->conns.next; at != &ctx->conns; at = at->next)
+		soft_ready(soft_of(at, struct soft_conn, link));
+}
+
 /* The effects that are the same for a WR on its way out and one that came in. */
-static void strike(struct soft_qp *qp, const struct fault *fault,
-		   struct ibv_cq *ibcq)
+void soft_inject_strike(struct soft_qp *qp, const struct fault *fault,
+			struct ibv_cq *ibcq)
 {
 	struct soft_cq *cq = to_cq(ibcq);
 
@@ -48,8 +66,10 @@ static void strike(struct soft_qp *qp, const struct fault *fault,
 		soft_cq_overrun(cq);
 		pthread_mutex_unlock(&cq->lock);
 		break;
-	case FAULT_DEVICE_FATAL:
 	case FAULT_PORT_DOWN:
+		set_port(qp_context(qp), true); /* at once: the WR stays out */
+		break;
+	case FAULT_DEVICE_FATAL:
 	case FAULT_GID_CHANGE:
 		have_done(qp_context(qp), fault->act);
 		break;
@@ -101,7 +121,8 @@ static bool apply(struct soft_qp *qp, bool first)
 		soft_want_timer(ctx, faults->hold_ns);
 		return false;
 	case FAULT_DROP:
-		return false;
+	case FAULT_PORT_DOWN:
+		return !ctx->port_down && faults->now.act != FAULT_DROP;
 	case FAULT_LATE_WRITE:
 		if (!faults->late)
 			faults->late = soft_frame_late(qp);
@@ -124,7 +145,7 @@ bool soft_inject_start(struct soft_qp *qp, bool first)
 		faults->decided = qp->sq.next + 1;
 		faults->now = fault_meet(&ctx->plan, POINT_INITIATOR,
 					 qp->ibv.qp_num);
-		strike(qp, &faults->now, qp->ibv.send_cq);
+		soft_inject_strike(qp, &faults->now, qp->ibv.send_cq);
 		if (faults->now.act == FAULT_DELAY) {
 			faults->hold_ns = ctx->now_ns + faults->now.delay_ns;
 			/* It is we who wait, and not for the peer. */
@@ -195,6 +216,7 @@ void soft_inject_timer(struct soft_qp *qp)
 {
 	uint64_t hold_ns = qp->faults.hold_ns;
 
+	soft_inject_land(qp, qp_context(qp)->now_ns);
 	if (!hold_ns || qp->faults.now.act != FAULT_DELAY)
 		return;
 	if (qp_context(qp)->now_ns < hold_ns) {
@@ -226,24 +248,6 @@ static void fail_all(struct soft_context *ctx)
 			soft_qp_fail(qp, &fatal, NULL);
 	}
 	soft_raise_adapter(ctx, IBV_EVENT_DEVICE_FATAL);
-}
-
-/* Nothing leaves and nothing is taken in; clocks run on. */
-static void set_port(struct soft_context *ctx, bool down)
-{
-	struct soft_list *at;
-
-	if (ctx->port_down == down)
-		return;
-	ctx->port_down = down;
-	soft_raise_adapter(ctx,
-			   down ? IBV_EVENT_PORT_ERR : IBV_EVENT_PORT_ACTIVE);
-	if (down)
-		return;
-	for (at = ctx->qps.next; at != &ctx->qps; at = at->next)
-		soft_run(soft_of(at, struct soft_qp, link));
-	for (at = ctx->conns.next; at != &ctx->conns; at = at->next)
-		soft_ready(soft_of(at, struct soft_conn, link));
 }
 
 /* The address that all connections are made between is no more. */

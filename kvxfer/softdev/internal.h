@@ -201,9 +201,9 @@ struct soft_qp_faults {
 	uint64_t decided; /* WRs that the plan was asked about */
 	struct fault now; /* the answer for the last of them */
 	uint64_t hold_ns; /* FAULT_DELAY: until then */
-	uint64_t
-		deaf_from; /* answers for this WR and later are lost; 0: none */
+	uint64_t deaf_from; /* answers from this WR on are lost; 0: none */
 	struct soft_late *late;
+	struct soft_landing *landings; /* of WRs that came in; oldest first */
 };
 
 enum dial_state { DIAL_IDLE, DIAL_BUSY, DIAL_UP, DIAL_BACKOFF };
@@ -300,6 +300,8 @@ struct soft_rx {
 	uint64_t mr_generation; /* when the rest was last checked */
 	uint64_t message_off; /* bytes of the present message that are done */
 	bool recv_checked;    /* SEND: its RECV is there and good */
+	struct fault fault;   /* of the message under way */
+	struct fault *faults; /* per descriptor; NULL: there was no plan yet */
 	uint32_t acks_owed;
 	/* RNR */
 	bool parked;
@@ -385,6 +387,7 @@ struct soft_context {
 	struct fault_plan plan;
 	atomic_uint fault_wanted; /* bit mask of 1 << enum fault_act */
 	bool port_down, lost;	  /* by ctx->lock */
+	uint32_t n_landings;
 
 	/* Scratch of whoever holds ctx->lock. */
 	struct iovec local_iov[MAX_IOV], remote_iov[MAX_IOV];
@@ -674,6 +677,25 @@ void soft_inject_timer(struct soft_qp *qp);
 void soft_inject_reset(struct soft_qp *qp);
 /* What concerns the whole adapter. */
 void soft_inject_look(struct soft_context *ctx);
+/* What a WR of either side does beside failing; cq: where it completes. */
+void soft_inject_strike(struct soft_qp *qp, const struct fault *fault,
+			struct ibv_cq *cq);
+
+/* inject_target.c; ctx->lock held */
+/* A table of descriptors has come. False: no memory. */
+bool soft_inject_frame(struct soft_conn *conn);
+struct soft_failure soft_inject_failure(const struct fault *fault);
+/* The WR under way ends the QP. False: it does not. */
+bool soft_inject_qp_fatal(struct soft_conn *conn);
+/* A chunk is about to be moved: it may be cut short, or have to be put in place
+ * by soft_inject_arrived(), which is called in any case. */
+struct soft_landing *soft_inject_detour(struct soft_conn *conn, int *n_local,
+					int *n_remote, size_t *bytes);
+void soft_inject_arrived(struct soft_conn *conn, struct soft_landing *landing,
+			 size_t bytes);
+/* Put in place what is due by then (NEVER: everything). */
+void soft_inject_land(struct soft_qp *qp, uint64_t now_ns);
+void soft_inject_land_all(struct soft_context *ctx);
 
 /* read.c; ctx->lock held */
 /* False: an atomic's target is not mapped. */

@@ -165,6 +165,7 @@ int soft_dereg_mr(struct ibv_mr *ibmr)
 	/* Nothing moves while we hold the lock, and whoever moves next sees the
 	 * new generation and looks the key up again. */
 	soft_lock(ctx);
+	soft_inject_land_all(ctx);
 	remove_mr(ctx, mr);
 	soft_unlock(ctx);
 	atomic_fetch_sub(&to_pd(ibmr->pd)->users, 1);

@@ -147,6 +147,8 @@ void soft_qp_hang_up(struct soft_qp *qp)
 {
 	/* From here on what a responder pulls from us no longer counts. */
 	explicit_bzero(qp->nonce, sizeof(qp->nonce));
+	/* What was acknowledged is in place before anybody learns of the end. */
+	soft_inject_land(qp, NEVER);
 	if (qp->out && !soft_inject_hang_up(qp))
 		soft_conn_close(qp->out);
 	if (qp->in)

@@ -57,9 +57,9 @@ bool soft_begin_read(struct soft_conn *conn)
 	struct soft_rx *rx = conn->rx;
 	const struct frame_desc *desc = &rx->desc[rx->at];
 
+	soft_inject_land(conn->qp, NEVER);
 	if (frame_is_atomic(desc->op) && !execute_atomic(rx, desc))
 		return false;
-
 	/* The response says as well that all before it is done. */
 	rx->acks_owed = 0;
 	rx->read_left = desc->len;

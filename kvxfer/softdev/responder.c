@@ -131,6 +131,8 @@ static void check_frame(struct soft_conn *conn)
 	rx->mr_generation = conn->ctx->mr_generation;
 	for (rx->bad = rx->at; rx->bad < rx->header.n_desc; rx->bad++) {
 		rx->failure = check_desc(conn->qp, &rx->desc[rx->bad]);
+		if (!rx->failure.status && rx->faults)
+			rx->failure = soft_inject_failure(&rx->faults[rx->bad]);
 		if (rx->failure.status)
 			return;
 	}
@@ -176,6 +178,8 @@ static enum step take_table(struct soft_conn *conn)
 	rx->at = 0;
 	rx->at_off = 0;
 	rx->phase = RX_EXECUTE;
+	if ((soft_faulty(conn->ctx) || rx->faults) && !soft_inject_frame(conn))
+		return lost(conn);
 	check_frame(conn);
 	return STEP_ON;
 }
@@ -252,6 +256,7 @@ static enum step use_recv(struct soft_conn *conn, const struct frame_desc *desc)
 	rx->rnr_tries = 0;
 	if (desc->op == OP_SEND && !rx->recv_checked)
 		return check_recv(conn, desc);
+	soft_inject_land(qp, NEVER);
 	qp->rx_seq++;
 	/* The acknowledgement leaves first, as a NIC's does: whoever learns of
 	 * the message here may end this QP at once, and the initiator must not
@@ -308,8 +313,11 @@ static enum step execute(struct soft_conn *conn)
 		rx->recv_checked = false;
 		check_frame(conn);
 	}
-	if (rx->at == rx->bad)
+	if (rx->at == rx->bad) {
+		if (rx->faults && soft_inject_qp_fatal(conn))
+			return STEP_OVER;
 		return nak(conn, &rx->failure, NULL);
+	}
 	if (frame_fetches(desc->op))
 		return soft_begin_read(conn) ? STEP_ON :
 					       nak(conn, &no_target, NULL);
@@ -376,7 +384,7 @@ void soft_respond(struct soft_conn *conn)
 	if (conn->rx->parked && conn->ctx->now_ns < conn->rx->rnr_at_ns &&
 	    !has_recv(&conn->qp->rq))
 		return;
-	while (what == STEP_ON)
+	while (what == STEP_ON && !conn->ctx->port_down)
 		what = step(conn);
 	if (what == STEP_YIELD)
 		soft_ready(conn);
