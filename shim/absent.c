@@ -36,8 +36,10 @@ EXPORT struct ibv_ah *ibv_create_ah(struct ibv_pd *pd, struct ibv_ah_attr *attr)
 	return nothing();
 }
 
-EXPORT struct ibv_ah *ibv_create_ah_from_wc(struct ibv_pd *pd, struct ibv_wc *wc,
-					    struct ibv_grh *grh, uint8_t port_num)
+EXPORT struct ibv_ah *ibv_create_ah_from_wc(struct ibv_pd *pd,
+					    struct ibv_wc *wc,
+					    struct ibv_grh *grh,
+					    uint8_t port_num)
 {
 	(void)pd;
 	(void)wc;
@@ -49,6 +51,13 @@ EXPORT struct ibv_ah *ibv_create_ah_from_wc(struct ibv_pd *pd, struct ibv_wc *wc
 EXPORT int ibv_destroy_ah(struct ibv_ah *ah)
 {
 	(void)ah;
+	return EOPNOTSUPP;
+}
+
+EXPORT int ibv_resize_cq(struct ibv_cq *cq, int cqe)
+{
+	(void)cq;
+	(void)cqe;
 	return EOPNOTSUPP;
 }
 

@@ -5,10 +5,10 @@
 #include "shim.h"
 
 /* What the device knows of a completion. */
-#define KNOWN_FIELDS                                                          \
-	((uint64_t)(IBV_WC_EX_WITH_BYTE_LEN | IBV_WC_EX_WITH_IMM |            \
-		    IBV_WC_EX_WITH_QP_NUM | IBV_WC_EX_WITH_SRC_QP |           \
-		    IBV_WC_EX_WITH_SLID | IBV_WC_EX_WITH_SL |                 \
+#define KNOWN_FIELDS                                                \
+	((uint64_t)(IBV_WC_EX_WITH_BYTE_LEN | IBV_WC_EX_WITH_IMM |  \
+		    IBV_WC_EX_WITH_QP_NUM | IBV_WC_EX_WITH_SRC_QP | \
+		    IBV_WC_EX_WITH_SLID | IBV_WC_EX_WITH_SL |       \
 		    IBV_WC_EX_WITH_DLID_PATH_BITS))
 
 static struct soft_cq *cq_of(struct ibv_cq_ex *ex)
@@ -41,10 +41,10 @@ static void end_poll(struct ibv_cq_ex *ex)
 	(void)ex; /* each entry was taken when it was read */
 }
 
-#define READER(type, field)                                \
-	static type read_##field(struct ibv_cq_ex *ex)     \
-	{                                                  \
-		return cq_of(ex)->polled.field;            \
+#define READER(type, field)                            \
+	static type read_##field(struct ibv_cq_ex *ex) \
+	{                                              \
+		return cq_of(ex)->polled.field;        \
 	}
 READER(enum ibv_wc_opcode, opcode)
 READER(uint32_t, vendor_err)

@@ -6,11 +6,11 @@
 
 #include "shim.h"
 
-#define KNOWN_OPS                                                             \
-	((uint64_t)(IBV_QP_EX_WITH_RDMA_WRITE |                               \
-		    IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM | IBV_QP_EX_WITH_SEND |\
-		    IBV_QP_EX_WITH_SEND_WITH_IMM | IBV_QP_EX_WITH_RDMA_READ | \
-		    IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP |                       \
+#define KNOWN_OPS                                                              \
+	((uint64_t)(IBV_QP_EX_WITH_RDMA_WRITE |                                \
+		    IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM | IBV_QP_EX_WITH_SEND | \
+		    IBV_QP_EX_WITH_SEND_WITH_IMM | IBV_QP_EX_WITH_RDMA_READ |  \
+		    IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP |                        \
 		    IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD))
 
 /*
@@ -77,8 +77,8 @@ static int wr_complete(struct ibv_qp_ex *ex)
 	return err;
 }
 
-static void begin(struct ibv_qp_ex *ex, enum ibv_wr_opcode opcode, uint32_t rkey,
-		  uint64_t remote_addr, __be32 imm_data)
+static void begin(struct ibv_qp_ex *ex, enum ibv_wr_opcode opcode,
+		  uint32_t rkey, uint64_t remote_addr, __be32 imm_data)
 {
 	struct builder *b = builder_of(ex);
 
@@ -141,7 +141,8 @@ static void wr_atomic_cmp_swp(struct ibv_qp_ex *ex, uint32_t rkey,
 static void wr_atomic_fetch_add(struct ibv_qp_ex *ex, uint32_t rkey,
 				uint64_t remote_addr, uint64_t add)
 {
-	begin_atomic(ex, IBV_WR_ATOMIC_FETCH_AND_ADD, rkey, remote_addr, add, 0);
+	begin_atomic(ex, IBV_WR_ATOMIC_FETCH_AND_ADD, rkey, remote_addr, add,
+		     0);
 }
 
 static void wr_send(struct ibv_qp_ex *ex)

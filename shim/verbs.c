@@ -57,8 +57,8 @@ static int query_device_ex(struct ibv_context *context,
 
 EXPORT struct ibv_context *ibv_open_device(struct ibv_device *device)
 {
-	struct ibv_context *context =
-		shim_soft.open_device(device, getenv("KVXFER_SOFT_ADDRESS"), NULL);
+	struct ibv_context *context = shim_soft.open_device(
+		device, getenv("KVXFER_SOFT_ADDRESS"), NULL);
 	struct verbs_context *extended;
 
 	if (!context)
@@ -90,8 +90,8 @@ EXPORT int ibv_query_port(struct ibv_context *context, uint8_t port_num,
 	int err = shim_soft.query_port(context, port_num, &all);
 
 	if (!err)
-		memcpy(attr, &all, offsetof(struct ibv_port_attr,
-					    port_cap_flags2));
+		memcpy(attr, &all,
+		       offsetof(struct ibv_port_attr, port_cap_flags2));
 	return err;
 }
 
@@ -160,6 +160,16 @@ EXPORT int ibv_query_pkey(struct ibv_context *context, uint8_t port_num,
 	return err ? -1 : 0;
 }
 
+EXPORT int ibv_get_pkey_index(struct ibv_context *context, uint8_t port_num,
+			      __be16 pkey)
+{
+	__be16 only;
+
+	if (ibv_query_pkey(context, port_num, 0, &only))
+		return -1;
+	return only == pkey ? 0 : -1;
+}
+
 /* --- memory -------------------------------------------------------------- */
 
 EXPORT struct ibv_pd *ibv_alloc_pd(struct ibv_context *context)
@@ -217,8 +227,8 @@ EXPORT enum ibv_fork_status ibv_is_fork_initialized(void)
 
 /* --- completions and events ---------------------------------------------- */
 
-EXPORT struct ibv_comp_channel *
-ibv_create_comp_channel(struct ibv_context *context)
+EXPORT struct ibv_comp_channel *ibv_create_comp_channel(
+	struct ibv_context *context)
 {
 	return shim_soft.create_comp_channel(context);
 }
@@ -233,7 +243,8 @@ EXPORT struct ibv_cq *ibv_create_cq(struct ibv_context *context, int cqe,
 				    struct ibv_comp_channel *channel,
 				    int comp_vector)
 {
-	return shim_soft.create_cq(context, cqe, cq_context, channel, comp_vector);
+	return shim_soft.create_cq(context, cqe, cq_context, channel,
+				   comp_vector);
 }
 
 EXPORT int ibv_destroy_cq(struct ibv_cq *cq)
@@ -241,8 +252,8 @@ EXPORT int ibv_destroy_cq(struct ibv_cq *cq)
 	return shim_soft.destroy_cq(cq);
 }
 
-EXPORT int ibv_get_cq_event(struct ibv_comp_channel *channel, struct ibv_cq **cq,
-			    void **cq_context)
+EXPORT int ibv_get_cq_event(struct ibv_comp_channel *channel,
+			    struct ibv_cq **cq, void **cq_context)
 {
 	return shim_soft.get_cq_event(channel, cq, cq_context);
 }

@@ -62,7 +62,9 @@ def pingpong(options: str, shows: str, n: int) -> Judge:
 
 
 PROGRAMS = (
-    Judge("ibv_devices", "the list of devices", r"soft0\s+6b76736f66743000", pair=False),
+    Judge(
+        "ibv_devices", "the list of devices", r"soft0\s+6b76736f66743000", pair=False
+    ),
     Judge(
         "ibv_devinfo -v -d soft0",
         "device, port and GID queries",
@@ -87,8 +89,14 @@ PROGRAMS = (
     perftest("ib_write_lat -F -I 64", "inline data", 64, 500),
     perftest("ib_read_bw -F -q 4 -Q 16", "RDMA READ, several QPs", 16384, 1024, 4),
     perftest("ib_read_bw -F -o 2 -l 8", "READs above the negotiated limit", 4096, 1000),
+    perftest("ib_atomic_bw -F -q 2", "atomics", 8, 500, qps=2),
     perftest("ib_send_bw -F -e", "SEND with completion events", 4096, 1000),
 )
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def free_port() -> int:
@@ -159,10 +167,10 @@ class Court:
 
     def record(self, row: tuple[str, str], wire: str, trouble: str) -> None:
         self.rows[row][wire] = "FAILED" if trouble else "ok"
-        print(f"{wire}: {row[0]}: {self.rows[row][wire]}", flush=True)
+        say(f"{wire}: {row[0]}: {self.rows[row][wire]}")
         if trouble:
             self.failed = True
-            print(trouble, flush=True)
+            say(trouble)
 
     def hear(self, judge: Judge, wire: str) -> None:
         """Run a program, or its server and its client."""
@@ -206,7 +214,7 @@ class Court:
                 for name, verdict in verdicts.items()
                 if name.split(".")[1] == module and verdict == "fail"
             ]
-            row = (f"pyverbs `{module}`", f"{len(names)} required tests")
+            row = (f"pyverbs `{module}.py`", f"required tests: {len(names)}")
             trouble = "\n".join(missing)
             self.record(row, wire, f"{trouble}\n{ended.output}" if missing else "")
 
@@ -261,7 +269,7 @@ def main() -> int:
     if arguments.write:
         PAGE.write_text(said)
     elif said != text:
-        print(f"{PAGE.name} shows another table; scripts/test-shim --write updates it")
+        say(f"{PAGE.name} shows another table; scripts/test-shim --write updates it")
         court.failed = True
     return 1 if court.failed else 0
 

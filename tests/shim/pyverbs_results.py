@@ -13,16 +13,17 @@ reason, with tabs between. What a failure says in full goes to standard error.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import unittest
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
-MODULES = """
-addr atomic cq cq_events cqex device fork mr odp parent_domain pd qp qpex
-relaxed_ordering
-""".split()
+MODULES = (
+    *("addr", "atomic", "cq", "cq_events", "cqex", "device", "fork", "mr", "odp"),
+    *("parent_domain", "pd", "qp", "qpex", "relaxed_ordering"),
+)
 """Those that concern one device and no vendor's; the rest needs rdma_cm, raw
 packets, shared file descriptors of the kernel or a particular NIC."""
 
@@ -32,7 +33,8 @@ class Lines(unittest.TestResult):
 
     def _say(self, verdict: str, test: unittest.TestCase, reason: str = "") -> None:
         reason = " ".join(reason.split())
-        print(f"{verdict}\t{test.id()}\t{reason}".rstrip(), flush=True)  # noqa: T201
+        sys.stdout.write(f"{verdict}\t{test.id()}\t{reason}".rstrip() + "\n")
+        sys.stdout.flush()
 
     def addSuccess(self, test: unittest.TestCase) -> None:
         super().addSuccess(test)
@@ -62,8 +64,8 @@ def main() -> int:
     # options are what is left of the command line.
     sys.path.insert(0, directory)
     sys.argv[1:] = ["--dev", device, "--gid", gid_index]
-    tests = SourceFileLoader("tests", str(Path(directory, "__init__.py"))).load_module()
-    __import__("args_parser").parser.parse_args()
+    SourceFileLoader("tests", str(Path(directory, "__init__.py"))).load_module()
+    importlib.import_module("args_parser").parser.parse_args()
 
     loader = unittest.TestLoader()
     result = Lines()
@@ -72,7 +74,6 @@ def main() -> int:
         if name not in sys.modules:
             raise SystemExit(f"{directory} has no test_{module}.py")
         loader.loadTestsFromModule(sys.modules[name]).run(result)
-    del tests
     return 0 if result.wasSuccessful() else 1
 
 
