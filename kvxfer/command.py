@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from kvxfer import KVCache
-from kvxfer.errors import KVXferError, OptionError
+from kvxfer.errors import ControlError, KVXferError, OptionError, UsageError
 from kvxfer.options import Options
 
 if sys.version_info >= (3, 11):
@@ -30,7 +30,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _PAGE_BYTES = 4096
 
 EXIT_FAILED = 1
-"""The command was understood and did not succeed; wrong use exits with 2."""
+"""The command was understood and did not succeed."""
+EXIT_USAGE = 2
+"""Wrong use, as click has it."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> None:
     """Run an asynchronous command and exit with what it returns.
 
     ``main`` is given an event that SIGINT and SIGTERM set. An error of kvxfer
-    becomes a line on stderr and exit code 1.
+    becomes a line on stderr and exit code 1, or 2 where it is the user's.
     """
 
     async def guarded() -> int:
@@ -187,7 +189,10 @@ def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> None:
         code = asyncio.run(guarded())
     except KVXferError as error:
         click.echo(f"kvxfer: {error}", err=True)
-        code = EXIT_FAILED
+        wrong_use = isinstance(error, UsageError) and not isinstance(
+            error, ControlError
+        )
+        code = EXIT_USAGE if wrong_use else EXIT_FAILED
     sys.exit(code)
 
 
