@@ -39,10 +39,13 @@ class TestHardware(DeviceContract):
 
     @pytest.fixture
     def rig(self, rdma_device: str, gid_index: int | None) -> Iterator[Rig]:
+        with Device(rdma_device, provider="libibverbs") as device:
+            spec = devices.DeviceSpec(rdma_device, "libibverbs")
+            gid = devices.choose_gid(device, spec, gid_index)
         target = Target(
             rdma_device,
             "libibverbs",
-            gid_index=gid_index or 0,
+            gid_index=gid.index,
             library=Options.load().ibverbs_path,
             strict=not rdma_device.startswith("rxe"),
         )
