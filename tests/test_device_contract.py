@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvxfer import devices
+from kvxfer._verbs import Device
 from kvxfer.options import Options
 from tests.contract import DeviceContract
 from tests.device_ends import Rig, Target
@@ -39,14 +41,15 @@ class TestHardware(DeviceContract):
 
     @pytest.fixture
     def rig(self, rdma_device: str, gid_index: int | None) -> Iterator[Rig]:
-        with Device(rdma_device, provider="libibverbs") as device:
+        library = Options.load().ibverbs_path
+        with Device(rdma_device, provider="libibverbs", path=library) as device:
             spec = devices.DeviceSpec(rdma_device, "libibverbs")
             gid = devices.choose_gid(device, spec, gid_index)
         target = Target(
             rdma_device,
             "libibverbs",
             gid_index=gid.index,
-            library=Options.load().ibverbs_path,
+            library=library,
             strict=not rdma_device.startswith("rxe"),
         )
         with Rig(target) as rig:
