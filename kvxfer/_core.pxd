@@ -223,4 +223,6 @@ cdef void stop(Core *core, Queue *queue) noexcept nogil
 cdef void flush(Core *core, Queue *queue) noexcept nogil
 cdef void forget(Core *core, Queue *queue) noexcept nogil
 cdef void pump(Core *core, Queue *queue) noexcept nogil
+cdef void pump_all(Core *core) noexcept nogil
+cdef void fail_all(Core *core, int status) noexcept nogil
 cdef int drain(Core *core, uint32_t budget) noexcept nogil

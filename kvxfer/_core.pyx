@@ -241,6 +241,8 @@ cdef void forget(Core *core, Queue *queue) noexcept nogil:
     core.outstanding -= queue.posted - queue.retired
     queue.retired = queue.posted
     end_if_drained(core, queue)
+    # Others may have waited for its part of the CQ.
+    pump_all(core)
 
 
 cdef int post_receive(Core *core, Queue *queue) noexcept nogil:
@@ -347,6 +349,8 @@ cdef void pump(Core *core, Queue *queue) noexcept nogil:
         op = <Op *>kvx_heap_top(&queue.ready)
         if (op.cursor.stage == RECORD and not op.reserved
                 and not reserve_record(core, op)):
+            return
+        if core.outstanding >= core.cq_limit:
             return
         room = min(queue.depth - (queue.posted - queue.retired),
                    core.cq_limit - core.outstanding)

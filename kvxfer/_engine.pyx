@@ -112,10 +112,15 @@ cdef class Engine:
         dict _qps      # slot -> QueuePair, kept alive while in use
         Core *core     # owned
 
+    def __cinit__(self):
+        self.core = <Core *>calloc(1, sizeof(Core))
+        if self.core is NULL:
+            raise MemoryError
+
     def __init__(self, Device device not None, *, cq_depth, chain=64, max_sge=8,
                  merge_bytes=1 << 20, max_wr_bytes=1 << 30):
         cdef int err
-        if self.core is not NULL:
+        if self.cq is not None:
             raise UsageError("an Engine is made once")
         if not 1 <= chain <= MAX_CHAIN:
             raise UsageError(f"chain is {chain}, not 1 to {MAX_CHAIN}")
@@ -125,15 +130,10 @@ cdef class Engine:
         max_wr_bytes = min(max_wr_bytes, 1 << 30)
         merge_bytes = min(merge_bytes, max_wr_bytes)
         self._qps = {}
-        self.core = <Core *>calloc(1, sizeof(Core))
-        if self.core is NULL:
-            raise MemoryError
         self.cq = CompletionQueue(device, cq_depth)
         err = core_init(
             self.core, self.cq.cq, chain, max_sge, merge_bytes, max_wr_bytes)
         if err:
-            free(self.core)
-            self.core = NULL
             self.cq.close()
             raise verbs_error(err, "pthread_mutex_init")
         self.cq.arm()
@@ -211,8 +211,13 @@ cdef class Engine:
         self._qps[slot] = qp
         return queue
 
+    cdef int _ensure_open(self) except -1:
+        if self.cq is None:
+            raise ClosedResourceError("this Engine was never made")
+        return self.cq._ensure_open()
+
     cdef Queue *_queue(self, uint32_t slot) except NULL:
-        self.cq._ensure_open()
+        self._ensure_open()
         if slot >= self.core.n_slots or self.core.queues[slot] is NULL:
             raise ClosedResourceError(f"there is no queue {slot}")
         return self.core.queues[slot]
@@ -541,12 +546,15 @@ cdef class Engine:
             Arrival *arrivals
             list failed = []
             uint32_t slot
-        self.cq._ensure_open()
+        self._ensure_open()
         with nogil:
             self.cq.take_events()
             err = ibv_req_notify_cq(self.cq.cq, 0)
             pthread_mutex_lock(&self.core.lock)
             more = drain(self.core, PROGRESS_BUDGET)
+            if err:
+                # No event will come any more: what is in flight must not wait.
+                fail_all(self.core, IBV_WC_GENERAL_ERR)
             finished = self.core.finished
             self.core.finished = NULL
             self.core.finished_tail = &self.core.finished
@@ -561,11 +569,8 @@ cdef class Engine:
                     self.core.queues[slot].reported = True
                     failed.append(slot)
             self.core.n_unreported = 0
-        result = Progress(
+        return Progress(
             _take_finished(finished), _take_arrivals(arrivals), failed, bool(more))
-        if err:
-            raise verbs_error(err, "ibv_req_notify_cq")
-        return result
 
 
 cdef list _take_finished(Op *op):

@@ -543,8 +543,11 @@ cdef class CompletionQueue(Handle):
             if self.unacked:
                 self.device.table.ack_cq_events(self.cq, self.unacked)
                 self.unacked = 0
-            err = self.device.table.destroy_cq(self.cq)
+            err = 0
+            if self.cq is not NULL:
+                err = self.device.table.destroy_cq(self.cq)
             if err == 0:
+                self.cq = NULL
                 err = self.device.table.destroy_comp_channel(self.channel)
         return err
 

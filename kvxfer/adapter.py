@@ -149,12 +149,9 @@ class Adapter:
             mtu=self.port.active_mtu,
         )
 
-    def region_of(self, addr: int, length: int) -> MemoryRegion:
-        """Return the region that holds ``[addr, addr + length)``."""
-        for region in self._regions:
-            if region.addr <= addr and addr + length <= region.addr + region.length:
-                return region
-        raise InternalError(f"{length} bytes at {addr:#x} are in no memory region")
+    def region(self, index: int) -> MemoryRegion:
+        """Return the memory region of one of the cache's regions."""
+        return self._regions[index]
 
     async def call(
         self, verb: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs
@@ -199,3 +196,20 @@ class Adapter:
             self._engine.close()
         if self._device is not None:
             self._device.close()
+
+
+async def finish(closing: asyncio.Task[None]) -> None:
+    """Wait for a close that goes on even if the waiting is cancelled.
+
+    Cancellation:
+      Raised when the task has ended.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not closing.done():
+        try:
+            await asyncio.wait({closing})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    closing.result()

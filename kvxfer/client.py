@@ -9,21 +9,24 @@ from types import TracebackType
 from typing import Any
 
 from kvxfer._engine import RingArrival
-from kvxfer.adapter import Adapter
+from kvxfer.adapter import Adapter, finish
 from kvxfer.blocks import as_ids
 from kvxfer.cache import KVCache
 from kvxfer.errors import (
     ClosedResourceError,
+    ConnectTimeoutError,
     InternalError,
     LayoutError,
     UsageError,
 )
-from kvxfer.host import Host, finish
+from kvxfer.host import Host
 from kvxfer.options import Options
 from kvxfer.peer import Peer, WriteResult
 from kvxfer.verbs_types import Access
 
 _MAX_REQUEST_BYTES = 256
+# What a connection attempt takes to clean up after its own deadline.
+_CONNECT_GRACE = 1.0
 # Longer than any process lives, and still a number that timers take.
 _MAX_TIMEOUT = 10 * 365 * 86400.0
 
@@ -63,6 +66,8 @@ class Client:
         self._host = Host(cache, Access(0), self.options)
         self._peers: dict[str, Peer] = {}
         self._connecting: dict[str, _Attempt] = {}
+        self._attempts: set[asyncio.Task[Peer]] = set()
+        self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._state = "new"
 
@@ -75,7 +80,21 @@ class Client:
         """
         if self._state != "new":
             raise UsageError(f"a client is opened once; this one is {self._state}")
-        await self._host.open(None, self._on_arrival, self._on_failed)
+        self._state = "opening"
+        self._opening = asyncio.get_running_loop().create_task(self._open())
+        try:
+            await finish(self._opening)
+        except BaseException:
+            if self._state == "open":  # cancelled, but it went on
+                await self.close()
+            raise
+
+    async def _open(self) -> None:
+        try:
+            await self._host.open(None, self._on_arrival, self._on_failed)
+        except BaseException:
+            self._state = "new"
+            raise
         self._state = "open"
 
     async def __aenter__(self) -> Client:
@@ -133,21 +152,33 @@ class Client:
                 asyncio.get_running_loop().create_task(self._connect(address, seconds))
             )
             self._connecting[address] = attempt
+            self._attempts.add(attempt.task)
+            attempt.task.add_done_callback(self._attempts.discard)
         attempt.waiters += 1
         try:
-            await asyncio.wait({attempt.task})
+            # The attempt has a deadline of its own; this one is the caller's.
+            await asyncio.wait({attempt.task}, timeout=seconds + _CONNECT_GRACE)
+            in_time = attempt.task.done()
         finally:
             attempt.waiters -= 1
             if attempt.waiters == 0:
                 # Whoever cancels the last one waits until nothing is left of it.
-                self._connecting.pop(address, None)
+                if self._connecting.get(address) is attempt:
+                    del self._connecting[address]
                 attempt.task.cancel()
                 await asyncio.wait({attempt.task})
+        if not in_time and (attempt.waiters or attempt.task.cancelled()):
+            raise ConnectTimeoutError(
+                f"{address}: not connected within {seconds:g} s",
+                hint="An earlier connection to it may still be closing.",
+            )
         if attempt.task.cancelled():
             raise ClosedResourceError("the client was closed while it connected")
         return attempt.task.result()
 
     def _address(self, host: str, port: int | None) -> str:
+        if not isinstance(host, str):
+            raise UsageError(f"host is {host!r}, not a text")
         if host.startswith("ipc://"):
             return host
         if ":" in host and not host.startswith("["):
@@ -155,7 +186,7 @@ class Client:
         return f"{host}:{self.options.port if port is None else port}"
 
     async def _connect(self, address: str, timeout: float) -> Peer:
-        old = self._peers.pop(address, None)
+        old = self._peers.get(address)
         if old is not None:
             await old.close()
         peer = Peer(self._host, address)
@@ -203,7 +234,9 @@ class Client:
             All go out together.
           request_id: Reaches the peer with the arrival; up to 256 bytes of UTF-8.
           group: Whose block ids these are; may be left out if the cache has one.
-          timeout: Seconds; ``None`` takes the option ``write_timeout``.
+          timeout: Seconds; ``None`` takes the option ``write_timeout``. Past it the
+            call still waits until the device is done with the local blocks: at most
+            the options ``drain_timeout``, twice, and ``fence_timeout``.
 
         Raises:
           LayoutError: An id or layer is out of range, a remote id is named twice,
@@ -274,6 +307,8 @@ class Client:
         Cancellation:
           Raised when all is closed.
         """
+        if self._state == "opening" and self._opening is not None:
+            await asyncio.wait({self._opening})
         if self._state == "open":
             self._host.check("client")
             self._state = "closing"
@@ -284,7 +319,7 @@ class Client:
             await finish(self._closing)
 
     async def _close(self) -> None:
-        attempts = [attempt.task for attempt in self._connecting.values()]
+        attempts = list(self._attempts)
         for task in attempts:
             task.cancel()
         await asyncio.gather(*attempts, return_exceptions=True)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import TypeVar
 
 from kvxfer._engine import Engine, Finished, RingArrival
 
 OnFinished = Callable[[Finished], None]
+_T = TypeVar("_T")
 
 
 class Completions:
@@ -53,20 +55,40 @@ class Completions:
 
     def wake(self) -> None:
         """Take what has finished; go on in the loop's next round if there is more."""
-        if self._loop is None:
-            return
+        if self._loop is not None and self._take():
+            self._loop.call_soon(self.wake)
+
+    def catch_up(self) -> None:
+        """Take all that has finished by now, however much it is.
+
+        For whoever is about to destroy a QP: what it has completed counts.
+        """
+        while self._loop is not None and self._take():
+            pass
+
+    def _take(self) -> bool:
+        """Take one budget's worth; return whether there may be more."""
         progress = self._engine.progress()
         for finished in progress.finished:
             # Nobody waits where making the rest of its transfer failed.
             on_finished = self._waiting.pop(finished.op_id, None)
             if on_finished is not None:
-                on_finished(finished)
+                self._deliver(on_finished, finished)
         for arrival in progress.arrivals:
-            self._on_arrival(arrival)
+            self._deliver(self._on_arrival, arrival)
         for slot in progress.failed:
-            self._on_failed(slot)
-        if progress.more:
-            self._loop.call_soon(self.wake)
+            self._deliver(self._on_failed, slot)
+        return progress.more
+
+    def _deliver(self, callback: Callable[[_T], None], news: _T) -> None:
+        """Call back; what one callback raises must not cost the others their news."""
+        try:
+            callback(news)
+        except Exception as error:  # noqa: BLE001 - goes to the loop's handler
+            assert self._loop is not None
+            self._loop.call_exception_handler(
+                {"message": f"a callback failed on {news!r}", "exception": error}
+            )
 
     def close(self) -> None:
         """Stop listening. Twice is fine."""

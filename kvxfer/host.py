@@ -96,11 +96,11 @@ class Host:
 
     def lkey_of(self, adapter: Adapter) -> Callable[[PlaneLayer], int]:
         """Return what gives the lkey of a plane's layer on a device."""
-        return lambda place: adapter.region_of(place.base, place.length).lkey
+        return lambda place: adapter.region(self.cache.region_index(place)).lkey
 
     def rkey_of(self, adapter: Adapter) -> Callable[[PlaneLayer], int]:
         """Return what gives the rkey of a plane's layer on a device."""
-        return lambda place: adapter.region_of(place.base, place.length).rkey
+        return lambda place: adapter.region(self.cache.region_index(place)).rkey
 
     @property
     def candidates(self) -> list[wire.DeviceCandidate]:
@@ -121,20 +121,3 @@ class Host:
                 await self.adapters.pop().close()
         finally:
             self.cache._unpin()
-
-
-async def finish(closing: asyncio.Task[None]) -> None:
-    """Wait for a close that goes on even if the waiting is cancelled.
-
-    Cancellation:
-      Raised when the task has ended.
-    """
-    cancelled: asyncio.CancelledError | None = None
-    while not closing.done():
-        try:
-            await asyncio.wait({closing})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
-    closing.result()

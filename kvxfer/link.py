@@ -21,7 +21,7 @@ import numpy as np
 
 from kvxfer import _engine, devices
 from kvxfer._verbs import MemoryRegion, QueuePair
-from kvxfer.adapter import Adapter
+from kvxfer.adapter import Adapter, finish
 from kvxfer.errors import ControlError, InternalError, KVXferError, ProtocolError
 from kvxfer.verbs_types import Access, PeerHint, QPLimits, QPPath
 from kvxfer.wire import NotifyRing, QPInfo
@@ -72,10 +72,12 @@ class Link:
         self.slot = -1
         self._address = address
         self._qp: QueuePair | None = None
+        self._last_wire = "none"
         self._ring: RingMemory | None = None
         self._psn = secrets.randbits(24)
         self._token = secrets.token_bytes(_TOKEN_BYTES)
         self._failing: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(
@@ -125,8 +127,10 @@ class Link:
 
     @property
     def wire(self) -> str:
-        """How bytes travel, as the device reports it."""
-        return self.qp.wire
+        """How bytes travel, as the device reports it, or did while there was a QP."""
+        if self.state is not LinkState.CLOSED:
+            self._last_wire = self.qp.wire
+        return self._last_wire
 
     @property
     def info(self) -> QPInfo:
@@ -205,8 +209,7 @@ class Link:
                     f"the peer's notify ring has {ring.length} bytes, not "
                     f"{_MIN_RING_BYTES} to {_MAX_RING_BYTES}"
                 )
-            memory = await adapter.call(RingMemory, adapter, ring.length, Access(0))
-            self._ring = memory
+            memory = await self._make_ring(ring.length, Access(0))
             parameters = (
                 memory.addr,
                 memory.mr.lkey,
@@ -220,10 +223,9 @@ class Link:
     async def start_target(self, ring_bytes: int, receives: int) -> NotifyRing:
         """Let the peer write notify records; return what it must know for that."""
         adapter = self.adapter
-        memory = await adapter.call(
-            RingMemory, adapter, ring_bytes, Access.LOCAL_WRITE | Access.REMOTE_WRITE
+        memory = await self._make_ring(
+            ring_bytes, Access.LOCAL_WRITE | Access.REMOTE_WRITE
         )
-        self._ring = memory
         self.slot = adapter.engine.add_target(
             self.qp, memory.addr, ring_bytes, receives
         )
@@ -233,6 +235,14 @@ class Link:
             rkey=memory.mr.rkey,
             receives=receives,
         )
+
+    async def _make_ring(self, length: int, access: Access) -> RingMemory:
+        def make() -> RingMemory:
+            # Kept here and now: a cancelled call brings nothing back.
+            self._ring = RingMemory(self.adapter, length, access)
+            return self._ring
+
+        return await self.adapter.call(make)
 
     def break_(self) -> None:
         """Begin to fail, if that has not begun: for callers that cannot wait."""
@@ -244,6 +254,10 @@ class Link:
 
         When this returns nothing of the peer lands through it any more, and
         operations on it have ended or are about to. Idempotent.
+
+        Raises:
+          VerbsError: The QP neither goes to ERR nor can it be destroyed: its peer
+            may still write.
 
         Cancellation:
           Ends the wait only.
@@ -260,7 +274,9 @@ class Link:
         try:
             await adapter.call(self.qp.to_error)
         except KVXferError as error:
-            _log.warning("QP %#x does not go to ERR: %s", self.qp.qp_num, error)
+            _log.warning("a QP does not go to ERR and is destroyed: %s", error)
+            await self.close()
+            return
         if self.slot >= 0:
             adapter.engine.flush(self.slot)
             self._look()
@@ -271,11 +287,16 @@ class Link:
 
     def _look(self) -> None:
         if self.adapter.completions is not None:
-            self.adapter.completions.wake()
+            self.adapter.completions.catch_up()
 
     def _destroy_unless_drained(self) -> None:
         if self.state is LinkState.FAILED and self.adapter.engine.unretired(self.slot):
-            self._failing = asyncio.get_running_loop().create_task(self.close())
+            self._begin_close()
+
+    def _begin_close(self) -> asyncio.Task[None]:
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        return self._closing
 
     async def close(self) -> None:
         """Destroy the QP: when this returns the device touches nothing through it.
@@ -285,12 +306,20 @@ class Link:
         Raises:
           VerbsError: The QP could not be destroyed; waiting transfers end with
             NotQuiescentError.
+
+        Cancellation:
+          Raised when it is closed.
         """
-        if self.state is LinkState.CLOSED:
-            return
+        await finish(self._begin_close())
+
+    async def _close(self) -> None:
+        if self._qp is not None:
+            self._last_wire = self._qp.wire
         self.state = LinkState.CLOSED
         adapter = self.adapter
         if self.slot >= 0:
+            # What has landed or was acknowledged is told, though it ends now.
+            self._look()
             adapter.engine.abort(self.slot)
         try:
             if self._qp is not None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from kvxfer import wire as messages
 from kvxfer._engine import CANCELLED_STATUS
 from kvxfer._version import __version__
-from kvxfer.adapter import Adapter
+from kvxfer.adapter import Adapter, finish
 from kvxfer.blocks import Ids
 from kvxfer.control import CloseCause, CloseReason, ControlClient
 from kvxfer.errors import (
@@ -26,6 +26,7 @@ from kvxfer.errors import (
     DeviceUnavailableError,
     FlushedError,
     KVXferError,
+    NotQuiescentError,
     ProtocolError,
     RetryExceededError,
     WriteTimeoutError,
@@ -88,8 +89,8 @@ class Peer:
         self._idle = asyncio.Event()
         self._idle.set()
         self._fenced: bool | None = None
-        self._wire = "none"
         self._breaking: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Peer {self.address}, {self.state.value}>"
@@ -109,7 +110,7 @@ class Peer:
     @property
     def wire(self) -> str:
         """How bytes travel to this peer, ``none`` before the first of them."""
-        return self._wire if self.state is PeerState.CLOSED else self.link.wire
+        return self.link.wire
 
     @property
     def connected(self) -> bool:
@@ -212,6 +213,12 @@ class Peer:
         except asyncio.CancelledError:
             self._tell_failed(transfer, request, "cancelled")
             raise
+        except NotQuiescentError as error:
+            self._tell_failed(transfer, request, str(error))
+            error.peer = self.address
+            error.request_id = request_id or None
+            error.fenced = self._fenced
+            raise
         finally:
             self._writes -= 1
             if self._writes == 0:
@@ -233,7 +240,8 @@ class Peer:
         if self.state is PeerState.CLOSED and self.error is None:
             raise ClosedResourceError(f"the connection to {self.address} is closed")
         raise BrokenPeerError(
-            f"the connection to {self.address} is {self.state.value}",
+            f"the connection to {self.address} is {self.state.value}"
+            + (f": {self.error}" if self.error is not None else ""),
             hint="Connect again.",
         ) from self.error
 
@@ -336,7 +344,6 @@ class Peer:
             else:
                 self._fenced = False
             await self._drained()
-            self._wire = self._link.wire
             await self._link.close()
         self._control.send_bye(reason)
 
@@ -385,16 +392,26 @@ class Peer:
         Raises:
           ClosedResourceError: In a forked child, where there is nothing to close.
           UsageError: In another event loop. Nothing was closed.
+
+        Cancellation:
+          Raised when it is closed.
         """
         if self._breaking is None or not self._breaking.done():
             self.host.check("peer")
         if self.state is PeerState.CONNECTED:
             self.state = PeerState.CLOSED
         self.break_("the client closed")
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await finish(self._closing)
+
+    async def _close(self) -> None:
         assert self._breaking is not None
-        await asyncio.shield(self._breaking)
-        await self._control.close()
-        self.state = PeerState.CLOSED
+        try:
+            await self._breaking
+        finally:
+            await self._control.close()
+            self.state = PeerState.CLOSED
 
     def uses(self, adapter: Adapter, slot: int) -> bool:
         """Say whether a queue of an engine is this peer's."""

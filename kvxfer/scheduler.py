@@ -103,10 +103,6 @@ class Scheduler:
         self._drain_timeout = drain_timeout
         self._transfers: set[Transfer] = set()
 
-    def in_flight(self, slot: int) -> int:
-        """Return how many transfers of a queue have not ended."""
-        return sum(transfer.slot == slot for transfer in self._transfers)
-
     def submit(
         self,
         slot: int,

@@ -13,7 +13,7 @@ from typing import Any
 
 from kvxfer import notify, wire
 from kvxfer._engine import RingArrival
-from kvxfer.adapter import Adapter
+from kvxfer.adapter import Adapter, finish
 from kvxfer.blocks import Ids
 from kvxfer.cache import KVCache
 from kvxfer.control import CloseReason, ControlServer, OfferParts
@@ -25,7 +25,7 @@ from kvxfer.errors import (
     RefusedError,
     UsageError,
 )
-from kvxfer.host import Host, finish
+from kvxfer.host import Host
 from kvxfer.layout import check_fit
 from kvxfer.link import Link, numeric_address
 from kvxfer.options import Options
@@ -131,6 +131,7 @@ class Server:
         self._waiting: collections.deque[_Waiting] = collections.deque()
         self._failures: collections.deque[Failure] = collections.deque(maxlen=4096)
         self._news: set[asyncio.Future[None]] = set()
+        self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._state = "new"
 
@@ -148,20 +149,35 @@ class Server:
         """
         if self._state != "new":
             raise UsageError(f"a server is opened once; this one is {self._state}")
-        host = self.options.host
-        address = None if host.startswith("ipc://") else await numeric_address(host)
-        await self._host.open(address, self._on_arrival, self._on_failed)
-        control = ControlServer(
-            self,
-            host,
-            self.options.port,
-            incarnation=self._host.incarnation,
-            options=self.options,
-        )
+        self._state = "opening"
+        self._opening = asyncio.get_running_loop().create_task(self._open())
         try:
-            await control.start()
+            await finish(self._opening)
         except BaseException:
-            await self._host.close()
+            if self._state == "open":  # cancelled, but it went on
+                await self.close()
+            raise
+
+    async def _open(self) -> None:
+        host = self.options.host
+        try:
+            control = ControlServer(
+                self,
+                host,
+                self.options.port,
+                incarnation=self._host.incarnation,
+                options=self.options,
+            )
+            is_ipc = host.startswith("ipc://")
+            address = None if is_ipc else await numeric_address(host)
+            await self._host.open(address, self._on_arrival, self._on_failed)
+            try:
+                await control.start()
+            except BaseException:
+                await self._host.close()
+                raise
+        except BaseException:
+            self._state = "new"
             raise
         self._control = control
         self._state = "open"
@@ -191,6 +207,8 @@ class Server:
         Cancellation:
           Raised when all is closed.
         """
+        if self._state == "opening" and self._opening is not None:
+            await asyncio.wait({self._opening})
         if self._state == "open":
             self._host.check("server")
             self._state = "closing"
@@ -440,15 +458,18 @@ class Server:
 
     async def closed(self, conn_id: int, reason: CloseReason) -> None:
         """A connection is over: release its end (for the control connection)."""
-        incoming = self._incoming.pop(conn_id)
+        incoming = self._incoming[conn_id]
         _log.info("%s disconnected: %s", incoming.peer, reason)
         incoming.gone.set_result(None)
         try:
             if incoming.ending is not None:
                 await asyncio.wait({incoming.ending})
+            # Until its QP is gone, notifications of it are still taken.
             await incoming.link.close()
         except KVXferError:
             _log.exception("the QP of %s could not be destroyed", incoming.peer)
+        finally:
+            del self._incoming[conn_id]
 
     def _find(self, adapter: Adapter, slot: int) -> tuple[int, _Incoming] | None:
         for conn_id, incoming in self._incoming.items():
@@ -458,7 +479,7 @@ class Server:
 
     def _on_failed(self, adapter: Adapter, slot: int) -> None:
         found = self._find(adapter, slot)
-        if found is not None:
+        if found is not None and not found[1].gone.done():
             self._drop(found[0], "its QP failed")
 
     def _drop(self, conn_id: int, reason: str) -> None:

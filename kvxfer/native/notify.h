@@ -19,8 +19,6 @@
 #define KVX_NOTIFY_ALIGN 64u
 #define KVX_NOTIFY_MAGIC 0x314e564bu /* "KVN1" */
 #define KVX_NOTIFY_MAX_REQUEST 256u
-/* The immediate holds 32 bits of offset / 64; a ring never gets near that. */
-#define KVX_NOTIFY_MAX_RING (1ull << 32)
 
 struct kvx_notify_record {
 	uint32_t magic;
