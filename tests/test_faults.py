@@ -166,9 +166,9 @@ def test_plans_that_are_taken(plan: str) -> None:
     ],
 )
 def test_a_malformed_plan_is_refused_with_the_place(plan: str, at: int) -> None:
-    with Device("soft0") as device:
-        with pytest.raises(UsageError, match=f"at offset {at}:"):
-            device.set_faults(plan)
+    refused = pytest.raises(UsageError, match=f"at offset {at}:")
+    with Device("soft0") as device, refused:
+        device.set_faults(plan)
 
 
 def test_a_malformed_plan_leaves_the_old_one(rig: Rig) -> None:

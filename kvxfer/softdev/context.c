@@ -284,8 +284,13 @@ struct ibv_context *soft_open_device(struct ibv_device *device,
 	ctx->socket_buffer = allowed_socket_buffer();
 
 	err = ctx->wires ? 0 : EINVAL;
-	if (!err && faults)
+	if (!err && faults) {
 		err = fault_set(&ctx->plan, faults, soft_now_ns(), &at);
+		if (err) /* an errno has no room for the place */
+			fprintf(stderr,
+				"soft0: KVXFER_SOFT_FAULT, at offset %zu: '%.40s' is not understood\n",
+				at, faults + at);
+	}
 	if (!err)
 		err = soft_parse_address(address ? address : "127.0.0.1",
 					 &ctx->bound);
