@@ -28,6 +28,13 @@ else:
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _PAGE_BYTES = 4096
+_CACHE_KEYS = {
+    "layers": int,
+    "blocks": int,
+    "block_bytes": int,
+    "planes": str,
+    "dtype": str,
+}
 
 EXIT_FAILED = 1
 """The command was understood and did not succeed."""
@@ -49,24 +56,53 @@ class CacheShape:
     dtype: str = "bf16"
 
     def allocate(self) -> KVCache:
-        """Make the cache, all of it in memory, as an engine's is before use."""
-        cache = KVCache.allocate(
+        """Make the cache; its memory is taken as it is touched.
+
+        Raises:
+          UsageError: The shape is none, or the machine has not so much memory.
+        """
+        n_bytes = self.layers * self.blocks * self.block_bytes * len(self.planes)
+        available = _available_bytes()
+        if n_bytes > available:
+            raise UsageError(
+                f"{self} take {n_bytes} bytes, and {available} are available: "
+                "fewer --blocks or --layers"
+            )
+        return KVCache.allocate(
             n_layers=self.layers,
             n_blocks=self.blocks,
             block_bytes=self.block_bytes,
             planes=self.planes,
             dtype=self.dtype,
         )
-        for layer in cache.layers:
-            for name in self.planes:
-                cache.view(layer, name)[:, ::_PAGE_BYTES] = 0
-        return cache
 
     def __str__(self) -> str:
         return (
             f"{self.layers} layers x {self.blocks} blocks x {self.block_bytes} bytes "
             f"({', '.join(self.planes)})"
         )
+
+
+def _available_bytes() -> int:
+    """Return how much memory may be taken without pushing others out."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return sys.maxsize
+
+
+async def fill_in(cache: KVCache, stop: asyncio.Event) -> bool:
+    """Touch all of a cache, as an engine has before use; false if stopped."""
+
+    def touch(layer: int) -> None:
+        for plane in cache.group().planes:
+            cache.view(layer, plane.name)[:, ::_PAGE_BYTES] = 0
+
+    for layer in cache.layers:
+        if stop.is_set():
+            return False
+        await asyncio.to_thread(touch, layer)
+    return not stop.is_set()
 
 
 def _read_config(
@@ -79,12 +115,18 @@ def _read_config(
         table = tomllib.loads(path.read_text()).get("cache", {})
     except (OSError, ValueError) as error:
         raise click.BadParameter(f"{path}: {error}") from error
-    known = {p.name for p in context.command.params}
-    for name in table:
-        if name not in known:
-            raise click.BadParameter(f"{path}: [cache] has no {name!r}")
+    if not isinstance(table, dict):
+        raise click.BadParameter(f"{path}: cache is {table!r}, not a table [cache]")
     if isinstance(table.get("planes"), list):
         table["planes"] = ",".join(map(str, table["planes"]))
+    for name, value in table.items():
+        if name not in _CACHE_KEYS:
+            raise click.BadParameter(f"{path}: [cache] has no {name!r}")
+        if type(value) is not _CACHE_KEYS[name]:
+            raise click.BadParameter(
+                f"{path}: [cache] {name} is {value!r}, not of type "
+                f"{_CACHE_KEYS[name].__name__}"
+            )
     context.default_map = {**(context.default_map or {}), **table}
     return path
 

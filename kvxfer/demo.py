@@ -15,7 +15,7 @@ from rich.table import Table
 
 from kvxfer import command
 
-_START_SECONDS = 30.0
+_START_SECONDS = 60.0
 _STOP_SECONDS = 30.0
 
 
@@ -63,7 +63,15 @@ async def _demo(shape: command.CacheShape, request_blocks: int) -> int:
     push: asyncio.subprocess.Process | None = None
     try:
         events = _events(serve)
-        report.ready = await asyncio.wait_for(anext(events, {}), _START_SECONDS)
+        try:
+            report.ready = await asyncio.wait_for(anext(events, {}), _START_SECONDS)
+        except asyncio.TimeoutError:
+            click.echo(
+                f"kvxfer: the endpoint was not ready after {_START_SECONDS:g} s; a "
+                "smaller cache is ready sooner: --blocks, --layers",
+                err=True,
+            )
+            return command.EXIT_FAILED
         if not report.ready:
             click.echo("kvxfer: the endpoint did not start", err=True)
             return command.EXIT_FAILED

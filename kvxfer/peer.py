@@ -117,6 +117,20 @@ class Peer:
         """Whether writes are possible, as far as this side knows."""
         return self.state is PeerState.CONNECTED
 
+    def layers(self, group: str | None = None) -> list[int]:
+        """List the layers that both sides hold, of one group or of all."""
+        return sorted(
+            {layer for name, layer in self._route.index if group in (None, name)}
+        )
+
+    def n_blocks(self, group: str | None = None) -> int:
+        """Return how many blocks the peer has in all of those layers."""
+        return min(
+            self._route.rows[row][3]
+            for (name, _), row in self._route.index.items()
+            if group in (None, name)
+        )
+
     # -- connecting ------------------------------------------------------------
 
     async def connect(self, timeout: float) -> None:

@@ -18,6 +18,15 @@ from kvxfer.errors import UsageError
 from kvxfer.options import Options
 
 
+def _some_blocks(random: np.random.Generator, n: int, n_blocks: int, whose: str) -> Any:
+    if n > n_blocks:
+        raise UsageError(
+            f"a request of {n} blocks does not fit {whose} {n_blocks} blocks; see "
+            "--request-blocks and --blocks"
+        )
+    return random.permutation(n_blocks)[:n]
+
+
 def _fill(cache: KVCache, layer: int, local: Any, remote: Any) -> None:
     for index, plane in enumerate(cache.group().planes):
         pattern.fill(cache.view(layer, plane.name), local, remote, index, layer)
@@ -32,17 +41,9 @@ async def _push(
     request_id: str,
     machine: bool,
 ) -> None:
-    if n_request_blocks > shape.blocks:
-        raise UsageError(
-            f"a request of {n_request_blocks} blocks does not fit a cache of "
-            f"{shape.blocks}; see --request-blocks and --blocks"
-        )
     random = np.random.default_rng(seed)
-    local = random.permutation(shape.blocks)[:n_request_blocks]
-    remote = random.permutation(shape.blocks)[:n_request_blocks]
+    local = _some_blocks(random, n_request_blocks, shape.blocks, "the cache")
     with shape.allocate() as cache:
-        for layer in range(shape.layers):
-            await asyncio.to_thread(_fill, cache, layer, local, remote)
         async with Client(cache, options) as client:
             host, _, port = address.rpartition(":")
             peer = (
@@ -50,7 +51,11 @@ async def _push(
                 if address.startswith("ipc://")
                 else await client.connect(host, int(port))
             )
-            for layer in range(shape.layers):
+            layers, n_theirs = peer.layers(), peer.n_blocks()
+            remote = _some_blocks(random, n_request_blocks, n_theirs, "the endpoint's")
+            for layer in layers:
+                await asyncio.to_thread(_fill, cache, layer, local, remote)
+            for layer in layers:
                 result = await client.write_cache(
                     peer, local, remote, layer, request_id=request_id
                 )
@@ -91,7 +96,13 @@ def _check_address(
     show_default=True,
     help="Scattered blocks that the request has.",
 )
-@click.option("--seed", type=int, default=1, show_default=True, help="Which blocks.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Which blocks.",
+)
 @click.option("--request-id", default="push", show_default=True)
 @click.option("--device", help="auto, soft, or a NIC as NAME[:PORT].  [auto]")
 @click.option("--require-rdma", is_flag=True, default=None, help="Refuse software.")
@@ -111,7 +122,8 @@ def main(
 ) -> None:
     """Write a request's KV cache into the endpoint at HOST:PORT, layer by layer.
 
-    The geometry must be the endpoint's; the number of blocks may differ.
+    The geometry must be the endpoint's; numbers of blocks and of layers may differ,
+    and the layers that both have are written.
     """
     command.log_to_stderr(verbose)
     options = command.load_options(config, **overrides)

@@ -68,6 +68,8 @@ async def _serve(
 ) -> int:
     n_wrong = 0
     with shape.allocate() as cache:
+        if not await command.fill_in(cache, stop):
+            return 0
         async with Server(cache, options) as server:
             follower = asyncio.ensure_future(
                 _follow(server, cache, verify=verify, machine=machine)
