@@ -23,6 +23,7 @@ from tests.endpoints import (
     expected,
     scattered,
     take,
+    until,
 )
 
 
@@ -267,5 +268,50 @@ def test_client_and_server_in_loops_of_their_own(run: Callable[[Main], None]) ->
         server_thread.join(SOON)
     assert not failures
     assert (target.memory == wanted).all()
+    source.cache.close()
+    target.cache.close()
+
+
+@pytest.mark.parametrize("how", ["close", "abandon"])
+def test_what_has_landed_is_told_though_its_writer_is_gone(how: str) -> None:
+    """A server that is busy elsewhere finds records and the goodbye at once."""
+    source, target = arena(seed=1, layers=1), arena(seed=2, layers=1)
+    options = {**QUICK, "notify_receives": 2048, "fence_timeout": 0.1}
+    servers: list[Server] = []
+    found: list[str | None] = []
+    ready, connected_, busy = threading.Event(), threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        async with Server(target.cache, port=0, **options) as server:
+            servers.append(server)
+            ready.set()
+            await until(lambda: server.peers)
+            await asyncio.to_thread(connected_.wait, SOON)
+            assert busy.wait(SOON)  # the loop stands still
+            found.extend([a.request_id for a in await take(server, 1500)])
+
+    async def write() -> None:
+        client = Client(source.cache, **options)
+        await client.open()
+        try:
+            peer = await dial(client, servers[0])
+            connected_.set()
+            for i in range(1500):
+                await client.write_cache(peer, [1], [2], request_id=str(i))
+            if how == "abandon":
+                await peer.link.fail()
+        finally:
+            await client.close()
+            busy.set()
+
+    thread = threading.Thread(target=asyncio.run, args=[serve()])
+    thread.start()
+    try:
+        assert ready.wait(SOON)
+        asyncio.run(write())
+    finally:
+        busy.set()
+        thread.join(SOON)
+    assert found == [str(i) for i in range(1500)]
     source.cache.close()
     target.cache.close()

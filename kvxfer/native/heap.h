@@ -38,8 +38,8 @@ static inline void kvx_heap_swap(struct kvx_heap *heap, size_t a, size_t b)
 
 static inline void kvx_heap_up(struct kvx_heap *heap, size_t i)
 {
-	while (i > 0 && kvx_heap_before(&heap->items[i],
-					&heap->items[(i - 1) / 2])) {
+	while (i > 0 &&
+	       kvx_heap_before(&heap->items[i], &heap->items[(i - 1) / 2])) {
 		kvx_heap_swap(heap, i, (i - 1) / 2);
 		i = (i - 1) / 2;
 	}
@@ -84,7 +84,7 @@ static inline int kvx_heap_reserve(struct kvx_heap *heap, size_t more)
 static inline void kvx_heap_push(struct kvx_heap *heap, uint64_t key,
 				 uint64_t order, void *value)
 {
-	heap->items[heap->n] = (struct kvx_heap_item){key, order, value};
+	heap->items[heap->n] = (struct kvx_heap_item){ key, order, value };
 	kvx_heap_up(heap, heap->n++);
 }
 

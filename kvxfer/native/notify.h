@@ -22,16 +22,16 @@
 
 struct kvx_notify_record {
 	uint32_t magic;
-	uint32_t length;    /* header, request id, ids: unpadded */
-	uint64_t sequence;  /* of the operation on this connection, from 0 */
-	uint64_t n_bytes;   /* data bytes that went before */
+	uint32_t length;   /* header, request id, ids: unpadded */
+	uint64_t sequence; /* of the operation on this connection, from 0 */
+	uint64_t n_bytes;  /* data bytes that went before */
 	uint32_t layer;
 	uint32_t n_ids;
 	uint16_t group;
-	uint16_t n_qps;     /* how many QPs carried data and an immediate */
+	uint16_t n_qps; /* how many QPs carried data and an immediate */
 	uint16_t request_bytes;
-	uint16_t flags;     /* 0 */
-	uint64_t digest;    /* 0: none */
+	uint16_t flags;	 /* 0 */
+	uint64_t digest; /* 0: none */
 	uint64_t reserved[2];
 	/* request id, padded to 8 bytes; then n_ids block ids, uint32 each */
 };

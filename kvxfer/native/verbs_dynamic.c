@@ -17,10 +17,11 @@ enum need { REQUIRED, OPTIONAL };
 /* What the entries below need and the table does not show. */
 static struct {
 	struct ibv_context *(*open_device)(struct ibv_device *);
-	int (*query_port)(struct ibv_context *, uint8_t, struct ibv_port_attr *);
+	int (*query_port)(struct ibv_context *, uint8_t,
+			  struct ibv_port_attr *);
 	struct ibv_mr *(*reg_mr)(struct ibv_pd *, void *, size_t, int);
-	struct ibv_mr *(*reg_mr_iova2)(struct ibv_pd *, void *, size_t, uint64_t,
-				       unsigned int);
+	struct ibv_mr *(*reg_mr_iova2)(struct ibv_pd *, void *, size_t,
+				       uint64_t, unsigned int);
 } lib;
 
 static struct ibv_context *open_device(struct ibv_device *device,
@@ -56,7 +57,8 @@ static struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t length,
 	}
 	/* The plain symbol refuses optional flags such as relaxed ordering. */
 	if (lib.reg_mr_iova2 && (access & IBV_ACCESS_OPTIONAL_RANGE))
-		return lib.reg_mr_iova2(pd, addr, length, (uintptr_t)addr, access);
+		return lib.reg_mr_iova2(pd, addr, length, (uintptr_t)addr,
+					access);
 	return lib.reg_mr(pd, addr, length,
 			  (int)(access & ~IBV_ACCESS_OPTIONAL_RANGE));
 }
@@ -131,46 +133,51 @@ int kvx_load_libibverbs(const char *path, struct kvx_verbs_table *table,
 		const char *version;
 		enum need need;
 	} wanted[] = {
-		{&table->get_device_list, "ibv_get_device_list",
-		 "IBVERBS_1.1", REQUIRED},
-		{&table->free_device_list, "ibv_free_device_list",
-		 "IBVERBS_1.1", REQUIRED},
-		{&table->get_device_name, "ibv_get_device_name",
-		 "IBVERBS_1.1", REQUIRED},
-		{&table->get_device_guid, "ibv_get_device_guid",
-		 "IBVERBS_1.1", REQUIRED},
-		{&lib.open_device, "ibv_open_device", "IBVERBS_1.1", REQUIRED},
-		{&table->close_device, "ibv_close_device",
-		 "IBVERBS_1.1", REQUIRED},
-		{&table->query_device, "ibv_query_device",
-		 "IBVERBS_1.1", REQUIRED},
-		{&lib.query_port, "ibv_query_port", "IBVERBS_1.1", REQUIRED},
-		{&table->query_gid, "ibv_query_gid", "IBVERBS_1.1", REQUIRED},
-		{&table->query_pkey, "ibv_query_pkey", "IBVERBS_1.1", REQUIRED},
-		{&table->alloc_pd, "ibv_alloc_pd", "IBVERBS_1.1", REQUIRED},
-		{&table->dealloc_pd, "ibv_dealloc_pd", "IBVERBS_1.1", REQUIRED},
-		{&lib.reg_mr, "ibv_reg_mr", "IBVERBS_1.1", REQUIRED},
-		{&lib.reg_mr_iova2, "ibv_reg_mr_iova2",
-		 "IBVERBS_1.8", OPTIONAL},
-		{&table->dereg_mr, "ibv_dereg_mr", "IBVERBS_1.1", REQUIRED},
-		{&table->create_comp_channel, "ibv_create_comp_channel",
-		 "IBVERBS_1.0", REQUIRED},
-		{&table->destroy_comp_channel, "ibv_destroy_comp_channel",
-		 "IBVERBS_1.0", REQUIRED},
-		{&table->create_cq, "ibv_create_cq", "IBVERBS_1.1", REQUIRED},
-		{&table->destroy_cq, "ibv_destroy_cq", "IBVERBS_1.1", REQUIRED},
-		{&table->get_cq_event, "ibv_get_cq_event",
-		 "IBVERBS_1.1", REQUIRED},
-		{&table->ack_cq_events, "ibv_ack_cq_events",
-		 "IBVERBS_1.1", REQUIRED},
-		{&table->get_async_event, "ibv_get_async_event",
-		 "IBVERBS_1.1", REQUIRED},
-		{&table->ack_async_event, "ibv_ack_async_event",
-		 "IBVERBS_1.1", REQUIRED},
-		{&table->create_qp, "ibv_create_qp", "IBVERBS_1.1", REQUIRED},
-		{&table->modify_qp, "ibv_modify_qp", "IBVERBS_1.1", REQUIRED},
-		{&table->query_qp, "ibv_query_qp", "IBVERBS_1.1", REQUIRED},
-		{&table->destroy_qp, "ibv_destroy_qp", "IBVERBS_1.1", REQUIRED},
+		{ &table->get_device_list, "ibv_get_device_list", "IBVERBS_1.1",
+		  REQUIRED },
+		{ &table->free_device_list, "ibv_free_device_list",
+		  "IBVERBS_1.1", REQUIRED },
+		{ &table->get_device_name, "ibv_get_device_name", "IBVERBS_1.1",
+		  REQUIRED },
+		{ &table->get_device_guid, "ibv_get_device_guid", "IBVERBS_1.1",
+		  REQUIRED },
+		{ &lib.open_device, "ibv_open_device", "IBVERBS_1.1",
+		  REQUIRED },
+		{ &table->close_device, "ibv_close_device", "IBVERBS_1.1",
+		  REQUIRED },
+		{ &table->query_device, "ibv_query_device", "IBVERBS_1.1",
+		  REQUIRED },
+		{ &lib.query_port, "ibv_query_port", "IBVERBS_1.1", REQUIRED },
+		{ &table->query_gid, "ibv_query_gid", "IBVERBS_1.1", REQUIRED },
+		{ &table->query_pkey, "ibv_query_pkey", "IBVERBS_1.1",
+		  REQUIRED },
+		{ &table->alloc_pd, "ibv_alloc_pd", "IBVERBS_1.1", REQUIRED },
+		{ &table->dealloc_pd, "ibv_dealloc_pd", "IBVERBS_1.1",
+		  REQUIRED },
+		{ &lib.reg_mr, "ibv_reg_mr", "IBVERBS_1.1", REQUIRED },
+		{ &lib.reg_mr_iova2, "ibv_reg_mr_iova2", "IBVERBS_1.8",
+		  OPTIONAL },
+		{ &table->dereg_mr, "ibv_dereg_mr", "IBVERBS_1.1", REQUIRED },
+		{ &table->create_comp_channel, "ibv_create_comp_channel",
+		  "IBVERBS_1.0", REQUIRED },
+		{ &table->destroy_comp_channel, "ibv_destroy_comp_channel",
+		  "IBVERBS_1.0", REQUIRED },
+		{ &table->create_cq, "ibv_create_cq", "IBVERBS_1.1", REQUIRED },
+		{ &table->destroy_cq, "ibv_destroy_cq", "IBVERBS_1.1",
+		  REQUIRED },
+		{ &table->get_cq_event, "ibv_get_cq_event", "IBVERBS_1.1",
+		  REQUIRED },
+		{ &table->ack_cq_events, "ibv_ack_cq_events", "IBVERBS_1.1",
+		  REQUIRED },
+		{ &table->get_async_event, "ibv_get_async_event", "IBVERBS_1.1",
+		  REQUIRED },
+		{ &table->ack_async_event, "ibv_ack_async_event", "IBVERBS_1.1",
+		  REQUIRED },
+		{ &table->create_qp, "ibv_create_qp", "IBVERBS_1.1", REQUIRED },
+		{ &table->modify_qp, "ibv_modify_qp", "IBVERBS_1.1", REQUIRED },
+		{ &table->query_qp, "ibv_query_qp", "IBVERBS_1.1", REQUIRED },
+		{ &table->destroy_qp, "ibv_destroy_qp", "IBVERBS_1.1",
+		  REQUIRED },
 	};
 
 	for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++) {

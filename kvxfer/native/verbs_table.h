@@ -44,7 +44,8 @@ struct kvx_verbs_table {
 	struct ibv_device **(*get_device_list)(int *num_devices);
 	void (*free_device_list)(struct ibv_device **list);
 	const char *(*get_device_name)(struct ibv_device *device);
-	uint64_t (*get_device_guid)(struct ibv_device *device); /* network order */
+	uint64_t (*get_device_guid)(
+		struct ibv_device *device); /* network order */
 
 	/*
 	 * A NIC ignores what follows the device. address: numeric address that
@@ -61,10 +62,10 @@ struct kvx_verbs_table {
 			    struct ibv_device_attr *attr);
 	int (*query_port)(struct ibv_context *context, uint8_t port_num,
 			  struct ibv_port_attr *attr);
-	int (*query_gid)(struct ibv_context *context, uint8_t port_num, int index,
-			 union ibv_gid *gid);
-	int (*query_pkey)(struct ibv_context *context, uint8_t port_num, int index,
-			  uint16_t *pkey);
+	int (*query_gid)(struct ibv_context *context, uint8_t port_num,
+			 int index, union ibv_gid *gid);
+	int (*query_pkey)(struct ibv_context *context, uint8_t port_num,
+			  int index, uint16_t *pkey);
 
 	struct ibv_pd *(*alloc_pd)(struct ibv_context *context);
 	int (*dealloc_pd)(struct ibv_pd *pd);
@@ -75,7 +76,8 @@ struct kvx_verbs_table {
 	/* After this has returned, no remote write lands in the region. */
 	int (*dereg_mr)(struct ibv_mr *mr);
 
-	struct ibv_comp_channel *(*create_comp_channel)(struct ibv_context *context);
+	struct ibv_comp_channel *(*create_comp_channel)(
+		struct ibv_context *context);
 	int (*destroy_comp_channel)(struct ibv_comp_channel *channel);
 	struct ibv_cq *(*create_cq)(struct ibv_context *context, int cqe,
 				    void *cq_context,
@@ -83,8 +85,8 @@ struct kvx_verbs_table {
 				    int comp_vector);
 	int (*destroy_cq)(struct ibv_cq *cq);
 	/* 0, or -1 with errno (EAGAIN on an empty non-blocking channel). */
-	int (*get_cq_event)(struct ibv_comp_channel *channel, struct ibv_cq **cq,
-			    void **cq_context);
+	int (*get_cq_event)(struct ibv_comp_channel *channel,
+			    struct ibv_cq **cq, void **cq_context);
 	void (*ack_cq_events)(struct ibv_cq *cq, unsigned int nevents);
 	/* 0, or -1 with errno. */
 	int (*get_async_event)(struct ibv_context *context,

@@ -58,7 +58,8 @@ void soft_make_gid(const struct sockaddr_storage *bound, union ibv_gid *gid)
 	const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)bound;
 	bool is_v6 = bound->ss_family == AF_INET6;
 	in_port_t port = is_v6 ? v6->sin6_port : v4->sin_port;
-	uint32_t address = is_v6 ? hash_v6(&v6->sin6_addr) : v4->sin_addr.s_addr;
+	uint32_t address = is_v6 ? hash_v6(&v6->sin6_addr) :
+				   v4->sin_addr.s_addr;
 
 	memset(gid, 0, sizeof(*gid));
 	gid->raw[GID_PREFIX] = 0xfd;
@@ -78,13 +79,15 @@ bool soft_gid_is_ours(const union ibv_gid *gid)
 static int from_gid_v6(const struct soft_context *ctx, uint32_t hash,
 		       struct sockaddr_in6 *v6)
 {
-	const struct sockaddr_in6 *own = (const struct sockaddr_in6 *)&ctx->bound;
+	const struct sockaddr_in6 *own =
+		(const struct sockaddr_in6 *)&ctx->bound;
 
 	v6->sin6_family = AF_INET6;
 	v6->sin6_addr = in6addr_loopback;
 	if (hash == hash_v6(&in6addr_any) || hash == hash_v6(&in6addr_loopback))
 		return 0;
-	if (ctx->bound.ss_family == AF_INET6 && hash == hash_v6(&own->sin6_addr)) {
+	if (ctx->bound.ss_family == AF_INET6 &&
+	    hash == hash_v6(&own->sin6_addr)) {
 		*v6 = *own;
 		return 0;
 	}

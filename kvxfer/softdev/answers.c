@@ -89,7 +89,8 @@ static int read_ranges(struct soft_qp *qp, size_t want)
 			skip -= sges[i].length;
 			continue;
 		}
-		len = sges[i].length - skip < want ? sges[i].length - skip : want;
+		len = sges[i].length - skip < want ? sges[i].length - skip :
+						     want;
 		iov[n].iov_base = (void *)(uintptr_t)(sges[i].addr + skip);
 		iov[n++].iov_len = len;
 		want -= len;
@@ -114,7 +115,8 @@ static int take_read_data(struct soft_conn *conn)
 	if (want) {
 		if (!conn->readable)
 			return 0;
-		got = readv(conn->fd, conn->ctx->local_iov, read_ranges(qp, want));
+		got = readv(conn->fd, conn->ctx->local_iov,
+			    read_ranges(qp, want));
 		if (got < 0 && errno == EFAULT) {
 			soft_qp_fail(qp, &no_memory, NULL);
 			return 0;

@@ -13,7 +13,8 @@ struct chunk {
 
 static bool add(struct iovec *iov, int *n, uint64_t addr, size_t len)
 {
-	if (*n && (uintptr_t)iov[*n - 1].iov_base + iov[*n - 1].iov_len == addr) {
+	if (*n &&
+	    (uintptr_t)iov[*n - 1].iov_base + iov[*n - 1].iov_len == addr) {
 		iov[*n - 1].iov_len += len;
 		return true;
 	}
@@ -26,7 +27,8 @@ static bool add(struct iovec *iov, int *n, uint64_t addr, size_t len)
 }
 
 /* Add len bytes; both arrays or neither. */
-static bool add_pair(struct chunk *chunk, uint64_t to, uint64_t from, size_t len)
+static bool add_pair(struct chunk *chunk, uint64_t to, uint64_t from,
+		     size_t len)
 {
 	struct soft_context *ctx = chunk->conn->ctx;
 
@@ -40,10 +42,12 @@ static bool add_pair(struct chunk *chunk, uint64_t to, uint64_t from, size_t len
 }
 
 /* The part of a SEND that goes into the SGE at its present offset. */
-static uint64_t recv_range(const struct soft_qp *qp, uint64_t offset, size_t *len)
+static uint64_t recv_range(const struct soft_qp *qp, uint64_t offset,
+			   size_t *len)
 {
 	const struct soft_rq *rq = &qp->rq;
-	const struct ibv_sge *sge = rq->sges + (rq->next & rq->mask) * rq->max_sge;
+	const struct ibv_sge *sge = rq->sges +
+				    (rq->next & rq->mask) * rq->max_sge;
 
 	/* The RECV was checked to be long enough. */
 	for (; offset >= sge->length; sge++)

@@ -121,8 +121,8 @@ struct soft_conn *soft_dial(struct soft_qp *qp,
 	struct soft_conn *conn;
 	int fd;
 
-	fd = socket(address->ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK,
-		    0);
+	fd = socket(address->ss_family,
+		    SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (fd < 0)
 		return NULL;
 	soft_tune_socket(ctx, fd);

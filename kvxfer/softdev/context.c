@@ -165,7 +165,8 @@ static int open_listener(struct soft_context *ctx)
 	soft_tune_socket(ctx, ctx->listen_fd); /* before its window is agreed */
 	if (bind(ctx->listen_fd, (struct sockaddr *)&ctx->bound, length) ||
 	    listen(ctx->listen_fd, SOMAXCONN) ||
-	    getsockname(ctx->listen_fd, (struct sockaddr *)&ctx->bound, &length))
+	    getsockname(ctx->listen_fd, (struct sockaddr *)&ctx->bound,
+			&length))
 		return errno;
 	return 0;
 }
@@ -264,8 +265,7 @@ static void free_context(struct soft_context *ctx)
 }
 
 struct ibv_context *soft_open_device(struct ibv_device *device,
-				     const char *address,
-				     const char *wire)
+				     const char *address, const char *wire)
 {
 	const char *faults = getenv("KVXFER_SOFT_FAULT");
 	struct soft_context *ctx;
@@ -288,7 +288,8 @@ struct ibv_context *soft_open_device(struct ibv_device *device,
 		err = fault_set(&ctx->plan, faults, soft_now_ns(), &at);
 		if (err) /* an errno has no room for the place */
 			fprintf(stderr,
-				"soft0: KVXFER_SOFT_FAULT, at offset %zu: '%.40s' is not understood\n",
+				"soft0: KVXFER_SOFT_FAULT, at offset %zu: "
+				"'%.40s' is not understood\n",
 				at, faults + at);
 	}
 	if (!err)

@@ -97,8 +97,8 @@ int soft_destroy_cq(struct ibv_cq *ibcq)
 
 static void free_slots(const struct soft_cqe *cqe)
 {
-	atomic_uint_fast64_t *tail =
-		cqe->is_recv ? &cqe->qp->rq.tail : &cqe->qp->sq.tail;
+	atomic_uint_fast64_t *tail = cqe->is_recv ? &cqe->qp->rq.tail :
+						    &cqe->qp->sq.tail;
 
 	/* Release: whoever sees the slots free also sees us done with them. */
 	atomic_store_explicit(tail, cqe->free_to, memory_order_release);
@@ -159,7 +159,8 @@ void soft_cq_overrun(struct soft_cq *cq)
 	atomic_store_explicit(&cq->ready, cq->head - cq->tail + 1,
 			      memory_order_release);
 	soft_raise_cq(cq, IBV_EVENT_CQ_ERR);
-	if (cq->armed != ARMED_NOT) { /* who waits for this one must not sleep on */
+	if (cq->armed !=
+	    ARMED_NOT) { /* who waits for this one must not sleep on */
 		cq->armed = ARMED_NOT;
 		soft_notify_cq(cq);
 	}
@@ -168,7 +169,8 @@ void soft_cq_overrun(struct soft_cq *cq)
 	soft_wake(ctx);
 }
 
-void soft_cq_push(struct soft_cq *cq, const struct soft_cqe *cqe, bool solicited)
+void soft_cq_push(struct soft_cq *cq, const struct soft_cqe *cqe,
+		  bool solicited)
 {
 	if (cq->overrun || cq->head - cq->tail >= cq->mask) {
 		soft_cq_overrun(cq);

@@ -116,7 +116,8 @@ static enum frame_error check_counts(const struct frame_header *header)
 {
 	bool is_request = header->type == FRAME_REQUEST;
 
-	if (is_request != (header->n_desc > 0) || header->n_desc > FRAME_MAX_DESC)
+	if (is_request != (header->n_desc > 0) ||
+	    header->n_desc > FRAME_MAX_DESC)
 		return FRAME_BAD_COUNT;
 	if (header->payload_len > FRAME_MAX_PAYLOAD)
 		return FRAME_BAD_LENGTH;
@@ -167,7 +168,8 @@ enum frame_error frame_get_header(const uint8_t in[FRAME_HEADER_BYTES],
 	return check_counts(header);
 }
 
-void frame_put_desc(uint8_t out[FRAME_DESC_BYTES], const struct frame_desc *desc)
+void frame_put_desc(uint8_t out[FRAME_DESC_BYTES],
+		    const struct frame_desc *desc)
 {
 	bool head_only = (desc->flags & (DESC_START | DESC_END)) == DESC_START;
 
@@ -276,8 +278,8 @@ static enum frame_error follow(struct frame_message *message,
 }
 
 enum frame_error frame_get_table(const uint8_t *in,
-				 const struct frame_header *header, bool payload,
-				 struct frame_message *message,
+				 const struct frame_header *header,
+				 bool payload, struct frame_message *message,
 				 struct frame_desc *desc)
 {
 	struct frame_message after = *message;

@@ -41,7 +41,7 @@ enum frame_type {
 	FRAME_WELCOME,	 /* arg = enum frame_answer, seq = wire or pid */
 	FRAME_REQUEST,	 /* seq = WR of the first descriptor */
 	FRAME_ACK,	 /* seq = first WR that is not done yet */
-	FRAME_NAK,	 /* seq = failed WR, arg = ibv_wc_status, flags = vendor */
+	FRAME_NAK, /* seq = failed WR, arg = ibv_wc_status, flags = vendor */
 	FRAME_READ_RESP, /* seq = WR, payload = its next bytes */
 	FRAME_BUSY,	 /* no receive: seq as in ACK, arg = wait in us */
 };
@@ -115,8 +115,8 @@ struct frame_desc {
 	uint32_t len;
 	uint16_t op;
 	uint16_t flags;
-	uint32_t imm;	/* END with IMM: as the application gave it */
-	uint32_t total; /* START: bytes of the whole WR; decoded, see below */
+	uint32_t imm;	  /* END with IMM: as the application gave it */
+	uint32_t total;	  /* START: bytes of the whole WR; decoded, see below */
 	uint64_t operand; /* atomic: what to add or to put there */
 	uint64_t compare; /* COMPARE_SWAP: with what */
 };
@@ -169,8 +169,8 @@ void frame_put_desc(uint8_t out[FRAME_DESC_BYTES],
  * was; updated only on FRAME_OK. desc: room for FRAME_MAX_DESC.
  */
 enum frame_error frame_get_table(const uint8_t *in,
-				 const struct frame_header *header, bool payload,
-				 struct frame_message *message,
+				 const struct frame_header *header,
+				 bool payload, struct frame_message *message,
 				 struct frame_desc *desc);
 
 void frame_put_hello(uint8_t out[FRAME_HELLO_BYTES],

@@ -88,8 +88,8 @@ static void dial(struct soft_qp *qp)
 
 	qp->dial = DIAL_BUSY;
 	errno = 0;
-	if (soft_resolve(qp_context(qp), &qp->peer_gid,
-			 qp->hint.address, &address) ||
+	if (soft_resolve(qp_context(qp), &qp->peer_gid, qp->hint.address,
+			 &address) ||
 	    !soft_dial(qp, &address))
 		soft_out_lost(qp, errno == ECONNREFUSED);
 }

@@ -64,7 +64,8 @@ struct soft_event {
 };
 
 struct soft_channel {
-	struct ibv_comp_channel ibv; /* fd: readable while events is not empty */
+	struct ibv_comp_channel
+		ibv; /* fd: readable while events is not empty */
 	pthread_mutex_t lock;
 	struct soft_list events; /* CQs with events to fetch */
 };
@@ -103,10 +104,11 @@ struct soft_cq {
 	pthread_mutex_t lock; /* everything up to users */
 	struct soft_cqe *ring;
 	uint32_t mask;
-	uint64_t head, tail;   /* head: next to write; tail: next to poll */
+	uint64_t head, tail; /* head: next to write; tail: next to poll */
 	enum soft_armed armed;
-	bool overrun;	       /* a CQE was lost: nothing more is stored */
-	atomic_uint_fast64_t ready; /* head - tail, for a lock-free empty poll */
+	bool overrun; /* a CQE was lost: nothing more is stored */
+	atomic_uint_fast64_t
+		ready; /* head - tail, for a lock-free empty poll */
 	atomic_int users;
 
 	/* Completion events; by channel->lock. */
@@ -170,7 +172,7 @@ struct soft_sq {
 	atomic_uint_fast64_t head; /* by sq_lock; the device thread reads it */
 	atomic_uint_fast64_t tail; /* by the send CQ's lock */
 	uint64_t done, next;	   /* by ctx->lock */
-	uint64_t next_offset;	   /* bytes of WR next that are framed already */
+	uint64_t next_offset; /* bytes of WR next that are framed already */
 };
 
 struct soft_rq {
@@ -198,9 +200,9 @@ struct soft_late {
 
 /* What the fault plan has in store for a QP; by ctx->lock. */
 struct soft_qp_faults {
-	uint64_t decided; /* WRs that the plan was asked about */
-	struct fault now; /* the answer for the last of them */
-	uint64_t hold_ns; /* FAULT_DELAY: until then */
+	uint64_t decided;   /* WRs that the plan was asked about */
+	struct fault now;   /* the answer for the last of them */
+	uint64_t hold_ns;   /* FAULT_DELAY: until then */
 	uint64_t deaf_from; /* answers from this WR on are lost; 0: none */
 	struct soft_late *late;
 	struct soft_landing *landings; /* of WRs that came in; oldest first */
@@ -221,10 +223,10 @@ struct soft_qp {
 	bool sq_sig_all;
 
 	/* By ctx->lock from here on. */
-	struct soft_qp *next_qpn; /* hash chain */
-	struct soft_list link;	  /* ctx->qps */
-	struct ibv_qp_attr attr;  /* as modified so far */
-	union ibv_gid peer_gid;	  /* of the adapter that has the peer's QP */
+	struct soft_qp *next_qpn;  /* hash chain */
+	struct soft_list link;	   /* ctx->qps */
+	struct ibv_qp_attr attr;   /* as modified so far */
+	union ibv_gid peer_gid;	   /* of the adapter that has the peer's QP */
 	struct kvx_peer_hint hint; /* zero: nothing is known */
 	/* Each direction is probed by itself, and then kept for life. */
 	enum frame_wire wire_out, wire_in;
@@ -237,11 +239,12 @@ struct soft_qp {
 	bool trace_allowed; /* answered TRACE_ME once */
 	bool no_cma;	    /* and it did not help */
 	uint32_t backoff_ms;
-	uint64_t dial_at_ns;	/* DIAL_BACKOFF: when to try again */
-	uint64_t progress_ns;	/* last sign of life while WRs are on their way */
-	uint32_t reads_out;	/* READs framed and not answered */
-	uint64_t read_offset;	/* bytes received for the oldest of them */
-	struct soft_failure local; /* fails WR next once those before are done */
+	uint64_t dial_at_ns;  /* DIAL_BACKOFF: when to try again */
+	uint64_t progress_ns; /* last sign of life while WRs are on their way */
+	uint32_t reads_out;   /* READs framed and not answered */
+	uint64_t read_offset; /* bytes received for the oldest of them */
+	struct soft_failure
+		local; /* fails WR next once those before are done */
 	/* The responder reads this cell after each batch that it pulls: while it
 	 * matches the hello, the pulled bytes are of this life. */
 	uint8_t nonce[FRAME_NONCE_BYTES];
@@ -267,9 +270,9 @@ enum conn_state {
 	CONN_DIALING, /* out: connect() under way */
 	CONN_HELLO,   /* out: waits for WELCOME; in: waits for HELLO */
 	CONN_UP,
-	CONN_DRAIN,   /* in: NAK sent, the rest is thrown away */
-	CONN_LATE,    /* out: its QP has failed, late is still to come */
-	CONN_DEAD,    /* closed; freed by the device thread */
+	CONN_DRAIN, /* in: NAK sent, the rest is thrown away */
+	CONN_LATE,  /* out: its QP has failed, late is still to come */
+	CONN_DEAD,  /* closed; freed by the device thread */
 };
 
 /* A frame of requests on its way out. */
@@ -279,7 +282,7 @@ struct soft_tx {
 	size_t head_len, head_off;
 	struct iovec iov[MAX_IOV];
 	int n_iov, at_iov;
-	uint64_t first_seq;	/* its first WR; the last is sq.next or before */
+	uint64_t first_seq; /* its first WR; the last is sq.next or before */
 	uint64_t mr_generation; /* when its WRs were checked */
 };
 
@@ -293,14 +296,14 @@ struct soft_rx {
 	struct frame_header header;
 	struct frame_message message;
 	struct frame_desc desc[FRAME_MAX_DESC];
-	uint32_t at;	   /* descriptor under way */
-	uint64_t at_off;   /* bytes of it that are done */
-	uint32_t bad;	   /* first descriptor that fails, or n_desc */
+	uint32_t at;	 /* descriptor under way */
+	uint64_t at_off; /* bytes of it that are done */
+	uint32_t bad;	 /* first descriptor that fails, or n_desc */
 	struct soft_failure failure;
 	uint64_t mr_generation; /* when the rest was last checked */
-	uint64_t message_off; /* bytes of the present message that are done */
-	bool recv_checked;    /* SEND: its RECV is there and good */
-	struct fault fault;   /* of the message under way */
+	uint64_t message_off;	/* bytes of the present message that are done */
+	bool recv_checked;	/* SEND: its RECV is there and good */
+	struct fault fault;	/* of the message under way */
 	struct fault *faults; /* per descriptor; NULL: there was no plan yet */
 	uint32_t acks_owed;
 	/* RNR */
@@ -369,11 +372,13 @@ struct soft_context {
 	pthread_mutex_t gate, lock; /* soft_lock() */
 	struct soft_qp *qp_table[SOFT_BUCKETS];
 	struct soft_mr *lkeys[SOFT_BUCKETS], *rkeys[SOFT_BUCKETS];
-	uint64_t mr_generation; /* moves with every registration and the end of one */
+	uint64_t
+		mr_generation; /* moves with every registration and the end of one */
 	struct soft_list qps, conns, ready, run, dead;
-	uint32_t n_qps, n_greeting; /* incoming connections before their hello */
-	uint64_t timer_ns; /* when somebody wants to be looked at, or NEVER */
-	uint64_t now_ns;   /* of this turn of the device thread */
+	uint32_t n_qps,
+		n_greeting; /* incoming connections before their hello */
+	uint64_t timer_ns;  /* when somebody wants to be looked at, or NEVER */
+	uint64_t now_ns;    /* of this turn of the device thread */
 	uint64_t spin_until_ns;
 	size_t socket_buffer; /* bytes; 0: leave it to the kernel */
 
@@ -448,8 +453,8 @@ static inline int qp_state(struct soft_qp *qp)
 
 /* context.c */
 extern struct soft_tally {
-	atomic_uint_fast64_t contexts, pds, mrs, cqs, channels, qps, connections,
-		threads;
+	atomic_uint_fast64_t contexts, pds, mrs, cqs, channels, qps,
+		connections, threads;
 } soft_tally;
 /*
  * A plain mutex would let the device thread, which unlocks and locks again at
@@ -461,8 +466,7 @@ void soft_unlock(struct soft_context *ctx);
 uint64_t soft_now_ns(void);
 void soft_random(void *out, size_t size);
 struct ibv_context *soft_open_device(struct ibv_device *device,
-				     const char *address,
-				     const char *wire);
+				     const char *address, const char *wire);
 int soft_close_device(struct ibv_context *context);
 /*
  * The GID of the adapter that qpn is to be found at, if somebody says that it
@@ -526,7 +530,8 @@ void soft_event_fd_clear(int fd);
 /* cq.c */
 struct ibv_cq *soft_create_cq(struct ibv_context *context, int cqe,
 			      void *cq_context,
-			      struct ibv_comp_channel *channel, int comp_vector);
+			      struct ibv_comp_channel *channel,
+			      int comp_vector);
 int soft_destroy_cq(struct ibv_cq *cq);
 int soft_poll_cq(struct ibv_cq *cq, int num_entries, struct ibv_wc *wc);
 int soft_req_notify_cq(struct ibv_cq *cq, int solicited_only);
@@ -648,8 +653,13 @@ void soft_responder_timer(struct soft_conn *conn);
  * Move up to one chunk of WRITE and SEND data into place and advance over the
  * descriptors that this completes, up to one that needs a receive.
  */
-enum chunk_result { CHUNK_MOVED, CHUNK_WAIT, CHUNK_LOST, CHUNK_NO_SOURCE,
-		    CHUNK_NO_DEST };
+enum chunk_result {
+	CHUNK_MOVED,
+	CHUNK_WAIT,
+	CHUNK_LOST,
+	CHUNK_NO_SOURCE,
+	CHUNK_NO_DEST
+};
 enum chunk_result soft_move_chunk(struct soft_conn *conn);
 static inline bool soft_needs_recv(const struct frame_desc *desc)
 {

@@ -5,9 +5,9 @@
 
 #include "internal.h"
 
-#define KNOWN_ACCESS                                                         \
-	((unsigned int)(IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE |   \
-			IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC |  \
+#define KNOWN_ACCESS                                                        \
+	((unsigned int)(IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE |  \
+			IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC | \
 			IBV_ACCESS_HUGETLB | IBV_ACCESS_OPTIONAL_RANGE))
 
 struct ibv_pd *soft_alloc_pd(struct ibv_context *context)
@@ -110,13 +110,14 @@ static void remove_mr(struct soft_context *ctx, struct soft_mr *mr)
 	ctx->mr_generation++;
 }
 
-static int check_registration(uintptr_t addr, size_t length, unsigned int access)
+static int check_registration(uintptr_t addr, size_t length,
+			      unsigned int access)
 {
-	const unsigned int remote_store =
-		IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_ATOMIC;
+	const unsigned int remote_store = IBV_ACCESS_REMOTE_WRITE |
+					  IBV_ACCESS_REMOTE_ATOMIC;
 
-	if (access & (IBV_ACCESS_ON_DEMAND | IBV_ACCESS_ZERO_BASED |
-		      IBV_ACCESS_MW_BIND))
+	if (access &
+	    (IBV_ACCESS_ON_DEMAND | IBV_ACCESS_ZERO_BASED | IBV_ACCESS_MW_BIND))
 		return EOPNOTSUPP;
 	if (access & ~KNOWN_ACCESS || length == 0 || addr + length < addr)
 		return EINVAL;
@@ -132,8 +133,9 @@ struct ibv_mr *soft_reg_mr(struct ibv_pd *pd, void *addr, size_t length,
 	struct soft_mr *mr = NULL;
 	int err;
 
-	err = soft_orphaned(pd->context) ? ENODEV :
-		check_registration((uintptr_t)addr, length, access);
+	err = soft_orphaned(pd->context) ?
+		      ENODEV :
+		      check_registration((uintptr_t)addr, length, access);
 	if (!err) {
 		mr = calloc(1, sizeof(*mr));
 		err = mr ? 0 : ENOMEM;

@@ -12,7 +12,8 @@
 static int check_send(const struct soft_qp *qp, const struct ibv_send_wr *wr,
 		      int state, uint64_t head)
 {
-	uint64_t tail = atomic_load_explicit(&qp->sq.tail, memory_order_acquire);
+	uint64_t tail = atomic_load_explicit(&qp->sq.tail,
+					     memory_order_acquire);
 
 	if (state != IBV_QPS_RTS && state != IBV_QPS_ERR)
 		return ENOMEM;
@@ -129,7 +130,8 @@ int soft_post_send(struct ibv_qp *ibqp, struct ibv_send_wr *wr,
 			*bad_wr = wr;
 			break;
 		}
-		if (state == IBV_QPS_ERR) /* all before it are flushed already */
+		if (state ==
+		    IBV_QPS_ERR) /* all before it are flushed already */
 			soft_send_failed(qp, head, wr->wr_id,
 					 IBV_WC_WR_FLUSH_ERR, KVX_SOFT_FLUSHED);
 		head++;
@@ -145,7 +147,8 @@ int soft_post_send(struct ibv_qp *ibqp, struct ibv_send_wr *wr,
 static int check_recv(const struct soft_qp *qp, const struct ibv_recv_wr *wr,
 		      int state, uint64_t head)
 {
-	uint64_t tail = atomic_load_explicit(&qp->rq.tail, memory_order_acquire);
+	uint64_t tail = atomic_load_explicit(&qp->rq.tail,
+					     memory_order_acquire);
 
 	if (state == IBV_QPS_RESET)
 		return EINVAL;

@@ -6,7 +6,7 @@
 #include "internal.h"
 
 #define QPN_MASK 0xffffffu
-#define QP_ACCESS                                                       \
+#define QP_ACCESS                                                          \
 	((unsigned int)(IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | \
 			IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC))
 
@@ -24,8 +24,8 @@ static const struct move {
 		  IBV_QP_MAX_DEST_RD_ATOMIC | IBV_QP_MIN_RNR_TIMER,
 	  IBV_QP_ACCESS_FLAGS | IBV_QP_PKEY_INDEX },
 	{ IBV_QPS_RTR, IBV_QPS_RTS,
-	  IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY |
-		  IBV_QP_SQ_PSN | IBV_QP_MAX_QP_RD_ATOMIC,
+	  IBV_QP_TIMEOUT | IBV_QP_RETRY_CNT | IBV_QP_RNR_RETRY | IBV_QP_SQ_PSN |
+		  IBV_QP_MAX_QP_RD_ATOMIC,
 	  IBV_QP_CUR_STATE | IBV_QP_ACCESS_FLAGS | IBV_QP_MIN_RNR_TIMER },
 	{ IBV_QPS_RTS, IBV_QPS_RTS, 0,
 	  IBV_QP_CUR_STATE | IBV_QP_ACCESS_FLAGS | IBV_QP_MIN_RNR_TIMER },
@@ -102,9 +102,9 @@ static void take_values(struct soft_qp *qp, const struct ibv_qp_attr *attr,
 {
 	struct ibv_qp_attr *own = &qp->attr;
 
-#define TAKE(bit, field)     \
-	if (mask & (bit))    \
-		own->field = attr->field
+#define TAKE(bit, field)  \
+	if (mask & (bit)) \
+	own->field = attr->field
 	TAKE(IBV_QP_PORT, port_num);
 	TAKE(IBV_QP_PKEY_INDEX, pkey_index);
 	TAKE(IBV_QP_ACCESS_FLAGS, qp_access_flags);
@@ -236,7 +236,8 @@ int soft_modify_qp(struct ibv_qp *ibqp, struct ibv_qp_attr *attr, int mask)
 	soft_lock(ctx);
 	from = (enum ibv_qp_state)qp_state(qp);
 	to = mask & IBV_QP_STATE ? attr->qp_state : from;
-	err = mask & IBV_QP_CUR_STATE && attr->cur_qp_state != from ? EINVAL : 0;
+	err = mask & IBV_QP_CUR_STATE && attr->cur_qp_state != from ? EINVAL :
+								      0;
 	if (!err)
 		err = check_move(from, to, mask);
 	if (!err)

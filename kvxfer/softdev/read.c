@@ -14,7 +14,8 @@ static void next_frame(struct soft_conn *conn)
 				       .seq = conn->qp->rx_seq };
 
 	rx->read_frame_left = rx->read_left < READ_FRAME_BYTES ?
-				      rx->read_left : READ_FRAME_BYTES;
+				      rx->read_left :
+				      READ_FRAME_BYTES;
 	header.payload_len = (uint32_t)rx->read_frame_left;
 	if (rx->read_frame_left == rx->read_left)
 		header.flags = RESP_END;

@@ -274,8 +274,7 @@ bool soft_frame_requests(struct soft_qp *qp, struct soft_tx *tx)
 		    !may_start(qp, sq->next, b.n_desc == 0))
 			break;
 		put_wr(&b, sq->next);
-		if (sq->next_offset <
-		    sq->ring[sq->next & sq->mask].length)
+		if (sq->next_offset < sq->ring[sq->next & sq->mask].length)
 			break;
 		sq->next++;
 		sq->next_offset = 0;

@@ -20,9 +20,9 @@ enum step {
 static uint64_t rnr_ns(uint8_t code)
 {
 	static const uint32_t us[32] = {
-		655360, 10,    20,    30,    40,    60,	   80,	  120,
-		160,	240,   320,   480,   640,   960,   1280,  1920,
-		2560,	3840,  5120,  7680,  10240, 15360, 20480, 30720,
+		655360, 10,    20,    30,     40,     60,     80,     120,
+		160,	240,   320,   480,    640,    960,    1280,   1920,
+		2560,	3840,  5120,  7680,   10240,  15360,  20480,  30720,
 		40960,	61440, 81920, 122880, 163840, 245760, 327680, 491520,
 	};
 
@@ -36,7 +36,8 @@ static enum step lost(struct soft_conn *conn)
 }
 
 /* Cumulative: also tells the initiator that we are alive. */
-static bool answer(struct soft_conn *conn, enum frame_type type, uint64_t wait_ns)
+static bool answer(struct soft_conn *conn, enum frame_type type,
+		   uint64_t wait_ns)
 {
 	struct frame_header header = { .type = (uint8_t)type,
 				       .seq = conn->qp->rx_seq,
@@ -141,7 +142,8 @@ static void check_frame(struct soft_conn *conn)
 static enum step take_header(struct soft_conn *conn)
 {
 	struct soft_rx *rx = conn->rx;
-	int got = soft_conn_fill(conn, rx->raw, &rx->raw_len, FRAME_HEADER_BYTES);
+	int got = soft_conn_fill(conn, rx->raw, &rx->raw_len,
+				 FRAME_HEADER_BYTES);
 
 	if (got < 0)
 		return lost(conn);
@@ -191,8 +193,7 @@ static enum step park(struct soft_conn *conn)
 	struct soft_rx *rx = conn->rx;
 	uint64_t wait_ns = rnr_ns(conn->qp->attr.min_rnr_timer);
 
-	if (conn->rnr_retry != RNR_FOR_EVER &&
-	    rx->rnr_tries >= conn->rnr_retry)
+	if (conn->rnr_retry != RNR_FOR_EVER && rx->rnr_tries >= conn->rnr_retry)
 		return nak(conn, &no_recv, NULL);
 	rx->rnr_tries++;
 	rx->parked = true;
@@ -214,18 +215,19 @@ static bool has_recv(struct soft_rq *rq)
 }
 
 /* A SEND is about to begin: is its RECV good for it? */
-static enum step check_recv(struct soft_conn *conn, const struct frame_desc *desc)
+static enum step check_recv(struct soft_conn *conn,
+			    const struct frame_desc *desc)
 {
-	static const struct soft_failure bad_request = {
-		IBV_WC_REM_INV_REQ_ERR, KVX_SOFT_REMOTE_RECV
-	};
+	static const struct soft_failure bad_request = { IBV_WC_REM_INV_REQ_ERR,
+							 KVX_SOFT_REMOTE_RECV };
 	static const struct soft_failure bad_op = { IBV_WC_REM_OP_ERR,
 						    KVX_SOFT_REMOTE_RECV };
 	struct soft_failure recv = { IBV_WC_LOC_LEN_ERR, KVX_SOFT_TOO_LONG };
 	struct soft_qp *qp = conn->qp;
 	struct soft_rq *rq = &qp->rq;
 	const struct soft_rqe *rqe = &rq->ring[rq->next & rq->mask];
-	const struct ibv_sge *sges = rq->sges + (rq->next & rq->mask) * rq->max_sge;
+	const struct ibv_sge *sges = rq->sges +
+				     (rq->next & rq->mask) * rq->max_sge;
 	uint32_t i;
 
 	if (desc->flags & DESC_START && desc->total > rqe->length)
@@ -282,7 +284,8 @@ static enum step move(struct soft_conn *conn)
 	case CHUNK_MOVED:
 		/* Completed without bytes: not worth letting go of the lock. */
 		return conn->rx->at == at && conn->rx->at_off == off ?
-			       STEP_ON : STEP_YIELD;
+			       STEP_ON :
+			       STEP_YIELD;
 	case CHUNK_WAIT:
 		return STEP_WAIT;
 	case CHUNK_NO_SOURCE:
@@ -344,7 +347,8 @@ static enum step read_on(struct soft_conn *conn)
 		failure = check_desc(conn->qp, desc);
 		if (failure.status)
 			return soft_read_in_frame(conn) ?
-				       lost(conn) : nak(conn, &failure, NULL);
+				       lost(conn) :
+				       nak(conn, &failure, NULL);
 		check_frame(conn);
 	}
 	switch (soft_send_read(conn)) {

@@ -52,7 +52,8 @@ static uint64_t get_device_guid(struct ibv_device *device)
 	return htobe64(0x6b76736f66743000u); /* "kvsoft0" */
 }
 
-static int query_device(struct ibv_context *context, struct ibv_device_attr *attr)
+static int query_device(struct ibv_context *context,
+			struct ibv_device_attr *attr)
 {
 	const uint64_t guid = get_device_guid(context->device);
 

@@ -130,7 +130,8 @@ enum chunk_result soft_cma_pull(struct soft_conn *conn, int n_local,
 			       (unsigned long)n_remote + 1, 0);
 	if (got == (ssize_t)(*bytes + sizeof(nonce)))
 		return memcmp(nonce, conn->peer_nonce, sizeof(nonce)) ?
-			       CHUNK_LOST : CHUNK_MOVED;
+			       CHUNK_LOST :
+			       CHUNK_MOVED;
 	if ((got < 0 && errno != EFAULT) || !nonce_matches(conn))
 		return CHUNK_LOST;
 

@@ -54,7 +54,8 @@ static void report(const char *what, uint32_t block, uint64_t *ns)
 	double bytes = (double)BLOCKS * block;
 
 	qsort(ns, BATCHES, sizeof(*ns), by_value);
-	printf("%-8s %7u B: median %8.1f us  %6.2f GB/s   best %8.1f us  %6.2f GB/s\n",
+	printf("%-8s %7u B: median %8.1f us  %6.2f GB/s   best %8.1f us  %6.2f "
+	       "GB/s\n",
 	       what, block, (double)ns[BATCHES / 2] / 1e3,
 	       bytes / (double)ns[BATCHES / 2], (double)ns[0] / 1e3,
 	       bytes / (double)ns[0]);

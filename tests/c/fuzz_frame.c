@@ -92,12 +92,21 @@ static uint32_t random_below(uint32_t n)
 /* Numbers that sit on an edge. */
 static uint32_t edge(void)
 {
-	static const uint32_t edges[] = { 0, 1, 2, 31, 32, 511, 512, 513,
+	static const uint32_t edges[] = { 0,
+					  1,
+					  2,
+					  31,
+					  32,
+					  511,
+					  512,
+					  513,
 					  FRAME_MAX_PAYLOAD,
 					  FRAME_MAX_PAYLOAD + 1,
 					  FRAME_MAX_MESSAGE,
 					  FRAME_MAX_MESSAGE + 1,
-					  0x7fffffff, 0x80000000, 0xffffffff };
+					  0x7fffffff,
+					  0x80000000,
+					  0xffffffff };
 
 	return edges[random_below(sizeof(edges) / sizeof(edges[0]))];
 }
@@ -105,8 +114,10 @@ static uint32_t edge(void)
 /* A WR of some descriptors, mostly well made. */
 static uint32_t make_wr(struct frame_desc *desc, uint32_t room, uint64_t *sum)
 {
-	static const uint16_t ops[] = { OP_WRITE, OP_WRITE,	OP_SEND,
-					OP_READ,  OP_FETCH_ADD, OP_COMPARE_SWAP };
+	static const uint16_t ops[] = {
+		OP_WRITE, OP_WRITE,	OP_SEND,
+		OP_READ,  OP_FETCH_ADD, OP_COMPARE_SWAP
+	};
 	uint16_t op = ops[random_below(6)];
 	uint32_t n = frame_fetches(op) ? 1 : 1 + random_below(3), i, total = 0;
 	uint64_t at = op == OP_SEND ? 0 : random_below(1u << 30);
@@ -114,7 +125,8 @@ static uint32_t make_wr(struct frame_desc *desc, uint32_t room, uint64_t *sum)
 	if (n > room)
 		n = room;
 	for (i = 0; i < n; i++) {
-		desc[i] = (struct frame_desc){ .op = op, .len = random_below(300) };
+		desc[i] = (struct frame_desc){ .op = op,
+					       .len = random_below(300) };
 		total += desc[i].len;
 	}
 	for (i = 0; i < n; i++) {
@@ -156,12 +168,12 @@ static size_t make_frame(uint8_t *out, bool payload)
 		desc[random_below(header.n_desc)].len = edge();
 		break;
 	case 4:
-		desc[random_below(header.n_desc)].raddr =
-			UINT64_MAX - random_below(1000);
+		desc[random_below(header.n_desc)].raddr = UINT64_MAX -
+							  random_below(1000);
 		break;
 	case 5:
-		desc[random_below(header.n_desc)].flags =
-			(uint16_t)random_below(17);
+		desc[random_below(header.n_desc)].flags = (uint16_t)
+			random_below(17);
 		break;
 	}
 	frame_put_header(out, &header);

@@ -57,9 +57,9 @@ void open_end(struct end *end, const struct options *options)
 	end->buffer = mmap(NULL, end->size, PROT_READ | PROT_WRITE,
 			   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	CHECK(end->buffer != MAP_FAILED);
-	end->mr = verbs.reg_mr(end->pd, end->buffer, end->size,
-			       (unsigned int)given(options->mr_access,
-						   ALL_ACCESS));
+	end->mr = verbs.reg_mr(
+		end->pd, end->buffer, end->size,
+		(unsigned int)given(options->mr_access, ALL_ACCESS));
 	CHECK(end->mr);
 	init.send_cq = init.recv_cq = end->cq;
 	init.cap.max_send_wr = options->send_wr ? options->send_wr : 1024;
@@ -96,7 +96,8 @@ int to_init(struct end *end, const struct options *options)
 {
 	struct ibv_qp_attr attr = { .qp_state = IBV_QPS_INIT, .port_num = 1 };
 
-	attr.qp_access_flags = (unsigned int)given(options->qp_access, ALL_ACCESS);
+	attr.qp_access_flags = (unsigned int)given(options->qp_access,
+						   ALL_ACCESS);
 	return verbs.modify_qp(end->qp, &attr,
 			       IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT |
 				       IBV_QP_ACCESS_FLAGS);
@@ -110,7 +111,8 @@ int to_rtr(struct end *end, const struct card *peer,
 		.path_mtu = IBV_MTU_4096,
 		.dest_qp_num = peer->qpn,
 		.rq_psn = peer->psn & 0xffffff,
-		.max_dest_rd_atomic = options->rd_atomic ? options->rd_atomic : 16,
+		.max_dest_rd_atomic = options->rd_atomic ? options->rd_atomic :
+							   16,
 		.min_rnr_timer = 12,
 		.ah_attr = { .is_global = 1, .port_num = 1 },
 	};

@@ -73,8 +73,9 @@ static void many_writes(void)
 static void long_writes(void)
 {
 	static const struct options options = { .size = 40u << 20 };
-	static const uint32_t sizes[] = { 1, 4095, 1u << 20, (4u << 20) - 1,
-					  (4u << 20) + 1, 33u << 20 };
+	static const uint32_t sizes[] = {
+		1, 4095, 1u << 20, (4u << 20) - 1, (4u << 20) + 1, 33u << 20
+	};
 	struct ibv_sge sges[4];
 	struct ibv_send_wr wr;
 	struct end a, b;
@@ -104,8 +105,8 @@ static void long_writes(void)
 	reap(&a, &wc, 1);
 	CHECK(wc.status == IBV_WC_SUCCESS && wc.byte_len == 12u << 20);
 	for (j = 0; j < 4; j++)
-		CHECK(!memcmp(b.buffer + j * (3u << 20),
-			      a.buffer + j * 5000000, 3u << 20));
+		CHECK(!memcmp(b.buffer + j * (3u << 20), a.buffer + j * 5000000,
+			      3u << 20));
 	close_end(&a);
 	close_end(&b);
 	no_objects_left();
@@ -113,10 +114,9 @@ static void long_writes(void)
 
 static void immediate(void)
 {
-	static const struct options patient = { .any_retry = true,
-						.timeout = 18,
-						.retry_cnt = 6,
-						.rnr_retry = 7 };
+	static const struct options patient = {
+		.any_retry = true, .timeout = 18, .retry_cnt = 6, .rnr_retry = 7
+	};
 	struct ibv_send_wr wr;
 	struct ibv_sge sge;
 	struct end a, b;
@@ -181,8 +181,8 @@ static void reads(void)
 		CHECK(wc[i].status == IBV_WC_SUCCESS && wc[i].wr_id == i);
 		CHECK(wc[i].opcode == IBV_WC_RDMA_READ);
 		if (i != 3)
-			CHECK(!memcmp(a.buffer + (i << 20), b.buffer + (i << 20),
-				      (1u << 20) - i));
+			CHECK(!memcmp(a.buffer + (i << 20),
+				      b.buffer + (i << 20), (1u << 20) - i));
 	}
 	/* A fenced write after a read sends what the read brought. */
 	wr = write_wr(&a, &to, &sge, 0, 4u << 20, 1u << 20);

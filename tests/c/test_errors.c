@@ -6,8 +6,9 @@
 
 #include "harness.h"
 
-static const struct options impatient = { .any_retry = true, .timeout = 12,
-					  .retry_cnt = 1, .rnr_retry = 1 };
+static const struct options impatient = {
+	.any_retry = true, .timeout = 12, .retry_cnt = 1, .rnr_retry = 1
+};
 
 static void expect_async(struct end *end, enum ibv_event_type type)
 {
@@ -87,7 +88,8 @@ static void access_errors(void)
 	struct ibv_send_wr wr;
 	struct ibv_wc wc;
 
-	fail_third(NULL, 1, 0, 0, IBV_WC_REM_ACCESS_ERR, KVX_SOFT_NO_RKEY, true);
+	fail_third(NULL, 1, 0, 0, IBV_WC_REM_ACCESS_ERR, KVX_SOFT_NO_RKEY,
+		   true);
 	fail_third(NULL, 0, (1 << 20) - 999, 0, IBV_WC_REM_ACCESS_ERR,
 		   KVX_SOFT_REMOTE_BOUNDS, true);
 	fail_third(NULL, 0, SIZE_MAX / 2, 0, IBV_WC_REM_ACCESS_ERR,

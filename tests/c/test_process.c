@@ -11,8 +11,10 @@
 
 #include "harness.h"
 
-static const struct options options = { .size = 4u << 20, .any_retry = true,
-					.timeout = 16, .retry_cnt = 3,
+static const struct options options = { .size = 4u << 20,
+					.any_retry = true,
+					.timeout = 16,
+					.retry_cnt = 3,
 					.rnr_retry = 6 };
 
 /* A target in a process of its own, and our end of the connection to it. */
@@ -309,7 +311,8 @@ static void strangers(void)
 static void tokens(const char *address, bool good)
 {
 	struct options at = options;
-	struct kvx_peer_hint hint_a = { .address = "" }, hint_b = { .address = "" };
+	struct kvx_peer_hint hint_a = { .address = "" },
+			     hint_b = { .address = "" };
 	struct card card_a, card_b;
 	struct ibv_send_wr wr;
 	struct ibv_sge sge;
@@ -321,7 +324,8 @@ static void tokens(const char *address, bool good)
 	open_end(&b, &at);
 	card_a = card_of(&a);
 	card_b = card_of(&b);
-	strcpy(hint_a.address, strcmp(address, "0.0.0.0") ? address : "127.0.0.1");
+	strcpy(hint_a.address,
+	       strcmp(address, "0.0.0.0") ? address : "127.0.0.1");
 	hint_b.local_token[31] = 9;
 	hint_a.remote_token[31] = good ? 9 : 8;
 	CHECK(!verbs.bind_peer(a.qp, &hint_a));

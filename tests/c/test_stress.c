@@ -45,7 +45,8 @@ static void *traffic(void *arg)
 				reap(&a, wc, (int)signaled);
 				open = signaled = 0;
 			}
-			wr = write_wr(&a, &to, &sge, i * BLOCK, i * BLOCK, BLOCK);
+			wr = write_wr(&a, &to, &sge, i * BLOCK, i * BLOCK,
+				      BLOCK);
 			if (i % 4 != 3)
 				wr.send_flags = 0;
 			else
@@ -70,7 +71,8 @@ static void busy_wait_us(uint32_t us)
 	do {
 		clock_gettime(CLOCK_MONOTONIC, &now);
 	} while ((now.tv_sec - start.tv_sec) * 1000000 +
-			 (now.tv_nsec - start.tv_nsec) / 1000 < us);
+			 (now.tv_nsec - start.tv_nsec) / 1000 <
+		 us);
 }
 
 /* Keep writing while the target takes its memory back, by each way. */
