@@ -315,12 +315,15 @@ class Link:
     async def _close(self) -> None:
         if self._qp is not None:
             self._last_wire = self._qp.wire
-        self.state = LinkState.CLOSED
         adapter = self.adapter
         if self.slot >= 0:
-            # What has landed or was acknowledged is told, though it ends now.
+            # First nothing may land any more; then what has landed, and what the
+            # peer has acknowledged, is told: the QP takes its completions along.
+            self.break_()
+            if self._failing is not None:
+                await asyncio.wait({self._failing})
             self._look()
-            adapter.engine.abort(self.slot)
+        self.state = LinkState.CLOSED
         try:
             if self._qp is not None:
                 await adapter.call(self._qp.close)
