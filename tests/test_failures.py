@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Awaitable
@@ -24,6 +25,7 @@ from kvxfer.errors import (
 )
 from kvxfer.host import Host
 from kvxfer.link import Link
+from kvxfer.verbs_types import QPState
 from tests.endpoints import (
     QUICK,
     SOON,
@@ -180,6 +182,33 @@ async def test_a_server_that_closes_during_writes() -> None:
             assert (pair.target.memory == before).all()
 
 
+async def test_a_write_that_succeeded_is_announced_though_the_server_lets_go() -> None:
+    for round_ in range(12):
+        async with connected(drain_timeout=0.2) as pair:
+            (conn_id,) = pair.server._incoming
+            writes = [
+                asyncio.ensure_future(
+                    pair.client.write_cache(
+                        pair.peer, range(32), range(32), 0, request_id=str(i)
+                    )
+                )
+                for i in range(60)
+            ]
+            for _ in range(2 + round_ % 4):
+                await asyncio.sleep(0)
+            assert pair.server._control is not None
+            pair.server._control.drop(conn_id, "a test")
+            ends = await asyncio.wait_for(
+                asyncio.gather(*writes, return_exceptions=True), SOON
+            )
+            await until(lambda: not pair.server.peers)
+            await pair.server.close()
+            told = {a.request_id async for a in pair.server.arrivals()}
+            for i, end in enumerate(ends):
+                if not isinstance(end, BaseException):
+                    assert str(i) in told
+
+
 async def test_a_client_that_closes_during_writes() -> None:
     """Its own memory is free when the close returns, the target's as well."""
     async with connected(big(1), big(2)) as pair:
@@ -193,7 +222,8 @@ async def test_a_client_that_closes_during_writes() -> None:
         pair.source.memory[:] = 0xEE
         before = pair.target.memory.copy()
         for end in await asyncio.gather(*writes, return_exceptions=True):
-            assert isinstance(end, BrokenPeerError | ClosedResourceError), repr(end)
+            if isinstance(end, BaseException):
+                assert isinstance(end, BrokenPeerError | ClosedResourceError)
         await until(lambda: not pair.server.peers)
         assert (pair.target.memory == before).all()
 
@@ -289,6 +319,23 @@ async def test_a_link_that_fails_by_itself_is_noticed_without_a_write() -> None:
         error = await failure_of(pair.client.write_cache(pair.peer, [1], [2]))
         assert "its QP failed" in str(error.__cause__)
         await check_reconnects(pair)
+
+
+async def test_a_confirmed_fence_is_one() -> None:
+    """When the peer says so, its QP is out: whatever is in flight cannot land."""
+    async with connected(big(1), big(2)) as pair:
+        (incoming,) = pair.server._incoming.values()
+        write = asyncio.ensure_future(
+            pair.client.write_cache(pair.peer, range(64), range(64))
+        )
+        await asyncio.sleep(0)
+        assert await pair.peer._control.request_fence("a test asks", timeout=SOON)
+        assert incoming.link.qp.state is QPState.ERR
+        before = pair.target.memory.copy()
+        # All of it had landed, or it failed.
+        with contextlib.suppress(KVXferError):
+            await asyncio.wait_for(write, SOON)
+        assert (pair.target.memory == before).all()
 
 
 # -- timeouts -----------------------------------------------------------------------
