@@ -201,9 +201,13 @@ static void killed_parent(void)
 static void stopped_target(void)
 {
 	struct peer peer;
+	int status;
 
 	start(&peer, JUST_SIT);
 	kill(peer.pid, SIGSTOP);
+	/* Its threads run on until one of them has taken the signal. */
+	CHECK(waitpid(peer.pid, &status, WUNTRACED) == peer.pid);
+	CHECK(WIFSTOPPED(status));
 	post_many(&peer, 3);
 	expect_break(&peer, 3, IBV_WC_RETRY_EXC_ERR, 3000);
 	kill(peer.pid, SIGCONT);
