@@ -24,7 +24,7 @@ from typing import Any
 
 from kvxfer import Client, Server
 from kvxfer.errors import KVXferError
-from tests.endpoints import QUICK, SOON, arena
+from tests.endpoints import QUICK, SOON, arena, until
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,6 +56,17 @@ class Child:
     def signal(self, number: int) -> None:
         """Send a signal to the child."""
         os.kill(self.pid, number)
+
+    async def stop(self) -> None:
+        """Freeze the child; when this returns none of its threads runs any more."""
+        self.signal(signal.SIGSTOP)
+        await until(self._is_stopped)
+
+    def _is_stopped(self) -> bool:
+        stats = Path(f"/proc/{self.pid}/task").glob("*/stat")
+        # The thread's name, in parentheses, may hold anything.
+        states = [stat.read_text().rpartition(")")[2].split()[0] for stat in stats]
+        return set(states) == {"T"}
 
     async def close(self) -> None:
         """Kill the child if it lives still."""

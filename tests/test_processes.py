@@ -181,7 +181,7 @@ async def test_a_server_that_stands_still_for_a_moment(
         ):
             peer = await client.connect("127.0.0.1", port)
             before = target.memory.copy()
-            child.signal(signal.SIGSTOP)
+            await child.stop()
             write = asyncio.ensure_future(client.write_cache(peer, ALL, ALL))
             done, _ = await asyncio.wait({write}, timeout=0.2)
             assert not done
@@ -203,7 +203,7 @@ async def test_a_server_that_stands_still_for_too_long(
         ):
             peer = await client.connect("127.0.0.1", port)
             await client.write_cache(peer, ALL, ALL)
-            child.signal(signal.SIGSTOP)
+            await child.stop()
             start = time.monotonic()
             with pytest.raises(WriteTimeoutError) as caught:
                 await client.write_cache(peer, ALL, ALL, timeout=0.3)
@@ -232,7 +232,7 @@ async def test_an_idle_client_notices_a_frozen_server(
             Client(source.cache, **QUICK | OPTIONS) as client,
         ):
             peer = await client.connect("127.0.0.1", port)
-            child.signal(signal.SIGSTOP)
+            await child.stop()
             await until(lambda: not peer.connected, 2.5)
             assert not client.is_connected("127.0.0.1", port)
 
@@ -246,7 +246,7 @@ async def test_a_client_that_stands_still_writes_no_more(
             Server(target.cache, port=0, **QUICK | OPTIONS) as server,
             writing(nursery, server.port, wire) as (child, _),
         ):
-            child.signal(signal.SIGSTOP)
+            await child.stop()
             await until(lambda: not server.peers, 2.5)
             before = target.memory.copy()
             child.signal(signal.SIGCONT)
