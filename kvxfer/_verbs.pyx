@@ -12,7 +12,7 @@ import warnings
 import weakref
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.errno cimport EAGAIN, EINVAL, EOPNOTSUPP, errno
+from libc.errno cimport EAGAIN, EBUSY, EINVAL, EOPNOTSUPP, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset, strlen
@@ -159,6 +159,7 @@ cdef class Handle:
         self.closed = True
         self._pid = getpid()
         self._children = weakref.WeakSet()
+        self._parents = []
 
     cdef int _ensure_open(self) except -1:
         """Raise unless this object is open and belongs to this process."""
@@ -177,7 +178,14 @@ cdef class Handle:
         name = type(self).__name__
         _alive[name] = _alive.get(name, 0) + 1
         if parent is not None:
-            parent._children.add(self)
+            self._attach(parent)
+        return 0
+
+    cdef int _attach(self, Handle parent) except -1:
+        """Let ``parent`` close this handle before itself."""
+        parent._children.add(self)
+        parent._n_children += 1
+        self._parents.append(parent)
         return 0
 
     cdef int _destroy(self) except? -1:
@@ -192,13 +200,24 @@ cdef class Handle:
         """
         if self.closed or self._pid != getpid():
             return
+        cdef int err
+        cdef Handle parent
         for child in list(self._children):
             child.close()
-        cdef int err = self._destroy()
+        if self._n_children:
+            # Unreachable, and not finalized yet. Some devices would be closed
+            # under them.
+            raise verbs_error(EBUSY, f"destroy {type(self).__name__}")
+        err = self._destroy()
         if err:
             raise verbs_error(err, f"destroy {type(self).__name__}")
         self.closed = True
         _alive[type(self).__name__] -= 1
+        for parent in self._parents:
+            parent._n_children -= 1
+            if parent._abandoned and parent._n_children == 0:
+                parent.close()
+        self._parents.clear()
 
     def __enter__(self):
         self._ensure_open()
@@ -216,8 +235,12 @@ cdef class Handle:
             )
         finally:
             # Also where warnings are errors: the parent no longer knows of this
-            # object, and could not be closed itself.
-            self.close()
+            # object, and could not be closed itself. Of a tree that is collected
+            # as a whole the parts are finalized in any order.
+            if self._n_children:
+                self._abandoned = True
+            else:
+                self.close()
 
 
 cdef class Device(Handle):
@@ -663,7 +686,7 @@ cdef class QueuePair(Handle):
         self.max_send_sge = attr.cap.max_send_sge
         self.max_inline = attr.cap.max_inline_data
         self._opened(pd)
-        (<Handle>cq)._children.add(self)
+        self._attach(cq)
 
     cdef int _destroy(self) except? -1:
         cdef int err
