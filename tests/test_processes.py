@@ -119,7 +119,7 @@ async def test_a_server_is_killed_at_random_moments(
     rng = random.Random(1)
     with arena(**SHAPE, seed=1) as source:
         async with Client(source.cache, **QUICK | OPTIONS) as client:
-            for round_ in range(20):
+            for round_ in range(10):
                 path = tmp_path / f"memory{round_}"
                 async with serving(nursery, path, wire) as (child, port):
                     peer = await client.connect("127.0.0.1", port)
@@ -158,7 +158,7 @@ async def test_a_client_is_killed_at_random_moments(
         outside = of_the_blocks(target) == 0
         untouched = target.memory.copy()
         async with Server(target.cache, port=0, **QUICK | OPTIONS) as server:
-            for _ in range(20):
+            for _ in range(10):
                 async with writing(nursery, server.port, wire, n_tasks=4) as (child, _):
                     asyncio.get_running_loop().call_later(
                         rng.random() * 0.05, child.signal, signal.SIGKILL
