@@ -10,15 +10,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from kvxfer import Arrival, Client, KVCache, Peer, Server
+from kvxfer.errors import KVXferError
 from kvxfer.layout import PlaneLayer
 
 Bytes = NDArray[np.uint8]
@@ -118,6 +127,11 @@ def arena(
         group=group,
     )
     return Arena(memory, cache)
+
+
+def big(seed: int) -> Arena:
+    """Make a cache that takes a while to be written: 32 MiB."""
+    return arena(n_blocks=64, layers=8, planes={"k": (65536, 65536 + 64)}, seed=seed)
 
 
 def _mapped(path: Path, length: int, seed: int) -> Bytes:
@@ -253,3 +267,17 @@ async def until(condition: Callable[[], object], seconds: float = SOON) -> None:
             await asyncio.sleep(0.001)
 
     await asyncio.wait_for(look(), seconds)
+
+
+async def check_reconnects(pair: Pair) -> None:
+    """Connect again with the same client and write."""
+    pair.peer = await dial(pair.client, pair.server)
+    await pair.check_write([1, 2], [3, 4])
+    await until(lambda: len(pair.server.peers) == 1)
+
+
+async def failure_of(call: Awaitable[Any], seconds: float = SOON) -> KVXferError:
+    """Return the exception that a call ends with, before a deadline."""
+    with pytest.raises(KVXferError) as caught:
+        await asyncio.wait_for(call, seconds)
+    return caught.value
