@@ -365,13 +365,6 @@ async def test_a_reconnect_storm() -> None:
         await storm(8, 6)
 
 
-@pytest.mark.slow
-async def test_a_long_reconnect_storm() -> None:
-    with no_leaks():
-        for _ in range(10):
-            await storm(20, 50)
-
-
 # -- death --------------------------------------------------------------------------
 
 SHAPE: dict[str, Any] = {"n_blocks": 32, "layers": 2, "planes": {"k": (8192, 8256)}}
