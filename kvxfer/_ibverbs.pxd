@@ -236,3 +236,4 @@ cdef extern from "verbs_table.h" nogil:
     int kvx_load_libibverbs(
         const char *path, kvx_verbs_table *table, char *error, size_t size)
     void kvx_load_softdev(kvx_verbs_table *table)
+    void kvx_load_nulldev(kvx_verbs_table *table)

@@ -31,7 +31,7 @@ cdef class Handle:
 
 cdef class Device(Handle):
     cdef:
-        kvx_verbs_table *table    # one of the module's two, lives for ever
+        kvx_verbs_table *table    # one of the module's, lives for ever
         ibv_context *ctx          # owned
         readonly str name
         readonly str provider

@@ -18,7 +18,7 @@ from kvxfer.verbs_types import (
     SendWR,
 )
 
-Provider = Literal["soft", "libibverbs"]
+Provider = Literal["soft", "null", "libibverbs"]
 
 def live_objects() -> dict[str, int]: ...
 def list_devices(

@@ -48,8 +48,10 @@ cdef enum:
     POLL_BATCH = 32
 
 cdef kvx_verbs_table _soft_table
+cdef kvx_verbs_table _null_table
 cdef kvx_verbs_table _ibverbs_table
 kvx_load_softdev(&_soft_table)
+kvx_load_nulldev(&_null_table)
 
 _ibverbs_path = False     # what the second table was filled from; False: not yet
 _alive = {}               # class name -> number of open handles
@@ -90,8 +92,11 @@ cdef kvx_verbs_table *_table(str provider, str path) except NULL:
 
     if provider == "soft":
         return &_soft_table
+    if provider == "null":
+        return &_null_table
     if provider != "libibverbs":
-        raise UsageError(f"provider {provider!r} is neither 'soft' nor 'libibverbs'")
+        raise UsageError(
+            f"provider {provider!r} is none of 'soft', 'null' and 'libibverbs'")
     if _ibverbs_path is not False:
         if path is not None and path != _ibverbs_path:
             raise UsageError(
@@ -115,7 +120,7 @@ cdef kvx_verbs_table *_table(str provider, str path) except NULL:
 
 
 def list_devices(provider, *, path=None):
-    """List the devices of a provider, ``"soft"`` or ``"libibverbs"``.
+    """List the devices of a provider: ``"soft"``, ``"null"`` or ``"libibverbs"``.
 
     Raises:
       DeviceUnavailableError: libibverbs or its kernel part cannot be used.
@@ -248,7 +253,8 @@ cdef class Device(Handle):
 
     Args:
       name: As :func:`list_devices` gives it.
-      provider: ``"soft"`` or ``"libibverbs"``.
+      provider: ``"soft"``, ``"libibverbs"``, or ``"null"``: the device that
+        completes every WR at once and moves nothing, for measuring.
       address: Numeric address at which peers reach this process; only the
         software device listens there, default loopback.
       wire: How the software device's bytes may travel: ``auto``, ``cma`` (same
@@ -325,7 +331,7 @@ cdef class Device(Handle):
     @property
     def is_software(self):
         """Whether bytes travel by the software device and not by a NIC."""
-        return self.provider == "soft"
+        return self.provider != "libibverbs"
 
     @property
     def async_fd(self):
@@ -719,7 +725,8 @@ cdef class QueuePair(Handle):
     @property
     def wire(self):
         """How the bytes travel: ``rdma``, or of the software device ``tcp``,
-        ``cma`` (same host) or, before the first contact, ``none``."""
+        ``cma`` (same host) or, before the first contact, ``none``; ``null`` if
+        they do not."""
         cdef char name[KVX_WIRE_NAME_BYTES]
         self._ensure_open()
         with nogil:

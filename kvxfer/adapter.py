@@ -29,6 +29,8 @@ _log = logging.getLogger("kvxfer.adapter")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
+# What peers are told; devices of different kinds cannot reach each other.
+_KINDS = {"libibverbs": "rdma", "soft": "soft", "null": "null"}
 # A device may hold millions; this bounds the memory of one engine's CQ.
 _CQ_DEPTH = 65535
 
@@ -133,15 +135,20 @@ class Adapter:
 
     @property
     def is_software(self) -> bool:
-        """Whether this is the software device."""
-        return self.spec.provider == "soft"
+        """Whether no NIC is behind it."""
+        return self.spec.provider != "libibverbs"
+
+    @property
+    def is_null(self) -> bool:
+        """Whether this is the null device: nothing it writes arrives anywhere."""
+        return self.spec.provider == "null"
 
     @property
     def candidate(self) -> DeviceCandidate:
         """How this device is offered to peers."""
         return DeviceCandidate(
             name=self.name,
-            kind="soft" if self.is_software else "rdma",
+            kind=_KINDS[self.spec.provider],
             link_layer=self.port.link_layer,
             gid=self.gid.gid,
             gid_type=self.gid.gid_type,

@@ -19,6 +19,7 @@ from kvxfer.verbs_types import PortState
 _log = logging.getLogger("kvxfer.devices")
 
 SOFTWARE_DEVICE = "soft0"
+NULL_DEVICE = "null0"
 _SYSFS = Path("/sys/class/infiniband")
 _IPV4_MAPPED = bytes(10) + b"\xff\xff"
 
@@ -54,6 +55,11 @@ def usable(options: Options) -> list[DeviceSpec]:
                 "device names the software device, but require_rdma refuses it"
             )
         return [DeviceSpec(SOFTWARE_DEVICE, "soft")]
+    if options.device in ("null", NULL_DEVICE):
+        # Only ever by name: it throws away what is written.
+        if options.require_rdma:
+            raise OptionError("device names the null device, which is no RDMA device")
+        return [DeviceSpec(NULL_DEVICE, "null")]
     if options.device != "auto":
         name, _, port = options.device.partition(":")
         return [DeviceSpec(name, "libibverbs", int(port or 1))]
@@ -106,7 +112,8 @@ def choose_gid(device: _verbs.Device, spec: DeviceSpec, index: int | None) -> GI
     """
     port = device.query_port(spec.port_num)
     if device.is_software:
-        return GIDChoice(0, device.query_gid(spec.port_num, 0), "software")
+        gid_type = "software" if spec.provider == "soft" else spec.provider
+        return GIDChoice(0, device.query_gid(spec.port_num, 0), gid_type)
     indices = range(port.gid_tbl_len) if index is None else [index]
     table: list[GIDChoice] = []
     for i in indices:

@@ -220,9 +220,15 @@ class Link:
             )
         self.slot = adapter.engine.add_initiator(self.qp, rows, parameters)
 
-    async def start_target(self, ring_bytes: int, receives: int) -> NotifyRing:
-        """Let the peer write notify records; return what it must know for that."""
+    async def start_target(self, ring_bytes: int, receives: int) -> NotifyRing | None:
+        """Let the peer write notify records; return what it must know for that.
+
+        None from a device that moves nothing: there will be nothing to notify of.
+        """
         adapter = self.adapter
+        if adapter.is_null:
+            self.slot = adapter.engine.add_target(self.qp, 0, 0, 0)
+            return None
         memory = await self._make_ring(
             ring_bytes, Access.LOCAL_WRITE | Access.REMOTE_WRITE
         )

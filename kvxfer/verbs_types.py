@@ -69,7 +69,7 @@ class DeviceInfo:
 
     name: str
     provider: str
-    """``"soft"`` or ``"libibverbs"``."""
+    """``"soft"``, ``"null"`` or ``"libibverbs"``."""
     guid: int
 
 

@@ -182,9 +182,9 @@ class QPInfo(_Part, frozen=True, kw_only=True):
 class DeviceCandidate(_Part, frozen=True, kw_only=True):
     """A device that one side could use.
 
-    ``kind`` is ``"soft"`` or ``"rdma"`` and ``link_layer`` ``"ethernet"`` or
-    ``"infiniband"`` in this version. Other values are a newer release's and pass
-    the decoder; whoever chooses skips what it does not know.
+    ``kind`` is ``"soft"``, ``"rdma"`` or ``"null"`` and ``link_layer``
+    ``"ethernet"`` or ``"infiniband"`` in this version. Other values are a newer
+    release's and pass the decoder; whoever chooses skips what it does not know.
     """
 
     name: Name
@@ -201,7 +201,7 @@ class DeviceCandidate(_Part, frozen=True, kw_only=True):
     @property
     def known(self) -> bool:
         """Whether this version knows what to do with such a device."""
-        return self.kind in ("soft", "rdma") and self.link_layer in (
+        return self.kind in ("soft", "rdma", "null") and self.link_layer in (
             "ethernet",
             "infiniband",
         )

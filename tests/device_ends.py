@@ -45,7 +45,7 @@ class Target:
     """A device under test, and where it is known to be more lenient than a NIC."""
 
     name: str
-    provider: Literal["soft", "libibverbs"]
+    provider: Literal["soft", "null", "libibverbs"]
     wire: str | None = None
     gid_index: int = 0
     library: str | None = None

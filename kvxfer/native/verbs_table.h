@@ -39,7 +39,7 @@ struct kvx_peer_hint {
 };
 
 struct kvx_verbs_table {
-	const char *name; /* "libibverbs" or "soft" */
+	const char *name; /* "libibverbs", "soft" or "null" */
 
 	struct ibv_device **(*get_device_list)(int *num_devices);
 	void (*free_device_list)(struct ibv_device **list);
@@ -104,7 +104,8 @@ struct kvx_verbs_table {
 	/* Say what else is known of the peer; before RTR. */
 	int (*bind_peer)(struct ibv_qp *qp, const struct kvx_peer_hint *hint);
 	/* How the QP's bytes travel: "rdma" on a NIC; "tcp", "cma" or, before
-	 * the first contact with the peer, "none" on the software device. */
+	 * the first contact with the peer, "none" on the software device;
+	 * "null" on the null device. */
 	void (*wire_name)(struct ibv_qp *qp, char name[KVX_WIRE_NAME_BYTES]);
 
 	/*
@@ -126,5 +127,11 @@ int kvx_load_libibverbs(const char *path, struct kvx_verbs_table *table,
 
 /* Fill *table with the software device. */
 void kvx_load_softdev(struct kvx_verbs_table *table);
+
+/*
+ * Fill *table with the null device, which completes every WR at once and moves
+ * nothing: for measuring what is left.
+ */
+void kvx_load_nulldev(struct kvx_verbs_table *table);
 
 #endif

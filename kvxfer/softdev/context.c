@@ -182,6 +182,8 @@ static int open_fds(struct soft_context *ctx)
 	if (ctx->kick_fd < 0 || ctx->verbs.context.async_fd < 0 ||
 	    ctx->epoll_fd < 0)
 		return errno;
+	if (ctx->is_null)
+		return 0;
 	err = open_listener(ctx);
 	if (err)
 		return err;
@@ -264,21 +266,14 @@ static void free_context(struct soft_context *ctx)
 	free(ctx);
 }
 
-struct ibv_context *soft_open_device(struct ibv_device *device,
-				     const char *address, const char *wire)
+/* Fault plan, address and wires, as the caller and the environment want them. */
+static int configure(struct soft_context *ctx, const char *address,
+		     const char *wire)
 {
 	const char *faults = getenv("KVXFER_SOFT_FAULT");
-	struct soft_context *ctx;
 	size_t at;
 	int err;
 
-	pthread_once(&fork_once, watch_forks);
-	ctx = calloc(1, sizeof(*ctx));
-	if (!ctx) {
-		errno = ENOMEM;
-		return NULL;
-	}
-	init_context(ctx, device);
 	ctx->wires = allowed_wires(wire);
 	ctx->pid_ns = soft_pid_namespace();
 	ctx->socket_buffer = allowed_socket_buffer();
@@ -295,6 +290,25 @@ struct ibv_context *soft_open_device(struct ibv_device *device,
 	if (!err)
 		err = soft_parse_address(address ? address : "127.0.0.1",
 					 &ctx->bound);
+	return err;
+}
+
+static struct soft_context *new_context(struct ibv_device *device)
+{
+	struct soft_context *ctx;
+
+	pthread_once(&fork_once, watch_forks);
+	ctx = calloc(1, sizeof(*ctx));
+	if (ctx)
+		init_context(ctx, device);
+	else
+		errno = ENOMEM;
+	return ctx;
+}
+
+/* Open what the kernel gives, and become known; on failure nothing is left. */
+static struct ibv_context *start(struct soft_context *ctx, int err)
+{
 	if (!err)
 		err = open_fds(ctx);
 	if (err) {
@@ -309,6 +323,25 @@ struct ibv_context *soft_open_device(struct ibv_device *device,
 	pthread_mutex_unlock(&contexts_lock);
 	atomic_fetch_add(&soft_tally.contexts, 1);
 	return &ctx->verbs.context;
+}
+
+struct ibv_context *soft_open_device(struct ibv_device *device,
+				     const char *address, const char *wire)
+{
+	struct soft_context *ctx = new_context(device);
+
+	return ctx ? start(ctx, configure(ctx, address, wire)) : NULL;
+}
+
+struct ibv_context *soft_open_null(struct ibv_device *device)
+{
+	struct soft_context *ctx = new_context(device);
+
+	if (!ctx)
+		return NULL;
+	ctx->is_null = true;
+	ctx->verbs.context.ops.post_send = soft_null_post_send;
+	return start(ctx, soft_parse_address("127.0.0.1", &ctx->bound));
 }
 
 int soft_close_device(struct ibv_context *context)

@@ -362,6 +362,7 @@ struct soft_context {
 	struct soft_list link;	    /* contexts; by contexts_lock */
 	atomic_bool orphaned;	    /* we are a forked child: nothing works */
 	atomic_int children;	    /* PDs, CQs, channels */
+	bool is_null; /* null.c: no listener, no wire, no thread */
 
 	union ibv_gid gid;
 	struct sockaddr_storage bound;
@@ -468,6 +469,7 @@ void soft_random(void *out, size_t size);
 struct ibv_context *soft_open_device(struct ibv_device *device,
 				     const char *address, const char *wire);
 int soft_close_device(struct ibv_context *context);
+struct ibv_context *soft_open_null(struct ibv_device *device); /* null.c's */
 /*
  * The GID of the adapter that qpn is to be found at, if somebody says that it
  * is at gid. ctx->lock not held.
@@ -569,6 +571,10 @@ int soft_post_send(struct ibv_qp *qp, struct ibv_send_wr *wr,
 		   struct ibv_send_wr **bad_wr);
 int soft_post_recv(struct ibv_qp *qp, struct ibv_recv_wr *wr,
 		   struct ibv_recv_wr **bad_wr);
+
+/* null.c */
+int soft_null_post_send(struct ibv_qp *qp, struct ibv_send_wr *wr,
+			struct ibv_send_wr **bad_wr);
 
 /* complete.c: CQEs of a QP; ctx->lock held unless said otherwise */
 /* All sends before WR seq have succeeded. */

@@ -103,7 +103,7 @@ static int enlist(struct soft_context *ctx, struct soft_qp *qp)
 	soft_lock(ctx);
 	if (ctx->n_qps >= SOFT_MAX_QP)
 		err = ENOMEM;
-	if (!err)
+	if (!err && !ctx->is_null)
 		err = soft_start_thread(ctx);
 	if (!err) {
 		do {
