@@ -124,15 +124,22 @@ class Nursery:
 class Report:
     """The test, as the child sees it."""
 
-    connection: socket.socket
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
 
     def say(self, **event: Any) -> None:
-        """Report an event."""
-        self.connection.sendall(json.dumps(event).encode() + b"\n")
+        """Report an event; a test that does not listen holds nothing up."""
+        self.writer.write(json.dumps(event).encode() + b"\n")
 
     async def lets_go(self) -> None:
         """Wait until the test closes its end."""
-        await asyncio.to_thread(self.connection.recv, 1)
+        await self.reader.read(1)
+
+    async def is_told(self) -> None:
+        """Wait until the test has, or need not have, all events."""
+        self.writer.close()
+        with contextlib.suppress(OSError):
+            await self.writer.wait_closed()
 
 
 async def serve(test: Report, path: str, shape: dict[str, Any], **options: Any) -> None:
@@ -186,16 +193,17 @@ def _child(request: dict[str, Any], connection: socket.socket) -> None:
     roles: dict[str, Callable[..., Coroutine[Any, Any, None]]]
     roles = {"serve": serve, "write": write}
     role = roles[request.pop("role")]
-    test = Report(connection)
 
     async def main() -> None:
+        test = Report(*await asyncio.open_connection(sock=connection))
         work = asyncio.ensure_future(role(test, **request))
         gone = asyncio.ensure_future(test.lets_go())
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if work.done() and work.exception() is not None:
             traceback.print_exception(work.exception())
-        # At once: the thread that waits for the test would be waited for.
-        os._exit(0)
+        if not gone.done():
+            await test.is_told()
+        os._exit(0)  # what the role has open goes with the process
 
     asyncio.run(main())
 

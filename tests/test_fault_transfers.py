@@ -378,8 +378,17 @@ def nursery() -> Iterator[Nursery]:
     nursery.close()
 
 
+#: The WRs of a layer of SHAPE: its blocks, the record of them, and the announcement.
+A_LAYER = range(1, 35)
+
+
 async def kill_servers(
-    nursery: Nursery, wire: str, directory: Path, n: int, seconds: float
+    nursery: Nursery,
+    wire: str,
+    directory: Path,
+    n: int,
+    seconds: float,
+    nths: range = A_LAYER,
 ) -> int:
     """Servers that die with half of some WR written; return how many did in time."""
     rng = random.Random(n)
@@ -394,8 +403,7 @@ async def kill_servers(
             while done < n and time.monotonic() < end:
                 path = directory / "memory"
                 path.unlink(missing_ok=True)
-                # Of the blocks: the notification behind them has no half to write.
-                plan = f"nth={rng.randrange(1, 33)},act=partial_then_die"
+                plan = f"nth={rng.choice(nths)},act=partial_then_die"
                 async with nursery.start(
                     "serve",
                     path=str(path),
@@ -406,9 +414,8 @@ async def kill_servers(
                     port = (await child.event())["port"]
                     peer = await client.connect("127.0.0.1", port)
                     with pytest.raises((BrokenPeerError, CompletionError)):
-                        while True:
-                            write = client.write_cache(peer, ids, ids)
-                            await asyncio.wait_for(write, SOON)
+                        write = client.write_cache(peer, ids, ids)
+                        await asyncio.wait_for(write, SOON)
                     await child.ended()
                     assert not peer.connected
                 check_red_zones(path)
@@ -435,6 +442,13 @@ async def test_servers_that_die_in_the_middle_of_a_wr(
     nursery: Nursery, wire: str, tmp_path: Path
 ) -> None:
     assert await kill_servers(nursery, wire, tmp_path, 10, 60)
+
+
+async def test_servers_that_die_of_an_announcement(
+    nursery: Nursery, wire: str, tmp_path: Path
+) -> None:
+    """It has no bytes of which half could be written; they die all the same."""
+    assert await kill_servers(nursery, wire, tmp_path, 2, 60, A_LAYER[-1:])
 
 
 @pytest.mark.slow

@@ -110,6 +110,7 @@ static void advance(struct soft_conn *conn, size_t bytes)
 {
 	struct soft_rx *rx = conn->rx;
 	const struct frame_desc *desc;
+	uint32_t begin = rx->at;
 	uint64_t part;
 
 	for (; rx->at < rx->bad; rx->at++, rx->at_off = 0) {
@@ -117,6 +118,8 @@ static void advance(struct soft_conn *conn, size_t bytes)
 		if (frame_fetches(desc->op) ||
 		    (desc->op == OP_SEND && !rx->recv_checked))
 			return;
+		if (!desc->len && rx->faults && rx->at != begin)
+			return; /* it is looked at by itself */
 		if (desc->flags & DESC_START && rx->at_off == 0)
 			rx->message_off = 0;
 		part = desc->len - rx->at_off;

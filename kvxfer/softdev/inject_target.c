@@ -65,6 +65,12 @@ bool soft_inject_qp_fatal(struct soft_conn *conn)
 	return true;
 }
 
+void soft_inject_no_bytes(struct soft_conn *conn)
+{
+	if (conn->rx->faults[conn->rx->at].act == FAULT_DIE)
+		kill(getpid(), SIGKILL);
+}
+
 /* Keep the first bytes of the ranges. */
 static void cut(struct iovec *iov, int *n, size_t bytes)
 {

@@ -703,6 +703,8 @@ bool soft_inject_frame(struct soft_conn *conn);
 struct soft_failure soft_inject_failure(const struct fault *fault);
 /* The WR under way ends the QP. False: it does not. */
 bool soft_inject_qp_fatal(struct soft_conn *conn);
+/* The WR under way moves no bytes to us: it may be one to die of. */
+void soft_inject_no_bytes(struct soft_conn *conn);
 /* A chunk is about to be moved: it may be cut short, or have to be put in place
  * by soft_inject_arrived(), which is called in any case. */
 struct soft_landing *soft_inject_detour(struct soft_conn *conn, int *n_local,

@@ -321,6 +321,8 @@ static enum step execute(struct soft_conn *conn)
 			return STEP_OVER;
 		return nak(conn, &rx->failure, NULL);
 	}
+	if (rx->faults && (frame_fetches(desc->op) || !desc->len))
+		soft_inject_no_bytes(conn);
 	if (frame_fetches(desc->op))
 		return soft_begin_read(conn) ? STEP_ON :
 					       nak(conn, &no_target, NULL);

@@ -26,7 +26,7 @@ struct peer {
 };
 
 /* What else the target does once it is connected. */
-enum part { JUST_SIT, FORK_A_CHILD };
+enum part { JUST_SIT, FORK_A_CHILD, DIE_OF_THE_SECOND };
 
 static void put(int fd, const void *data, size_t size)
 {
@@ -43,6 +43,7 @@ static void target(int in, int out, enum part part)
 	struct card mine, theirs;
 	struct end end;
 	pid_t child = 0;
+	size_t at;
 	char byte;
 
 	open_end(&end, &options);
@@ -61,6 +62,9 @@ static void target(int in, int out, enum part part)
 			pause();
 		}
 	}
+	if (part == DIE_OF_THE_SECOND)
+		CHECK(!verbs.set_faults(end.context,
+					"nth=2,act=partial_then_die", &at));
 	put(out, &child, sizeof(child));
 	if (read(in, &byte, 1) == 1)
 		close_end(&end);
@@ -215,6 +219,29 @@ static void stopped_target(void)
 	finish(&peer);
 }
 
+/* A WR that has no bytes, between two that have, all in one frame. */
+static void dead_of_nothing(enum ibv_wr_opcode opcode)
+{
+	struct ibv_send_wr wrs[3], *bad;
+	struct ibv_sge sges[3];
+	struct peer peer;
+	int status, i;
+
+	start(&peer, DIE_OF_THE_SECOND);
+	for (i = 0; i < 3; i++) {
+		wrs[i] = write_wr(&peer.end, &peer.card, &sges[i], 0, 0, 8);
+		wrs[i].next = i < 2 ? &wrs[i + 1] : NULL;
+		wrs[i].wr_id = (uint64_t)i;
+	}
+	wrs[1].num_sge = 0;
+	wrs[1].opcode = opcode;
+	CHECK(!ibv_post_send(peer.end.qp, wrs, &bad));
+	expect_break(&peer, 3, IBV_WC_RETRY_EXC_ERR, 1500);
+	CHECK(waitpid(peer.pid, &status, 0) == peer.pid);
+	CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+	finish(&peer);
+}
+
 /* A child may fork again, and open an adapter of its own. */
 static void grandchild(void)
 {
@@ -364,6 +391,9 @@ int main(void)
 	killed_target();
 	killed_parent();
 	stopped_target();
+	dead_of_nothing(IBV_WR_RDMA_WRITE);
+	dead_of_nothing(IBV_WR_RDMA_WRITE_WITH_IMM);
+	dead_of_nothing(IBV_WR_SEND);
 	forking_initiator();
 	puts("process: ok");
 	return 0;
