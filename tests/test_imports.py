@@ -60,6 +60,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client": {"peer"},
     "server": {"host", "link"},
     "__init__": {"client", "server"},
+    "loop_thread": set(),
+    "blocking": {"__init__", "loop_thread"},
     "testing": {"__init__"},
     # Programs: the public names and nothing behind them.
     "pattern": {"blocks"},
