@@ -7,6 +7,7 @@ is fetched while this runs. Only this module knows transformers.
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -126,6 +127,9 @@ class Model:
             str(checkpoint), local_files_only=True
         )
         self._lm.eval()
+        # transformers 5.2x renames it and warns of the old name.
+        parameters = inspect.signature(self._lm.forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         config = self._lm.config
         self.eos_token: int = config.eos_token_id
         self.shape = KVShape(
@@ -175,8 +179,8 @@ class Model:
         with torch.inference_mode():
             output = self._lm(
                 input_ids=torch.tensor([token_ids]),
-                past_key_values=cache,
                 use_cache=True,
+                **{self._cache_argument: cache},
             )
         return int(output.logits[0, -1].argmax())
 
