@@ -13,12 +13,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from kvxfer import devices
+from kvxfer import agreement, devices, gids
 from kvxfer._engine import Engine, RingArrival
 from kvxfer._verbs import Device, MemoryRegion, ProtectionDomain
 from kvxfer.cache import KVCache
 from kvxfer.completions import Completions
-from kvxfer.errors import InternalError
+from kvxfer.errors import DeviceUnavailableError, InternalError
 from kvxfer.options import Options
 from kvxfer.scheduler import Scheduler
 from kvxfer.verbs_types import Access
@@ -29,8 +29,6 @@ _log = logging.getLogger("kvxfer.adapter")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-# What peers are told; devices of different kinds cannot reach each other.
-_KINDS = {"libibverbs": "rdma", "soft": "soft", "null": "null"}
 # A device may hold millions; this bounds the memory of one engine's CQ.
 _CQ_DEPTH = 65535
 
@@ -100,7 +98,7 @@ class Adapter:
         self._device = device
         limits = device.query()
         self.port = device.query_port(self.spec.port_num)
-        self.gid = devices.choose_gid(device, self.spec, options.gid_index)
+        self.look()
         self.max_rd_atomic = max(1, min(16, limits.max_qp_rd_atom))
         self.max_retries = devices.max_retries(self.spec)
         self.max_sge = max(1, min(options.max_sge, limits.max_sge))
@@ -121,6 +119,40 @@ class Adapter:
             max_wr_bytes=self.port.max_msg_bytes,
         )
 
+    def look(self) -> None:
+        """Read the port and its GID table, and choose the GID of new connections.
+
+        Raises:
+          DeviceUnavailableError: It has no GID to use.
+          VerbsError: The device does not answer.
+        """
+        assert self._device is not None
+        options = self.options
+        self.described = devices.describe_port(self._device, self.spec, options)
+        self.gid = gids.choose(
+            self.described.gids,
+            self.described.link_layer,
+            f"{self.spec.name} port {self.spec.port_num}",
+            options.gid_index,
+            [options.socket_ifname] if options.socket_ifname else [],
+        )
+
+    def gid_of(self, gid: bytes) -> gids.GID:
+        """Find an entry of the GID table; the preferred one if ``gid`` is empty.
+
+        Raises:
+          DeviceUnavailableError: It is not there, or no longer.
+        """
+        if not gid or gid == self.gid.gid:
+            return self.gid
+        for entry in self.described.gids:
+            if entry.gid == gid and not gids.problem(entry, self.described.link_layer):
+                return entry
+        raise DeviceUnavailableError(
+            f"{self.name} has no GID {gids.gid_address(gid)}; it has: "
+            + gids.listing(self.described.gids)
+        )
+
     @property
     def engine(self) -> Engine:
         """The engine; the adapter must be open."""
@@ -130,8 +162,8 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        """Name of the device, as peers are told it."""
-        return self.spec.name
+        """Name of the device and port, as peers are told it."""
+        return self.spec.label
 
     @property
     def is_software(self) -> bool:
@@ -146,14 +178,12 @@ class Adapter:
     @property
     def candidate(self) -> DeviceCandidate:
         """How this device is offered to peers."""
-        return DeviceCandidate(
-            name=self.name,
-            kind=_KINDS[self.spec.provider],
-            link_layer=self.port.link_layer,
-            gid=self.gid.gid,
-            gid_type=self.gid.gid_type,
-            lid=self.port.lid,
-            mtu=self.port.active_mtu,
+        return agreement.candidate(
+            self.name,
+            devices.KINDS[self.spec.provider],
+            self.described,
+            self.gid,
+            only=self.options.gid_index is not None,
         )
 
     def region(self, index: int) -> MemoryRegion:

@@ -11,11 +11,13 @@ from kvxfer._version import __version__
 
 _COMMANDS = {
     "demo": "kvxfer.demo",
+    "devices": "kvxfer.devices_cli",
     "push": "kvxfer.push",
     "serve": "kvxfer.serve",
 }
 _HELP = {
     "demo": "Move and verify a request's KV cache between two processes.",
+    "devices": "List the RDMA devices, which one is chosen, and why.",
     "kvbench": "Plan, size and measure the transfers that a model needs.",
     "push": "Write a request's KV cache into an endpoint.",
     "serve": "Run a decode endpoint.",

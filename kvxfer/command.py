@@ -8,12 +8,15 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from kvxfer import KVCache
 from kvxfer.errors import ControlError, KVXferError, OptionError, UsageError
@@ -259,6 +262,25 @@ def say(machine: bool, text: str, **event: object) -> None:
     """Print one line: ``text`` for people, ``event`` as JSON for machines."""
     click.echo(json.dumps(event) if machine else text)
     sys.stdout.flush()
+
+
+def show_table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
+) -> None:
+    """Print a table: with lines and colours on a terminal, in columns elsewhere."""
+    if sys.stdout.isatty():
+        drawn = Table(*headers, title=title or None, title_justify="left")
+        for row in rows:
+            drawn.add_row(*map(escape, row))
+        Console().print(drawn)
+        return
+    if title:
+        click.echo(title)
+    lines = [list(headers), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
 
 
 def log_to_stderr(verbose: bool) -> None:

@@ -8,11 +8,16 @@ import os
 import secrets
 from collections.abc import Callable
 
-from kvxfer import devices, wire
+from kvxfer import agreement, devices, wire
 from kvxfer._engine import RingArrival
 from kvxfer.adapter import Adapter
 from kvxfer.cache import KVCache
-from kvxfer.errors import ClosedResourceError, UsageError
+from kvxfer.errors import (
+    ClosedResourceError,
+    DeviceUnavailableError,
+    UsageError,
+    VerbsError,
+)
 from kvxfer.layout import PlaneLayer
 from kvxfer.options import Options
 from kvxfer.route import geometry_to_wire
@@ -20,9 +25,18 @@ from kvxfer.verbs_types import Access
 
 _log = logging.getLogger("kvxfer.host")
 
+OnArrival = Callable[[Adapter, RingArrival], None]
+OnFailed = Callable[[Adapter, int], None]
+# As the messages have it.
+_MAX_CANDIDATES = 64
+
 
 class Host:
-    """The cache of one client or server on every device that it may use.
+    """The cache of one client or server on the devices that it uses.
+
+    The best NIC and the software device are opened at once; the others that may be
+    used are offered to peers, and opened when one of them can be reached no other
+    way.
 
     Args:
       cache: Stays pinned, and must not be closed, while this is open.
@@ -39,10 +53,7 @@ class Host:
         self._pid = os.getpid()
 
     async def open(
-        self,
-        address: str | None,
-        on_arrival: Callable[[Adapter, RingArrival], None],
-        on_failed: Callable[[Adapter, int], None],
+        self, address: str | None, on_arrival: OnArrival, on_failed: OnFailed
     ) -> None:
         """Open the devices and register the cache.
 
@@ -52,34 +63,34 @@ class Host:
         self._loop = asyncio.get_running_loop()
         self.geometry = self.cache.describe()
         self.wire_geometry = geometry_to_wire(self.geometry)
+        self._address = address
+        self._on_arrival = on_arrival
+        self._on_failed = on_failed
+        self._opening = asyncio.Lock()
         self.cache._pin()
         try:
-            for spec in devices.usable(self.options):
-                self.adapters.append(
-                    await self._open_adapter(spec, address, on_arrival, on_failed)
-                )
+            self._usable = [v for v in devices.survey(self.options) if v.usable]
+            for i, verdict in enumerate(self._usable):
+                _log.info("%s: %s", verdict.spec.label, verdict.reason)
+                if i == 0 or verdict.is_software:
+                    await self._open_adapter(verdict.spec)
         except BaseException:
             await self.close()
             raise
         if all(adapter.is_software for adapter in self.adapters):
             _log.info("no NIC in use: bytes travel by the software device")
 
-    async def _open_adapter(
-        self,
-        spec: devices.DeviceSpec,
-        address: str | None,
-        on_arrival: Callable[[Adapter, RingArrival], None],
-        on_failed: Callable[[Adapter, int], None],
-    ) -> Adapter:
+    async def _open_adapter(self, spec: devices.DeviceSpec) -> Adapter:
         adapter = await Adapter.open(
             spec,
             self.cache,
             self._access,
             self.options,
-            address=address,
-            on_arrival=lambda arrival: on_arrival(adapter, arrival),
-            on_failed=lambda slot: on_failed(adapter, slot),
+            address=self._address,
+            on_arrival=lambda arrival: self._on_arrival(adapter, arrival),
+            on_failed=lambda slot: self._on_failed(adapter, slot),
         )
+        self.adapters.append(adapter)
         return adapter
 
     def check(self, who: str) -> None:
@@ -105,11 +116,57 @@ class Host:
     @property
     def candidates(self) -> list[wire.DeviceCandidate]:
         """The devices as peers are told them, best first."""
-        return [adapter.candidate for adapter in self.adapters]
+        opened = {adapter.spec: adapter for adapter in self.adapters}
+        found = []
+        for verdict in self._usable[:_MAX_CANDIDATES]:
+            adapter = opened.get(verdict.spec)
+            if adapter is not None:
+                found.append(adapter.candidate)
+            elif verdict.gid is not None:
+                found.append(
+                    agreement.candidate(
+                        verdict.spec.label,
+                        devices.KINDS[verdict.spec.provider],
+                        verdict.port,
+                        verdict.gid,
+                        only=self.options.gid_index is not None,
+                    )
+                )
+        return found
 
-    def adapter(self, name: str) -> Adapter | None:
-        """Find an open device by its name."""
-        return next((a for a in self.adapters if a.name == name), None)
+    async def agree(
+        self, theirs: list[wire.DeviceCandidate]
+    ) -> tuple[Adapter, agreement.Agreement]:
+        """Choose the pair of devices for a peer, and open ours if need be.
+
+        Raises:
+          DeviceUnavailableError: No pair can work; both tables and why.
+        """
+        while True:
+            agreed = agreement.agree(self.candidates, theirs)
+            try:
+                return await self.adapter(agreed.ours.name), agreed
+            except (DeviceUnavailableError, VerbsError) as error:
+                _log.warning("%s is given up: %s", agreed.ours.name, error)
+                self._usable = [
+                    v for v in self._usable if v.spec.label != agreed.ours.name
+                ]
+
+    async def adapter(self, name: str) -> Adapter:
+        """Return a device that was offered, opened if it was not.
+
+        Raises:
+          DeviceUnavailableError: It was not offered, or cannot be opened.
+          VerbsError: The cache cannot be registered on it.
+        """
+        async with self._opening:
+            for adapter in self.adapters:
+                if adapter.name == name:
+                    return adapter
+            for verdict in self._usable:
+                if verdict.spec.label == name and self._loop is not None:
+                    return await self._open_adapter(verdict.spec)
+        raise DeviceUnavailableError(f"device {name!r} was not offered")
 
     async def close(self) -> None:
         """Close the devices; links must be closed before. Twice is fine."""

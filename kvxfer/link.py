@@ -22,7 +22,9 @@ import numpy as np
 from kvxfer import _engine, devices
 from kvxfer._verbs import MemoryRegion, QueuePair
 from kvxfer.adapter import Adapter, finish
+from kvxfer.agreement import is_global
 from kvxfer.errors import ControlError, InternalError, KVXferError, ProtocolError
+from kvxfer.gids import GID
 from kvxfer.verbs_types import Access, PeerHint, QPLimits, QPPath
 from kvxfer.wire import NotifyRing, QPInfo
 
@@ -66,8 +68,9 @@ class RingMemory:
 class Link:
     """A QP of ours and what belongs to it; made by :meth:`open`."""
 
-    def __init__(self, adapter: Adapter, address: str) -> None:
+    def __init__(self, adapter: Adapter, address: str, gid: GID) -> None:
         self.adapter = adapter
+        self.gid = gid
         self.state = LinkState.INIT
         self.slot = -1
         self._address = address
@@ -81,7 +84,12 @@ class Link:
 
     @classmethod
     async def open(
-        cls, adapter: Adapter, access: Access, receives: int, address: str = ""
+        cls,
+        adapter: Adapter,
+        access: Access,
+        receives: int,
+        address: str = "",
+        gid: bytes = b"",
     ) -> Link:
         """Make a QP in INIT.
 
@@ -90,8 +98,13 @@ class Link:
           receives: Receive WRs that it can hold, 0 where none is needed.
           address: Where the peer reaches this host, empty: where it reaches the
             control connection.
+          gid: The GID that packets leave from; empty: the adapter's choice.
+
+        Raises:
+          DeviceUnavailableError: The device has no such GID.
+          VerbsError: The device has no QP left.
         """
-        self = cls(adapter, address)
+        self = cls(adapter, address, adapter.gid_of(gid))
         limits = QPLimits(
             max_send_wr=min(adapter.options.sq_depth, adapter.max_qp_wr),
             max_recv_wr=max(1, receives),
@@ -139,7 +152,7 @@ class Link:
         return QPInfo(
             qp_num=self.qp.qp_num,
             psn=self._psn,
-            gid=adapter.gid.gid,
+            gid=self.gid.gid,
             lid=adapter.port.lid,
             mtu=adapter.port.active_mtu,
             port_num=adapter.spec.port_num,
@@ -161,7 +174,7 @@ class Link:
           VerbsError: The device does not take the path.
         """
         adapter = self.adapter
-        devices.check_reachable(adapter.spec, adapter.gid, remote.gid)
+        devices.check_reachable(adapter.spec, self.gid, remote.gid)
         options = adapter.options
         path = QPPath(
             qp_num=remote.qp_num,
@@ -171,8 +184,8 @@ class Link:
             mtu=min(remote.mtu, adapter.port.active_mtu),
             own_psn=self._psn,
             port_num=adapter.spec.port_num,
-            gid_index=adapter.gid.index,
-            is_global=adapter.port.link_layer == "ethernet",
+            gid_index=self.gid.index,
+            is_global=is_global(adapter.port.link_layer, self.gid.gid, remote.gid),
             timeout=options.ib_timeout,
             retry_cnt=min(options.retry_cnt, adapter.max_retries),
             rnr_retry=options.rnr_retry,

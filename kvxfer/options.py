@@ -41,6 +41,7 @@ _SIZE = re.compile(r"(\d+)\s*([kKMG]i?B?|B)?")
 _SCALE = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3}
 _BINARY_SCALE = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*(:[1-9]\d{0,2})?")
+_PCI = re.compile(r"([0-9a-fA-F]{4,8}:)?[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
 
 # Above this the device needs minutes to report a dead peer.
 _IB_TIMEOUT_SLOW = 22
@@ -223,6 +224,34 @@ class Options:
     require_rdma: bool = _option(
         False, "Refuse the software device instead of falling back to it."
     )
+    nics: str | None = _option(
+        None,
+        "Devices to take in turn by gpu_index, by commas; each as device has it.",
+        kind=str,
+        also=("KVCACHE_RDMA_NICS",),
+    )
+    gpu_index: int | None = _option(
+        None,
+        "GPU that the cache is on, by its PCI address; a near device is chosen.",
+        kind=int,
+        low=0,
+        high=1023,
+    )
+    gpu_pci: str | None = _option(
+        None,
+        "PCI address of that GPU (0000:1a:00.0), where its index is not known.",
+        kind=str,
+    )
+    socket_ifname: str | None = _option(
+        None,
+        "Interface that a server listens on unless host says where, and whose "
+        "network a GID should be in.",
+        kind=str,
+        also=("KVCACHE_SOCKET_IFNAME",),
+    )
+    sysfs: str = _option(
+        "/sys", "Where the devices are described; a container may have it elsewhere."
+    )
     ibverbs_path: str | None = _option(
         None, "Path of libibverbs.so.1, if not the system's.", kind=str
     )
@@ -329,6 +358,17 @@ class Options:
                 f"option device = {self.device!r} is not permitted: expected auto, "
                 "or a device name with an optional port, such as mlx5_0:1"
             )
+        for name in self.nic_names:
+            if not _DEVICE.fullmatch(name):
+                raise OptionError(
+                    f"option nics = {self.nics!r} is not permitted: {name!r} is no "
+                    "device name with an optional port, such as mlx5_0:1"
+                )
+        if self.gpu_pci is not None and not _PCI.fullmatch(self.gpu_pci):
+            raise OptionError(
+                f"option gpu_pci = {self.gpu_pci!r} is not permitted: expected an "
+                "address such as 0000:1a:00.0"
+            )
         if self.ping_timeout <= self.ping_interval:
             raise OptionError(
                 f"option ping_timeout = {self.ping_timeout:g} seconds must be longer "
@@ -374,6 +414,11 @@ class Options:
                 4.096e-6 * 2**options.ib_timeout * (options.retry_cnt + 1),
             )
         return options
+
+    @property
+    def nic_names(self) -> list[str]:
+        """The devices listed by ``nics``, spaces apart; empty if none are."""
+        return [] if self.nics is None else [n.strip() for n in self.nics.split(",")]
 
     @property
     def device_name(self) -> str | None:

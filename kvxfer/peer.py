@@ -23,7 +23,6 @@ from kvxfer.control import CloseCause, CloseReason, ControlClient
 from kvxfer.errors import (
     BrokenPeerError,
     ClosedResourceError,
-    DeviceUnavailableError,
     FlushedError,
     KVXferError,
     NotQuiescentError,
@@ -163,12 +162,7 @@ class Peer:
     async def accept(self, offer: messages.Offer) -> messages.Accept:
         """Bring up this side's half of what the peer offers."""
         host = self.host
-        adapter = host.adapter(offer.dialer_device)
-        if adapter is None:
-            raise DeviceUnavailableError(
-                f"{self.address} chose device {offer.dialer_device!r}, which was not "
-                "offered"
-            )
+        adapter = await host.adapter(offer.dialer_device)
         if offer.endpoint.windows is None:
             raise ProtocolError(f"{self.address} offers nothing that can be written")
         self._route = build(
@@ -177,7 +171,7 @@ class Peer:
             geometry_from_wire(offer.geometry),
             offer.endpoint.windows,
         )
-        link = await Link.open(adapter, Access(0), receives=0)
+        link = await Link.open(adapter, Access(0), receives=0, gid=offer.dialer_gid)
         try:
             await link.connect(offer.endpoint.qps[0], self._control.peer_address)
             await link.start_initiator(self._route.rows, offer.endpoint.ring)

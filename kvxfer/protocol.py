@@ -322,6 +322,7 @@ class ListenerConnection(Connection):
             geometry=parts.geometry,
             device=parts.device,
             dialer_device=parts.dialer_device,
+            dialer_gid=parts.dialer_gid,
             endpoint=parts.endpoint,
             nonce=self.hello.nonce,
         )

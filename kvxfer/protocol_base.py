@@ -191,6 +191,7 @@ class OfferParts:
     device: wire.DeviceCandidate
     dialer_device: str
     endpoint: wire.Endpoint = field(repr=False)
+    dialer_gid: bytes = b""
 
 
 class Connection:

@@ -19,7 +19,6 @@ from kvxfer.cache import KVCache
 from kvxfer.control import CloseReason, ControlServer, OfferParts
 from kvxfer.errors import (
     ClosedResourceError,
-    DeviceUnavailableError,
     KVXferError,
     ProtocolError,
     RefusedError,
@@ -372,10 +371,13 @@ class Server:
         if hello.role != "initiator":
             raise RefusedError("this server is written to; it does not write")
         check_fit(host.geometry, geometry_from_wire(hello.geometry))
-        adapter, theirs = self._agree(hello.devices)
+        adapter, agreed = await host.agree(hello.devices)
         options = self.options
         link = await Link.open(
-            adapter, Access.REMOTE_WRITE, receives=options.notify_receives
+            adapter,
+            Access.REMOTE_WRITE,
+            receives=options.notify_receives,
+            gid=agreed.our_gid,
         )
         try:
             ring = await link.start_target(
@@ -384,7 +386,8 @@ class Server:
             parts = OfferParts(
                 geometry=host.wire_geometry,
                 device=adapter.candidate,
-                dialer_device=theirs.name,
+                dialer_device=agreed.theirs.name,
+                dialer_gid=agreed.their_gid,
                 endpoint=wire.Endpoint(
                     qps=[link.info],
                     windows=windows(host.cache.groups, host.rkey_of(adapter)),
@@ -396,26 +399,6 @@ class Server:
             raise
         self._incoming[conn_id] = _Incoming(peer_address or "local", link)
         return parts
-
-    def _agree(
-        self, theirs: list[wire.DeviceCandidate]
-    ) -> tuple[Adapter, wire.DeviceCandidate]:
-        """Choose a pair of devices that can talk to each other, best first."""
-        for adapter in self._host.adapters:
-            ours = adapter.candidate
-            for candidate in theirs:
-                if (candidate.kind, candidate.link_layer, candidate.gid_type) == (
-                    ours.kind,
-                    ours.link_layer,
-                    ours.gid_type,
-                ):
-                    return adapter, candidate
-        raise DeviceUnavailableError(
-            "no device on both sides: here "
-            + (_name(self._host.candidates) or "none")
-            + ", at the peer "
-            + (_name(theirs) or "none")
-        )
 
     async def accept(self, conn_id: int, accept: wire.Accept) -> None:
         """Bring this side's QP to RTS (for the control connection)."""
@@ -501,7 +484,3 @@ class Server:
         if await self._control.fence(conn_id, reason, timeout=timeout):
             await asyncio.wait({incoming.gone}, timeout=timeout)
         self._control.drop(conn_id, reason)
-
-
-def _name(candidates: list[wire.DeviceCandidate]) -> str:
-    return ", ".join(f"{c.name} ({c.kind}, {c.link_layer})" for c in candidates)

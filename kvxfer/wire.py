@@ -39,6 +39,7 @@ __all__ = [
     "Failed",
     "Fence",
     "Fenced",
+    "GIDCandidate",
     "GroupGeometry",
     "Hello",
     "Message",
@@ -179,8 +180,25 @@ class QPInfo(_Part, frozen=True, kw_only=True):
         )
 
 
+class GIDCandidate(_Part, frozen=True, kw_only=True):
+    """A GID that one side could use; ``prefix_len`` 0: its network is not known."""
+
+    gid: GID
+    gid_type: Label = ""
+    prefix_len: Annotated[int, Meta(ge=0, le=128)] = 0
+
+    def check(self) -> None:
+        mapped = self.gid.startswith(bytes(10) + b"\xff\xff")
+        _require(any(self.gid), "an empty GID")
+        _require(self.gid[0] != _MULTICAST_PREFIX, "a multicast GID")
+        _require(self.prefix_len <= (32 if mapped else 128), "a prefix too long")
+
+
 class DeviceCandidate(_Part, frozen=True, kw_only=True):
-    """A device that one side could use.
+    """A port of a device that one side could use.
+
+    ``gid`` is the one that is preferred; ``gids`` has all that would do, best first,
+    and may be empty.
 
     ``kind`` is ``"soft"``, ``"rdma"`` or ``"null"`` and ``link_layer``
     ``"ethernet"`` or ``"infiniband"`` in this version. Other values are a newer
@@ -194,9 +212,12 @@ class DeviceCandidate(_Part, frozen=True, kw_only=True):
     gid_type: Label = ""
     lid: U16 = 0
     mtu: PathMTU
+    gids: Annotated[list[GIDCandidate], Meta(max_length=64)] = []
 
     def check(self) -> None:
         _require_address(self.gid, self.lid)
+        for gid in self.gids:
+            gid.check()
 
     @property
     def known(self) -> bool:
@@ -355,6 +376,8 @@ class Offer(_Part, frozen=True, kw_only=True, tag="offer"):
       features: The bits that both know.
       device: The listener's device of the chosen pair.
       dialer_device: The name of the dialer's, out of its Hello.
+      dialer_gid: The GID that the dialer's packets should leave from; empty where
+        its preferred one will do.
       nonce: The Hello's.
     """
 
@@ -365,12 +388,14 @@ class Offer(_Part, frozen=True, kw_only=True, tag="offer"):
     geometry: Geometry
     device: DeviceCandidate
     dialer_device: Name
+    dialer_gid: Annotated[bytes, Meta(max_length=16)] = b""
     endpoint: Endpoint
     nonce: Nonce
 
     def check(self) -> None:
         _check_geometry(self.geometry)
         self.device.check()
+        _require(len(self.dialer_gid) in (0, 16), "a GID of other than 16 bytes")
         _require(self.device.known, f"device of an unknown kind {self.device.kind!r}")
         self.endpoint.check()
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pages import current
+
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 PROGRAM = re.compile(r"<!-- (examples/\S+) -->\n```python\n(.*?)```", re.S)
@@ -38,6 +40,12 @@ def test_scripts_that_are_named_exist(page: Path) -> None:
 def test_programs_shown_are_the_files(page: Path) -> None:
     for name, text in PROGRAM.findall(page.read_text()):
         assert text == (ROOT / name).read_text(), f"{name} is shown otherwise"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_what_programs_write_is_current(page: Path) -> None:
+    text = page.read_text()
+    assert current(text) == text, "run python -m tests.pages"
 
 
 def port_is_taken(port: int) -> bool:

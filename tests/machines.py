@@ -1,0 +1,352 @@
+"""Machines that are not there: the /sys and /proc of servers with NICs, made up.
+
+    python -m tests.machines dgx DIRECTORY
+
+makes one, to look at with ``kvxfer devices --sysfs DIRECTORY/sys``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+V1, V2 = "IB/RoCE v1", "RoCE v2"
+NVIDIA_GPU = ("0x10de", "0x030200")
+MELLANOX_NIC = ("0x15b3", "0x020700")
+# Reading it answers EINVAL, as a slot does whose netdev is somewhere else.
+UNREADABLE = "/proc/self/clear_refs"
+
+# index, address, type, netdev; a netdev of None cannot be read
+GIDs = Sequence[tuple[int, str, str, str | None]]
+
+
+class Machine:
+    """A directory with ``sys`` and ``proc`` in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.sys = root / "sys"
+        self.proc = root / "proc"
+        self._routes: list[str] = [
+            "Iface Destination Gateway Flags RefCnt Use Metric Mask"
+        ]
+        self._if_inet6: list[str] = []
+        for place in ("class/infiniband", "class/net", "bus/pci/devices"):
+            (self.sys / place).mkdir(parents=True)
+        (self.proc / "net").mkdir(parents=True)
+        self._write_networks()
+
+    def pci(
+        self, *path: str, numa: int = -1, what: tuple[str, str] | None = None
+    ) -> Path:
+        """Add a PCI device beneath its bridges and give its directory."""
+        place = self.sys / "devices"
+        for name in path:
+            place /= name
+            place.mkdir(parents=True, exist_ok=True)
+            _put(place / "numa_node", str(numa))
+            link = self.sys / "bus/pci/devices" / name
+            if not name.startswith("pci") and not link.is_symlink():
+                link.symlink_to(place)
+        vendor, kind = what or ("0x0000", "0x060400")
+        _put(place / "vendor", vendor)
+        _put(place / "class", kind)
+        return place
+
+    def cpus(self, *nodes: str) -> None:
+        """Say which CPUs the NUMA nodes have, such as ``0-31``."""
+        for i, cpus in enumerate(nodes):
+            _put(self.sys / f"devices/system/node/node{i}/cpulist", cpus)
+
+    def netdev(
+        self, name: str, *addresses: str, mtu: int = 1500, state: str = "up"
+    ) -> None:
+        """Add a network interface with addresses such as ``10.0.0.1/24``."""
+        _put(self.sys / "class/net" / name / "mtu", str(mtu))
+        _put(self.sys / "class/net" / name / "operstate", state)
+        for text in addresses:
+            address = ipaddress.ip_interface(text)
+            length = address.network.prefixlen
+            if isinstance(address, ipaddress.IPv4Interface):
+                words = (address.network.network_address, address.network.netmask)
+                base, mask = (int.from_bytes(w.packed, "little") for w in words)
+                self._routes.append(f"{name} {base:08X} 00000000 0001 0 0 0 {mask:08X}")
+            else:
+                self._if_inet6.append(
+                    f"{address.ip.packed.hex()} 02 {length:02x} 00 80 {name}"
+                )
+        self._write_networks()
+
+    def _write_networks(self) -> None:
+        _put(self.proc / "net/route", "\n".join(self._routes))
+        _put(self.proc / "net/if_inet6", "\n".join(self._if_inet6))
+
+    def device(
+        self, name: str, pci: Path | None, *, soft_roce_on: str | None = None
+    ) -> Path:
+        """Add an RDMA device."""
+        place = (pci or self.sys / "devices/virtual") / "infiniband" / name
+        place.mkdir(parents=True)
+        if pci is not None:
+            (place / "device").symlink_to(pci)
+        if soft_roce_on is not None:
+            _put(place / "parent", soft_roce_on)
+        (self.sys / "class/infiniband" / name).symlink_to(place)
+        return place
+
+    def port(
+        self,
+        device: Path,
+        number: int = 1,
+        *,
+        state: str = "4: ACTIVE",
+        phys_state: str = "5: LinkUp",
+        layer: str = "Ethernet",
+        rate: str = "400 Gb/sec (4X NDR)",
+        lid: int = 0,
+        gids: GIDs = (),
+        length: int = 8,
+    ) -> None:
+        """Add a port with a GID table of ``length`` entries, most of them empty."""
+        place = device / "ports" / str(number)
+        for name, text in (
+            ("state", state),
+            ("phys_state", phys_state),
+            ("link_layer", layer),
+            ("rate", rate),
+            ("lid", f"{lid:#x}"),
+        ):
+            _put(place / name, text)
+        table = {entry[0]: entry for entry in gids}
+        for index in range(length):
+            _, text, kind, netdev = table.get(index, (index, "::", "", None))
+            # As the kernel writes them: all the digits.
+            address = ipaddress.IPv6Address(_mapped(text)).exploded
+            _put(place / "gids" / str(index), address)
+            for attribute, value in (("types", kind), ("ndevs", netdev)):
+                file = place / "gid_attrs" / attribute / str(index)
+                if value:
+                    _put(file, value)
+                else:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.symlink_to(UNREADABLE)
+
+
+def _mapped(text: str) -> str:
+    return text if ":" in text else f"::ffff:{text}"
+
+
+def _put(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+def roce_table(netdev: str, ipv4: str, link_local: str) -> GIDs:
+    """The table of a RoCE port with one IPv4 address, as ConnectX NICs have it."""
+    return [
+        (0, link_local, V1, netdev),
+        (1, link_local, V2, netdev),
+        (2, ipv4, V1, netdev),
+        (3, ipv4, V2, netdev),
+    ]
+
+
+def dgx(machine: Machine) -> None:
+    """Eight GPUs and eight NICs, each pair on a switch of its own; two for storage."""
+    machine.cpus("0-55", "56-111")
+    for i in range(8):
+        node = i // 4
+        bus = f"{0x18 + 0x20 * i:02x}"
+        switch = (f"pci0000:{bus}", f"0000:{bus}:01.0", f"0000:{bus}:02.0")
+        machine.pci(*switch, f"0000:{bus}:03.0", f"0000:{bus}:04.0", numa=node)
+        machine.pci(
+            *switch, f"0000:{bus}:05.0", f"0000:{bus}:06.0", numa=node, what=NVIDIA_GPU
+        )
+        nic = machine.pci(
+            *switch,
+            f"0000:{bus}:07.0",
+            f"0000:{bus}:08.0",
+            numa=node,
+            what=MELLANOX_NIC,
+        )
+        machine.netdev(f"rdma{i}", f"172.16.{i}.10/24", mtu=9000)
+        machine.port(
+            machine.device(f"mlx5_{i}", nic),
+            gids=roce_table(f"rdma{i}", f"172.16.{i}.10", f"fe80::10:{i}"),
+        )
+    # On a root port of its own, and slower: the network for storage.
+    storage = machine.pci(
+        "pci0000:18", "0000:18:1f.0", "0000:19:00.0", numa=0, what=MELLANOX_NIC
+    )
+    machine.netdev("storage0", "10.9.0.10/16", mtu=9000)
+    machine.port(
+        machine.device("mlx5_8", storage),
+        rate="200 Gb/sec (2X NDR)",
+        gids=roce_table("storage0", "10.9.0.10", "fe80::9"),
+    )
+    management = machine.pci(
+        "pci0000:18", "0000:18:1e.0", "0000:1a:00.0", numa=0, what=MELLANOX_NIC
+    )
+    machine.netdev("eno1", "192.168.1.10/24")
+    machine.port(
+        machine.device("mlx5_9", management),
+        rate="25 Gb/sec (1X EDR)",
+        gids=roce_table("eno1", "192.168.1.10", "fe80::a"),
+    )
+
+
+def dual_port(machine: Machine) -> None:
+    """One device with two ports: InfiniBand without a cable, and Ethernet."""
+    nic = machine.pci("pci0000:00", "0000:00:02.0", "0000:03:00.0", what=MELLANOX_NIC)
+    device = machine.device("mlx4_0", nic)
+    machine.port(
+        device,
+        1,
+        state="1: DOWN",
+        phys_state="2: Polling",
+        layer="InfiniBand",
+        rate="10 Gb/sec (4X SDR)",
+        gids=[(0, "fe80::2:c903:1", V1, None)],
+    )
+    machine.netdev("ens2", "10.4.0.7/24", "2001:db8:4::7/64")
+    machine.port(
+        device,
+        2,
+        rate="40 Gb/sec (4X QDR)",
+        gids=[
+            (0, "fe80::7", V1, "ens2"),
+            (1, "fe80::7", V2, "ens2"),
+            (2, "2001:db8:4::7", V2, "ens2"),
+            (3, "10.4.0.7", V2, "ens2"),
+        ],
+    )
+
+
+def bonded(machine: Machine) -> None:
+    """Two ports in one bond, with a VLAN on it and a bridge of containers."""
+    nic = machine.pci(
+        "pci0000:80", "0000:80:01.0", "0000:81:00.0", numa=1, what=MELLANOX_NIC
+    )
+    machine.cpus("0-15", "16-31")
+    machine.netdev("bond0", "10.5.0.7/16", "fe80::5/64", mtu=4200)
+    machine.netdev("bond0.100", "10.100.0.7/24", mtu=4200)
+    machine.netdev("docker0", "172.17.0.1/16", state="down")
+    machine.port(
+        machine.device("mlx5_bond_0", nic),
+        rate="100 Gb/sec (4X EDR)",
+        gids=[
+            (0, "fe80::5", V1, "bond0"),
+            (1, "fe80::5", V2, "bond0"),
+            (2, "10.100.0.7", V2, "bond0.100"),
+            (4, "10.5.0.7", V1, "bond0"),
+            (5, "10.5.0.7", V2, "bond0"),
+        ],
+    )
+
+
+def infiniband(machine: Machine) -> None:
+    """InfiniBand: one port in use, one that no subnet manager has seen, one down."""
+    machine.cpus("0-15", "16-31")
+    for i, (state, lid) in enumerate(
+        (("4: ACTIVE", 0x11), ("2: INIT", 0), ("1: DOWN", 0))
+    ):
+        nic = machine.pci(
+            f"pci0000:{0x40 * i + 0x10:02x}",
+            f"0000:{0x40 * i + 0x10:02x}:01.0",
+            f"0000:{0x40 * i + 0x11:02x}:00.0",
+            numa=i % 2,
+            what=MELLANOX_NIC,
+        )
+        machine.port(
+            machine.device(f"mlx5_{i}", nic),
+            state=state,
+            phys_state="3: Disabled" if state.startswith("1") else "5: LinkUp",
+            layer="InfiniBand",
+            rate="200 Gb/sec (4X HDR)",
+            lid=lid,
+            gids=[(0, f"fe80::ec0d:9a03:{i:x}", V1, None)],
+        )
+
+
+def container(machine: Machine) -> None:
+    """A container: the table shows the host's addresses, one of them is its own."""
+    nic = machine.pci("pci0000:00", "0000:00:04.0", "0000:05:00.0", what=MELLANOX_NIC)
+    machine.netdev("net1", "10.6.0.77/24", mtu=9000)
+    machine.port(
+        machine.device("mlx5_4", nic),
+        gids=[
+            (0, "fe80::6", V2, None),
+            (1, "10.6.0.6", V2, None),
+            (2, "10.6.0.77", V1, "net1"),
+            (5, "10.6.0.77", V2, "net1"),
+        ],
+    )
+    other = machine.pci("pci0000:00", "0000:00:05.0", "0000:06:00.0", what=MELLANOX_NIC)
+    machine.port(machine.device("mlx5_5", other), gids=[(1, "10.7.0.6", V2, None)])
+
+
+def holes(machine: Machine) -> None:
+    """A table with holes, whose only good entry is high up; and an IPv6-only port."""
+    nic = machine.pci("pci0000:00", "0000:00:02.0", "0000:03:00.0", what=MELLANOX_NIC)
+    machine.netdev("ens3", "10.8.0.7/24")
+    machine.port(
+        machine.device("mlx5_0", nic),
+        gids=[(4, "10.8.0.7", V1, "ens3"), (130, "10.8.0.7", V2, "ens3")],
+        length=256,
+    )
+    other = machine.pci("pci0000:00", "0000:00:03.0", "0000:04:00.0", what=MELLANOX_NIC)
+    machine.netdev("ens4", "2001:db8:8::7/64", "fe80::8/64")
+    machine.port(
+        machine.device("mlx5_1", other),
+        rate="200 Gb/sec (4X HDR)",
+        gids=[(0, "fe80::8", V2, "ens4"), (7, "2001:db8:8::7", V2, "ens4")],
+    )
+
+
+def virtual(machine: Machine) -> None:
+    """A guest with four GPUs and two functions of a NIC: PCI says nothing there."""
+    for i in range(4):
+        machine.pci("pci0000:00", f"0000:00:{0x10 + i:02x}.0", what=NVIDIA_GPU)
+    for i in range(2):
+        nic = machine.pci("pci0000:00", f"0000:00:{0x20 + i:02x}.0", what=MELLANOX_NIC)
+        machine.netdev(f"eth{i + 1}", f"10.20.{i}.5/24", mtu=4200)
+        machine.port(
+            machine.device(f"mlx5_{i}", nic),
+            rate="100 Gb/sec (4X EDR)",
+            gids=roce_table(f"eth{i + 1}", f"10.20.{i}.5", f"fe80::20:{i}"),
+        )
+
+
+def bare(machine: Machine) -> None:
+    """A server without any NIC for RDMA."""
+    machine.cpus("0-7")
+    machine.netdev("eth0", "192.168.1.5/24")
+
+
+MACHINES: dict[str, Callable[[Machine], None]] = {
+    "bare": bare,
+    "bonded": bonded,
+    "container": container,
+    "dgx": dgx,
+    "dual_port": dual_port,
+    "holes": holes,
+    "infiniband": infiniband,
+    "virtual": virtual,
+}
+
+
+def make(name: str, root: Path) -> Machine:
+    """Make one of :data:`MACHINES` in an empty directory."""
+    machine = Machine(root)
+    MACHINES[name](machine)
+    return machine
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in MACHINES:
+        sys.exit(f"usage: python -m tests.machines {'|'.join(MACHINES)} DIRECTORY")
+    os.makedirs(sys.argv[2])
+    make(sys.argv[1], Path(sys.argv[2]))
