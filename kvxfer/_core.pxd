@@ -43,6 +43,8 @@ cdef extern from "notify.h" nogil:
         uint16_t request_bytes
         uint16_t flags
         uint64_t digest
+        uint64_t generation
+        uint64_t total
     uint64_t kvx_pad(uint64_t length, uint64_t to)
     uint64_t kvx_notify_length(uint64_t request_bytes, uint64_t n_ids)
     uint64_t kvx_notify_limit(uint64_t ring_bytes)
@@ -90,6 +92,9 @@ cdef struct Ids:                # shared by the operations of one submission
     uint32_t n
     uint32_t request_bytes
     char request[256]
+    uint64_t generation
+    uint64_t total
+    uint64_t digest
     int64_t *local              # n local and, behind them, n remote ids
 
 cdef struct Cursor:             # what is to be posted next

@@ -390,6 +390,9 @@ cdef bint reserve_record(Core *core, Op *op) noexcept nogil:
     record.n_ids = op.ids.n
     record.n_qps = 1
     record.request_bytes = <uint16_t>op.ids.request_bytes
+    record.generation = op.ids.generation
+    record.total = op.ids.total
+    record.digest = op.ids.digest
     memcpy(record + 1, op.ids.request, op.ids.request_bytes)
     ids = <uint32_t *>(
         <char *>(record + 1) + kvx_pad(op.ids.request_bytes, 8))

@@ -368,7 +368,7 @@ cdef class Engine:
 
     def submit(self, slot, rows, const int64_t[::1] local_ids not None,
                const int64_t[::1] remote_ids not None, bytes request_id=b"",
-               uint64_t key=0):
+               uint64_t key=0, tag=(0, 0, 0)):
         """Start one operation a row and post what the send queue has room for.
 
         Args:
@@ -379,6 +379,8 @@ cdef class Engine:
           request_id: Travels with the notification, up to 256 bytes.
           key: Among operations that wait on a queue the smallest key goes first,
             then the oldest.
+          tag: Travels with the notification: generation, total, digest; see
+            ``native/notify.h``.
 
         Returns:
           The ids of the operations, in the order of ``rows``.
@@ -395,6 +397,9 @@ cdef class Engine:
             uint32_t index
             Ids *ids
             Op *op
+            uint64_t generation = tag[0]
+            uint64_t total = tag[1]
+            uint64_t digest = tag[2]
             list result = []
         if local_ids.shape[0] != remote_ids.shape[0]:
             raise LayoutError(
@@ -423,6 +428,9 @@ cdef class Engine:
         ids.n = n
         ids.request_bytes = len(request_id)
         memcpy(ids.request, PyBytes_AS_STRING(request_id), len(request_id))
+        ids.generation = generation
+        ids.total = total
+        ids.digest = digest
         ids.local = <int64_t *>(ids + 1)
         memcpy(ids.local, &local_ids[0], n * sizeof(int64_t))
         memcpy(ids.local + n, &remote_ids[0], n * sizeof(int64_t))

@@ -17,8 +17,8 @@ from kvxfer.errors import LayoutError, ProtocolError
 from kvxfer.layout import Group
 
 # magic, length, sequence, n_bytes, layer, n_ids, group, n_qps, request_bytes,
-# flags, digest, reserved
-_HEADER = struct.Struct("<IIQQIIHHHHQ16x")
+# flags, digest, generation, total
+_HEADER = struct.Struct("<IIQQIIHHHHQQQ")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,10 @@ class Record:
       request_id: As the writer gave it, or None.
       n_bytes: Bytes written, all planes together.
       sequence: Number of the operation on its connection, from 0.
+      generation: Of the offer that it fulfils; 0 if it fulfils none.
+      total: Once a layer is complete, how many records it had under that offer on
+        this connection, this one included; 0 before.
+      digest: Of the complete layer, where one was asked for; 0 otherwise.
     """
 
     group: str
@@ -40,6 +44,9 @@ class Record:
     request_id: str | None
     n_bytes: int
     sequence: int
+    generation: int = 0
+    total: int = 0
+    digest: int = 0
 
 
 def decode(record: bytes, groups: tuple[Group, ...]) -> Record:
@@ -52,7 +59,10 @@ def decode(record: bytes, groups: tuple[Group, ...]) -> Record:
     if len(record) < _HEADER.size:
         raise ProtocolError(f"a notify record of {len(record)} bytes")
     fields = _HEADER.unpack_from(record)
-    _, length, sequence, n_bytes, layer, n_ids, group_index, _, n_request, _, _ = fields
+    _, length, sequence, n_bytes, layer, n_ids, group_index, _, n_request, _ = fields[
+        :10
+    ]
+    digest, generation, total = fields[10:]
     ids_at = _HEADER.size + (n_request + 7) // 8 * 8
     if length != len(record) or ids_at + 4 * n_ids != length:
         raise ProtocolError("the sizes in a notify record disagree")
@@ -76,4 +86,14 @@ def decode(record: bytes, groups: tuple[Group, ...]) -> Record:
         request = record[_HEADER.size : _HEADER.size + n_request].decode()
     except UnicodeDecodeError:
         raise ProtocolError("a request id in a notify record is not UTF-8") from None
-    return Record(group.name, layer, ids, request or None, n_bytes, sequence)
+    return Record(
+        group=group.name,
+        layer=layer,
+        block_ids=ids,
+        request_id=request or None,
+        n_bytes=n_bytes,
+        sequence=sequence,
+        generation=generation,
+        total=total,
+        digest=digest,
+    )

@@ -12,7 +12,7 @@ from kvxfer._engine import CANCELLED_STATUS, RingArrival
 from kvxfer.errors import ProtocolError
 from kvxfer.layout import Group, Plane, PlaneLayer
 from kvxfer.verbs_types import SGE, Opcode, SendWR
-from tests.engine_rig import Rig
+from tests.engine_rig import Rig, as_array
 
 SUCCESS = 0
 
@@ -109,7 +109,20 @@ def test_cancelling_cannot_lose_a_record_whose_place_is_taken() -> None:
         assert [(r.sequence, r.layer) for r in records] == [(0, 10), (1, 12)]
 
 
-GOOD = (0x314E564B, 68, 0, 128, 10, 1, 0, 1, 0, 0, 0)
+def test_a_record_carries_the_tag_of_its_operation() -> None:
+    tag = (1 << 63, 3, (1 << 64) - 1)
+    with Rig() as rig:
+        rig.let_go()
+        rig.finish(
+            rig.source.engine.submit(
+                rig.slot, [0], as_array([1]), as_array([2]), b"r", tag=tag
+            )
+        )
+        record = decode(rig, arrivals_of(rig, 1)[0])
+    assert (record.generation, record.total, record.digest) == tag
+
+
+GOOD = (0x314E564B, 68, 0, 128, 10, 1, 0, 1, 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
