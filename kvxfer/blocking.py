@@ -48,6 +48,7 @@ from kvxfer.peer import Peer as AsyncPeer
 from kvxfer.peer import WriteResult
 from kvxfer.server import Arrival, Failure
 from kvxfer.server import Server as AsyncServer
+from kvxfer.sharding import Shard
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -229,7 +230,12 @@ class Client(_Face[AsyncClient]):
         super().__init__(AsyncClient(cache, options, **overrides))
 
     def connect(
-        self, host: str, port: int | None = None, *, timeout: float | None = None
+        self,
+        host: str,
+        port: int | None = None,
+        *,
+        timeout: float | None = None,
+        shards: Iterable[Shard] = (),
     ) -> Peer:
         """Connect to a server, or return the connection that there is already.
 
@@ -237,7 +243,8 @@ class Client(_Face[AsyncClient]):
         connection. See :meth:`kvxfer.Client.connect`.
         """
         connect = self._endpoint.connect
-        return Peer(self, self._call(lambda: connect(host, port, timeout=timeout)))
+        peer = self._call(lambda: connect(host, port, timeout=timeout, shards=shards))
+        return Peer(self, peer)
 
     def is_connected(self, host: str, port: int | None = None) -> bool:
         """Say whether writes to a server are possible; does not wait."""

@@ -22,6 +22,7 @@ from kvxfer.errors import (
 from kvxfer.host import Host
 from kvxfer.options import Options
 from kvxfer.peer import Peer, WriteResult
+from kvxfer.sharding import MAX_SHARDS, Shard
 from kvxfer.verbs_types import Access
 
 _MAX_REQUEST_BYTES = 256
@@ -36,6 +37,7 @@ class _Attempt:
     """A connection being made, and how many tasks wait for it."""
 
     task: asyncio.Task[Peer]
+    shards: tuple[Shard, ...]
     waiters: int = 0
 
 
@@ -117,7 +119,12 @@ class Client:
     # -- peers -----------------------------------------------------------------
 
     async def connect(
-        self, host: str, port: int | None = None, *, timeout: float | None = None
+        self,
+        host: str,
+        port: int | None = None,
+        *,
+        timeout: float | None = None,
+        shards: Iterable[Shard] = (),
     ) -> Peer:
         """Connect to a server, or return the connection that there is already.
 
@@ -125,6 +132,9 @@ class Client:
           host: Address or name, or ``ipc://path``.
           port: Port of the control connection; ``None`` takes the option's.
           timeout: Seconds; ``None`` takes the option ``connect_timeout``.
+          shards: Which part of each block goes where, if the two sides split a layer
+            differently: from :func:`kvxfer.sharding.plan`. Planes that none names are
+            not written. None at all: whole blocks of all planes.
 
         Returns:
           The peer, ready to be written to: both sides' QPs are in RTS.
@@ -132,6 +142,7 @@ class Client:
         Raises:
           ConnectTimeoutError: Nobody answered in time.
           GeometryMismatchError: The caches do not fit; both sides' figures.
+          UsageError: There is a connection with other shards.
           DeviceUnavailableError: No device that both sides can use.
           RefusedError, VersionMismatchError, ProtocolError: What answers there
             does not want, or cannot be, spoken to.
@@ -142,18 +153,20 @@ class Client:
         """
         self._ensure_open()
         address = self._address(host, port)
+        wanted = _shards(shards)
         peer = self._peers.get(address)
         if peer is not None and peer.connected:
+            _same_shards(address, peer.shards, wanted)
             return peer
         seconds = self._timeout(timeout, "connect_timeout")
         attempt = self._connecting.get(address)
         if attempt is None:
-            attempt = _Attempt(
-                asyncio.get_running_loop().create_task(self._connect(address, seconds))
-            )
+            task = self._connect(address, wanted, seconds)
+            attempt = _Attempt(asyncio.get_running_loop().create_task(task), wanted)
             self._connecting[address] = attempt
             self._attempts.add(attempt.task)
             attempt.task.add_done_callback(self._attempts.discard)
+        _same_shards(address, attempt.shards, wanted)
         attempt.waiters += 1
         try:
             # The attempt has a deadline of its own; this one is the caller's.
@@ -185,11 +198,13 @@ class Client:
             host = f"[{host}]"
         return f"{host}:{self.options.port if port is None else port}"
 
-    async def _connect(self, address: str, timeout: float) -> Peer:
+    async def _connect(
+        self, address: str, shards: tuple[Shard, ...], timeout: float
+    ) -> Peer:
         old = self._peers.get(address)
         if old is not None:
             await old.close()
-        peer = Peer(self._host, address)
+        peer = Peer(self._host, address, shards)
         try:
             await peer.connect(timeout)
         except BaseException:
@@ -342,6 +357,26 @@ class Client:
         for peer in self._peers.values():
             if peer.uses(adapter, slot):
                 peer.break_("a WR failed")
+
+
+def _shards(shards: Iterable[Shard]) -> tuple[Shard, ...]:
+    """Check what was given as shards."""
+    found = tuple(shards)
+    if not all(isinstance(shard, Shard) for shard in found):
+        raise UsageError(f"shards are {found!r}, not kvxfer.sharding.Shard")
+    if len(found) > MAX_SHARDS:
+        raise UsageError(f"{len(found)} shards are more than {MAX_SHARDS}")
+    return found
+
+
+def _same_shards(
+    address: str, have: tuple[Shard, ...], wanted: tuple[Shard, ...]
+) -> None:
+    if have != wanted:
+        raise UsageError(
+            f"there is a connection to {address} with other shards",
+            hint="Close it first, or connect by another client.",
+        )
 
 
 def _request(request_id: str | None) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from kvxfer.errors import LayoutError, ProtocolError
 from kvxfer.layout import Group
+from kvxfer.sharding import Shard
 
 # magic, length, sequence, n_bytes, layer, n_ids, group, n_qps, request_bytes,
 # flags, digest, generation, total
@@ -49,8 +50,13 @@ class Record:
     digest: int = 0
 
 
-def decode(record: bytes, groups: tuple[Group, ...]) -> Record:
+def decode(
+    record: bytes, groups: tuple[Group, ...], shards: tuple[Shard, ...] = ()
+) -> Record:
     """Decode a record and check it against the cache that it speaks of.
+
+    Args:
+      shards: The parts of blocks that this peer writes; none: whole blocks.
 
     Raises:
       ProtocolError: It names a group, layer or block that is not there, or its
@@ -68,19 +74,24 @@ def decode(record: bytes, groups: tuple[Group, ...]) -> Record:
         raise ProtocolError("the sizes in a notify record disagree")
     try:
         group = groups[group_index]
-        rows = [place for _, place in group.rows(layer)]
+        rows = dict(group.rows(layer))
     except (IndexError, LayoutError):
         raise ProtocolError(
             f"a notify record names group {group_index}, layer {layer}, which are "
             "not here"
         ) from None
     ids = np.frombuffer(record, np.dtype("<u4"), n_ids, ids_at).astype(np.int64)
-    limit = min(place.n_blocks for place in rows)
+    parts = [s for s in shards if s.group == group.name and s.plane in rows]
+    written = {s.plane for s in parts} if shards else set(rows)
+    limit = min((rows[plane].n_blocks for plane in written), default=0)
     if n_ids == 0 or int(ids.max()) >= limit:
         raise ProtocolError(
             f"a notify record names blocks that are not in [0, {limit})"
         )
-    if n_bytes != n_ids * sum(place.block_bytes for place in rows):
+    block_bytes = sum(s.length for s in parts)
+    if not shards:
+        block_bytes = sum(place.block_bytes for place in rows.values())
+    if n_bytes != n_ids * block_bytes:
         raise ProtocolError(f"a notify record claims {n_bytes} bytes in {n_ids} blocks")
     try:
         request = record[_HEADER.size : _HEADER.size + n_request].decode()

@@ -28,14 +28,16 @@ from kvxfer.errors import (
     NotQuiescentError,
     ProtocolError,
     RetryExceededError,
+    VersionMismatchError,
     WriteTimeoutError,
     completion_error,
     verbs_error,
 )
 from kvxfer.host import Host
 from kvxfer.link import Link
-from kvxfer.route import Route, build, geometry_from_wire
+from kvxfer.route import Route, build, geometry_from_wire, shards_to_wire
 from kvxfer.scheduler import Outcome, Transfer
+from kvxfer.sharding import Shard
 from kvxfer.verbs_types import Access
 
 _log = logging.getLogger("kvxfer.peer")
@@ -75,8 +77,12 @@ class WriteResult:
 class Peer:
     """A connection to a server's cache; made by ``Client.connect``."""
 
-    def __init__(self, host: Host, address: str) -> None:
+    def __init__(
+        self, host: Host, address: str, shards: tuple[Shard, ...] = ()
+    ) -> None:
         self.address = address
+        self.shards = shards
+        """The parts of blocks that are written; empty: whole blocks."""
         self.state = PeerState.CONNECTING
         self.error: KVXferError | None = None
         """Why it is broken."""
@@ -157,6 +163,7 @@ class Peer:
             geometry=host.wire_geometry,
             devices=host.candidates,
             nonce=messages.new_nonce(),
+            shards=shards_to_wire(self.shards),
         )
 
     async def accept(self, offer: messages.Offer) -> messages.Accept:
@@ -165,11 +172,16 @@ class Peer:
         adapter = await host.adapter(offer.dialer_device)
         if offer.endpoint.windows is None:
             raise ProtocolError(f"{self.address} offers nothing that can be written")
+        if self.shards and not offer.features & messages.FEATURE_SHARDS:
+            raise VersionMismatchError(
+                f"{self.address} is of a release that knows no shards"
+            )
         self._route = build(
             host.cache.groups,
             host.lkey_of(adapter),
             geometry_from_wire(offer.geometry),
             offer.endpoint.windows,
+            self.shards,
         )
         link = await Link.open(adapter, Access(0), receives=0, gid=offer.dialer_gid)
         try:

@@ -6,7 +6,7 @@ its geometry and, for each plane of each layer, a window with base, stride and r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvxfer import wire
@@ -21,6 +21,7 @@ from kvxfer.layout import (
     describe,
     format_layers,
 )
+from kvxfer.sharding import Shard, check_shards
 
 #: Gives the key of the memory region that holds a plane's layer.
 KeyOf = Callable[[PlaneLayer], int]
@@ -69,6 +70,38 @@ def geometry_from_wire(groups: Iterable[wire.GroupGeometry]) -> Geometry:
             )
             for group in groups
         )
+    )
+
+
+def shards_to_wire(shards: Iterable[Shard]) -> list[wire.Shard]:
+    """Put shards into a message."""
+    return [
+        wire.Shard(
+            group=shard.group,
+            plane=shard.plane,
+            local_offset=shard.local_offset,
+            remote_offset=shard.remote_offset,
+            length=shard.length,
+            local_block_bytes=shard.local_block_bytes,
+            remote_block_bytes=shard.remote_block_bytes,
+        )
+        for shard in shards
+    ]
+
+
+def shards_from_wire(shards: Iterable[wire.Shard]) -> tuple[Shard, ...]:
+    """Take shards out of a message."""
+    return tuple(
+        Shard(
+            plane=shard.plane,
+            local_offset=shard.local_offset,
+            remote_offset=shard.remote_offset,
+            length=shard.length,
+            local_block_bytes=shard.local_block_bytes,
+            remote_block_bytes=shard.remote_block_bytes,
+            group=shard.group,
+        )
+        for shard in shards
     )
 
 
@@ -133,45 +166,48 @@ def build(
     lkey_of: KeyOf,
     remote: Geometry,
     remote_windows: Iterable[wire.Window],
+    shards: Sequence[Shard] = (),
 ) -> Route:
     """Match the local cache with a peer's windows.
 
+    Args:
+      shards: The parts of blocks to be written; none: whole blocks.
+
     Raises:
-      GeometryMismatchError: The caches do not fit.
+      GeometryMismatchError: The caches do not fit, or the shards do not fit them.
       ProtocolError: The peer's windows are not those of its own geometry.
     """
     groups = tuple(groups)
-    check_fit(describe(groups), remote)
+    if shards:
+        check_shards(describe(groups), remote, shards)
+    else:
+        check_fit(describe(groups), remote)
     by_place = {(w.group, w.layer, w.plane): w for w in remote_windows}
-    position = {group.name: i for i, group in enumerate(remote.groups)}
     remote_layers = {layer for layer, _, _ in remote.entries()}
+    position = {group.name: i for i, group in enumerate(remote.groups)}
     rows: list[Row] = []
     index: dict[tuple[str, int], int] = {}
     for group in groups:
+        parts = _by_plane(group, shards)
         for layer in group.layers:
-            if layer not in remote_layers:
+            found = [
+                (name, place, by_place.get((group.name, layer, name)))
+                for name, place in group.rows(layer)
+                if layer in remote_layers and name in parts
+            ]
+            if not found:
                 continue
             pairs: list[Pair] = []
             n_local: list[int] = []
             n_remote: list[int] = []
-            for name, place in group.rows(layer):
-                window = by_place.get((group.name, layer, name))
-                if window is None or window.block_bytes != place.block_bytes:
+            for name, place, window in found:
+                if window is None or window.block_bytes != _wanted(place, parts[name]):
                     raise ProtocolError(
                         f"the peer gave no fitting window for plane {name!r} of layer "
                         f"{layer} in group {group.name!r}, which its geometry has"
                     )
-                pairs.append(
-                    (
-                        place.base,
-                        place.block_stride,
-                        window.base,
-                        window.block_stride,
-                        place.block_bytes,
-                        lkey_of(place),
-                        window.rkey,
-                    )
-                )
+                keys = (lkey_of(place), window.rkey)
+                pairs += _pairs(place, window, keys, parts[name])
                 n_local.append(place.n_blocks)
                 n_remote.append(window.n_blocks)
             index[group.name, layer] = len(rows)
@@ -179,3 +215,42 @@ def build(
                 (layer, position[group.name], min(n_local), min(n_remote), pairs)
             )
     return Route(rows, index)
+
+
+def _by_plane(group: Group, shards: Sequence[Shard]) -> dict[str, list[Shard]]:
+    """Sort the shards of a group; without any, all its planes are written whole."""
+    if not shards:
+        return {plane.name: [] for plane in group.planes}
+    parts: dict[str, list[Shard]] = {}
+    for shard in shards:
+        if shard.group == group.name:
+            parts.setdefault(shard.plane, []).append(shard)
+    return parts
+
+
+def _wanted(place: PlaneLayer, shards: list[Shard]) -> int:
+    """Say how many bytes the peer's blocks must have."""
+    return shards[0].remote_block_bytes if shards else place.block_bytes
+
+
+def _pairs(
+    place: PlaneLayer,
+    window: wire.Window,
+    keys: tuple[int, int],
+    shards: list[Shard],
+) -> list[Pair]:
+    """Give what of one plane's blocks goes where: all of them, or their parts."""
+    runs = [(s.local_offset, s.remote_offset, s.length) for s in shards]
+    if not shards:
+        runs = [(0, 0, place.block_bytes)]
+    return [
+        (
+            place.base + local,
+            place.block_stride,
+            window.base + remote,
+            window.block_stride,
+            length,
+            *keys,
+        )
+        for local, remote, length in runs
+    ]

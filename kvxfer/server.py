@@ -28,7 +28,8 @@ from kvxfer.host import Host
 from kvxfer.layout import check_fit
 from kvxfer.link import Link, numeric_address
 from kvxfer.options import Options
-from kvxfer.route import geometry_from_wire, windows
+from kvxfer.route import geometry_from_wire, shards_from_wire, windows
+from kvxfer.sharding import Shard, check_shards
 from kvxfer.verbs_types import Access
 
 _log = logging.getLogger("kvxfer.server")
@@ -78,9 +79,10 @@ class Failure:
 class _Incoming:
     """One writer's connection: its link and what of its ring is consumed."""
 
-    def __init__(self, peer: str, link: Link) -> None:
+    def __init__(self, peer: str, link: Link, shards: tuple[Shard, ...]) -> None:
         self.peer = peer
         self.link = link
+        self.shards = shards
         self.consumed_bytes = 0
         self.consumed_records = 0
         self.told_bytes = 0
@@ -316,7 +318,9 @@ class Server:
         try:
             if arrival.error is not None:
                 raise ProtocolError(arrival.error)
-            record = notify.decode(arrival.record, self._host.cache.groups)
+            record = notify.decode(
+                arrival.record, self._host.cache.groups, incoming.shards
+            )
         except ProtocolError as error:
             self._drop(conn_id, f"broke the rules of the notify ring: {error}")
             return
@@ -370,7 +374,13 @@ class Server:
         host = self._host
         if hello.role != "initiator":
             raise RefusedError("this server is written to; it does not write")
-        check_fit(host.geometry, geometry_from_wire(hello.geometry))
+        shards = shards_from_wire(hello.shards)
+        geometry = geometry_from_wire(hello.geometry)
+        if shards:
+            names = ("at the peer", "here")
+            check_shards(geometry, host.geometry, shards, names=names)
+        else:
+            check_fit(host.geometry, geometry)
         adapter, agreed = await host.agree(hello.devices)
         options = self.options
         link = await Link.open(
@@ -397,7 +407,7 @@ class Server:
         except BaseException:
             await link.close()
             raise
-        self._incoming[conn_id] = _Incoming(peer_address or "local", link)
+        self._incoming[conn_id] = _Incoming(peer_address or "local", link, shards)
         return parts
 
     async def accept(self, conn_id: int, accept: wire.Accept) -> None:

@@ -26,6 +26,7 @@ from kvxfer.errors import ProtocolError, VersionMismatchError
 
 __all__ = [
     "FEATURES",
+    "FEATURE_SHARDS",
     "HANDSHAKE_VERSION",
     "MAGIC",
     "MAX_MESSAGE_BYTES",
@@ -53,6 +54,7 @@ __all__ = [
     "Refuse",
     "RefuseCode",
     "Role",
+    "Shard",
     "Window",
     "common_version",
     "decode",
@@ -65,8 +67,10 @@ MAGIC = b"KVXF"
 HANDSHAKE_VERSION = 1
 #: Lowest and highest protocol version that this release speaks.
 VERSIONS: tuple[int, int] = (1, 1)
-#: Feature bits that this release knows; none are defined yet.
-FEATURES = 0
+#: Parts of blocks may be written, see :class:`Shard`.
+FEATURE_SHARDS = 1 << 0
+#: Feature bits that this release knows.
+FEATURES = FEATURE_SHARDS
 
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_WINDOWS = 4096
@@ -275,6 +279,29 @@ def _check_geometry(groups: list[GroupGeometry]) -> None:
     )
 
 
+class Shard(_Part, frozen=True, kw_only=True):
+    """A run of bytes that the dialer writes inside every block of a plane.
+
+    ``local`` is the dialer's side, ``remote`` the listener's.
+    """
+
+    group: Name
+    plane: Name
+    local_offset: U64
+    remote_offset: U64
+    length: BlockBytes
+    local_block_bytes: BlockBytes
+    remote_block_bytes: BlockBytes
+
+    def check(self) -> None:
+        what = f"shard of {self.group}/{self.plane}"
+        _require(
+            self.local_offset + self.length <= self.local_block_bytes
+            and self.remote_offset + self.length <= self.remote_block_bytes,
+            f"{what} leaves its block",
+        )
+
+
 class Window(_Part, frozen=True, kw_only=True):
     """Where one layer of one plane may be written: ``n_blocks`` blocks from
     ``base``, each ``block_stride`` bytes after the one before."""
@@ -348,6 +375,7 @@ class Hello(_Part, frozen=True, kw_only=True, tag="hello"):
       role: What the dialer is; the listener is the other.
       agent: The library's version, for logs.
       nonce: Random for each connection; the offer returns it.
+      shards: The parts of blocks that will be written; none: whole blocks.
     """
 
     incarnation: Incarnation
@@ -358,12 +386,15 @@ class Hello(_Part, frozen=True, kw_only=True, tag="hello"):
     geometry: Geometry
     devices: Annotated[list[DeviceCandidate], Meta(max_length=64)]
     nonce: Nonce
+    shards: Annotated[list[Shard], Meta(max_length=4096)] = []
 
     def check(self) -> None:
         _require(self.versions[0] <= self.versions[1], "an empty version range")
         _check_geometry(self.geometry)
         for device in self.devices:
             device.check()
+        for shard in self.shards:
+            shard.check()
         _require_unique((device.name for device in self.devices), "device")
 
 
