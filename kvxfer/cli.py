@@ -10,12 +10,14 @@ import click
 from kvxfer._version import __version__
 
 _COMMANDS = {
+    "bench": "kvxfer.bench.cli",
     "demo": "kvxfer.demo",
     "devices": "kvxfer.devices_cli",
     "push": "kvxfer.push",
     "serve": "kvxfer.serve",
 }
 _HELP = {
+    "bench": "Measure transfers, beside the machine's limits and other engines.",
     "demo": "Move and verify a request's KV cache between two processes.",
     "devices": "List the RDMA devices, which one is chosen, and why.",
     "kvbench": "Plan, size and measure the transfers that a model needs.",

@@ -65,7 +65,7 @@ class CacheShape:
           UsageError: The shape is none, or the machine has not so much memory.
         """
         n_bytes = self.layers * self.blocks * self.block_bytes * len(self.planes)
-        available = _available_bytes()
+        available = available_bytes()
         if n_bytes > available:
             raise UsageError(
                 f"{self} take {n_bytes} bytes, and {available} are available: "
@@ -86,7 +86,7 @@ class CacheShape:
         )
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Return how much memory may be taken without pushing others out."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
@@ -206,6 +206,18 @@ def geometry_options(command: _F) -> _F:
     ):
         wrapper = option(wrapper)
     return wrapper  # type: ignore[return-value]
+
+
+def check_address(
+    context: click.Context, parameter: click.Parameter, address: str | None
+) -> str | None:
+    """Refuse what is no address of an endpoint; for click."""
+    if address is None or address.startswith("ipc://"):
+        return address
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise click.BadParameter(f"{address!r} is not HOST:PORT or ipc://PATH")
+    return address
 
 
 def load_options(config: Path | None, **overrides: Any) -> Options:

@@ -76,19 +76,8 @@ async def _push(
                 )
 
 
-def _check_address(
-    context: click.Context, parameter: click.Parameter, address: str
-) -> str:
-    if address.startswith("ipc://"):
-        return address
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise click.BadParameter(f"{address!r} is not HOST:PORT or ipc://PATH")
-    return address
-
-
 @click.command()
-@click.argument("address", metavar="HOST:PORT", callback=_check_address)
+@click.argument("address", metavar="HOST:PORT", callback=command.check_address)
 @click.option(
     "--request-blocks",
     type=click.IntRange(min=1),

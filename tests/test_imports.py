@@ -79,7 +79,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"push", "serve"},
     "devices_cli": {"command", "devices"},
     "doctor": {"devices"},
-    "bench": {"__init__"},
+    "bench": {"command", "pattern"},
+    # These run in the Python of another engine as well, without our extensions.
+    "bench/side": {"bench"},
+    "bench/workload": set(),
     "kvbench": set(),
     # Loaded where a plan is measured on kvxfer itself, and nowhere else.
     "kvbench/transferengine": {"__init__", "kvbench", "pattern"},
@@ -108,6 +111,9 @@ NOT_FOR: dict[str, set[str]] = {
     "gids": IO | {"msgspec"},
     "topology": IO | {"msgspec"},
     "agreement": IO | {"numpy"},
+    "bench": {"torch", "zmq"},
+    "bench/side": {"asyncio", "click", "msgspec", "rich", "zmq"},
+    "bench/workload": IO | {"click", "msgspec", "rich"},
     "kvbench": {"asyncio", "msgspec", "numpy", "torch", "zmq"},
 }
 CORE = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".pyi", ".pyx")]

@@ -1,0 +1,325 @@
+"""What came out: medians over rounds, ratios within a round, tables, JSON and CSV.
+
+GB is 1e9 bytes. A ratio is taken between two figures of the same round and is given
+as the median of all rounds with an interval.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kvxfer._version import __version__
+from kvxfer.bench.contenders import Contender
+from kvxfer.bench.runner import Event, Outcome, Settings
+from kvxfer.bench.workload import Workload, format_size
+from kvxfer.errors import KVXferError
+
+SCHEMA = 1
+"""Version of the JSON."""
+
+_CONFIDENCE = 0.95
+_MEDIANS = (
+    *("gb_per_s", "blocks_per_s", "p50_us", "p99_us"),
+    *("cpu_initiator_s_per_gb", "cpu_target_s_per_gb", "wrs_per_block"),
+)
+SOFTWARE = (
+    "soft0 is kvxfer's software device: these figures are memory copies, not a NIC's."
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median over pairs, and how far off it may be.
+
+    Attributes:
+      median: Of the values.
+      low: Lower end; with at least 6 values the median of many more runs would lie
+        between the ends in 95 of 100 cases, with fewer the ends are the extremes.
+      high: Upper end.
+      count: Values.
+    """
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Return the median with its interval, from the order of the values alone."""
+    ordered = sorted(values)
+    n = len(ordered)
+    cut = 0
+    # The median lies outside the values from the (cut+1)th to the (cut+1)th last
+    # when at most `cut` of n coins show heads, or at most `cut` tails.
+    while cut + 1 < n / 2:
+        outside = 2 * sum(math.comb(n, i) for i in range(cut + 1)) / 2**n
+        if outside > 1 - _CONFIDENCE:
+            break
+        cut += 1
+    cut = max(0, cut - 1) if cut else 0
+    return Interval(statistics.median(ordered), ordered[cut], ordered[n - 1 - cut], n)
+
+
+def _median(windows: Iterable[Event], key: str) -> float | None:
+    values = [w[key] for w in windows if w.get(key) is not None]
+    return statistics.median(values) if values else None
+
+
+def summarize(windows: Sequence[Event]) -> list[dict[str, Any]]:
+    """Return one row a contender and size: medians over the rounds."""
+    groups: dict[tuple[str, int], list[Event]] = {}
+    for window in windows:
+        place = window["contender"], window["block_bytes"]
+        groups.setdefault(place, []).append(window)
+    rows = []
+    for (name, size), group in groups.items():
+        row: dict[str, Any] = {"contender": name, "block_bytes": size}
+        row |= {key: _median(group, key) for key in _MEDIANS}
+        row["rounds"] = len(group)
+        row["low_gb_per_s"] = min(w["gb_per_s"] for w in group)
+        row["high_gb_per_s"] = max(w["gb_per_s"] for w in group)
+        for what in ("verified_blocks", "wrong_blocks", "unseen_blocks"):
+            counts = [w[what] for w in group if w.get(what) is not None]
+            row[what] = sum(counts) if counts else None
+        row["disturbed"] = sum(bool(w.get("disturbed")) for w in group)
+        row["device"] = group[-1].get("device")
+        row["wire"] = group[-1].get("wire")
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["block_bytes"])
+
+
+def ratios(windows: Sequence[Event], ours: str) -> list[dict[str, Any]]:
+    """Return, for each other contender and size, ``ours`` over it in throughput."""
+    rates = {
+        (w["contender"], w["block_bytes"], w["round"]): w["gb_per_s"] for w in windows
+    }
+    found: dict[tuple[str, int], list[float]] = {}
+    for (name, size, number), rate in rates.items():
+        mine = rates.get((ours, size, number))
+        if name != ours and mine is not None and rate > 0:
+            found.setdefault((name, size), []).append(mine / rate)
+    lines = []
+    for (name, size), values in found.items():
+        of = interval(values)
+        lines.append(
+            {
+                "contender": ours,
+                "against": name,
+                "block_bytes": size,
+                "median": of.median,
+                "low": of.low,
+                "high": of.high,
+                "pairs": of.count,
+            }
+        )
+    return sorted(lines, key=lambda row: (row["against"], row["block_bytes"]))
+
+
+def machine() -> dict[str, Any]:
+    """Describe this machine."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    model = ""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {
+        "processors": os.cpu_count(),
+        "model": model,
+        "memory_bytes": memory,
+        "kernel": platform.release(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+    }
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is known after a run."""
+
+    contenders: Sequence[Contender]
+    workload: Workload
+    settings: Settings
+    outcome: Outcome
+    absent: Mapping[str, str]
+    """Contenders that could not be run -> why and what to do."""
+
+    @property
+    def ours(self) -> str:
+        """The contender that the others are compared with: the first."""
+        return self.contenders[0].name
+
+    @property
+    def wrong(self) -> int:
+        """Blocks that did not hold what they should."""
+        return sum(w.get("wrong_blocks") or 0 for w in self.outcome.windows)
+
+    def document(self) -> dict[str, Any]:
+        """Return what ``--json`` writes."""
+        windows = self.outcome.windows
+        workload = self.workload
+        return {
+            "schema": SCHEMA,
+            "kvxfer": __version__,
+            "command": ["kvxfer", *sys.argv[1:]],
+            "machine": machine(),
+            "method": {
+                "clock": "monotonic",
+                "rounds": self.settings.rounds,
+                "window_seconds": self.settings.window,
+                "depth": self.settings.depth,
+                "threads": self.settings.threads,
+                "memory": self.settings.memory,
+                "options": self.settings.options,
+                "complete": self.outcome.complete,
+            },
+            "workload": {
+                "block_bytes": list(workload.sizes),
+                "batch": workload.batch,
+                "planes": workload.planes,
+                "pool_bytes": workload.pool_bytes,
+                "pattern": workload.pattern,
+                "seed": workload.seed,
+            },
+            "contenders": [
+                {"name": c.name, "what": c.what, "peer": c.is_peer}
+                for c in self.contenders
+            ],
+            "windows": windows,
+            "summary": summarize(windows),
+            "ratios": ratios(windows, self.ours),
+            "failures": self.outcome.failures,
+            "absent": dict(self.absent),
+        }
+
+    def write_json(self, path: Path) -> None:
+        """Write everything, one JSON document."""
+        _write(path, json.dumps(self.document(), indent=1) + "\n")
+
+    def write_csv(self, path: Path) -> None:
+        """Write one line a window."""
+        columns = list(dict.fromkeys(key for w in self.outcome.windows for key in w))
+        try:
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns, restval="")
+                writer.writeheader()
+                writer.writerows(self.outcome.windows)
+        except OSError as error:
+            raise KVXferError(f"cannot write {path}: {error.strerror}") from error
+
+    def print(self, console: Console) -> None:
+        """Print the tables, what they are and what they are not."""
+        rows = summarize(self.outcome.windows)
+        for contender in self.contenders:
+            own = [row for row in rows if row["contender"] == contender.name]
+            if own:
+                console.print(_table(contender, own))
+        found = ratios(self.outcome.windows, self.ours)
+        if found:
+            console.print(_ratio_table(self.ours, found))
+        if any(str(row["device"]).startswith("soft") for row in rows):
+            console.print(SOFTWARE)
+        n_disturbed = sum(row["disturbed"] for row in rows)
+        if n_disturbed:
+            console.print(
+                f"{n_disturbed} of {len(self.outcome.windows)} windows were disturbed "
+                "by other processes of this machine."
+            )
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise KVXferError(f"cannot write {path}: {error.strerror}") from error
+
+
+def figure(value: float | None) -> str:
+    """Return three digits that count, or a dash."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{digits}f}"
+
+
+def _checked(row: Mapping[str, Any]) -> str:
+    if row["verified_blocks"] is None:
+        return "-"
+    if row["wrong_blocks"]:
+        return f"{row['wrong_blocks']} WRONG"
+    unseen = row["unseen_blocks"]
+    return f"{row['verified_blocks']:,}" + (f", {unseen} late" if unseen else "")
+
+
+def title_of(contender: Contender, row: Mapping[str, Any]) -> str:
+    """Say who was measured and by what: a NIC, or copies of memory."""
+    device = row.get("device")
+    if not device:
+        return f"{contender.name}: {contender.what}"
+    way = f"{device} ({row['wire']})"
+    if str(device).startswith("soft"):
+        way += ", memory copies"
+    elif str(device).startswith("null"):
+        way += ", nothing moves"
+    return f"{contender.name}: {contender.what}; {way}"
+
+
+def _table(contender: Contender, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title_of(contender, rows[-1]), title_justify="left")
+    for name in (
+        *("block", "GB/s", "low-high", "blocks/s", "p50 us", "p99 us"),
+        *("CPU s/GB, from", "to", "WRs/block", "verified blocks"),
+    ):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            format_size(row["block_bytes"]),
+            figure(row["gb_per_s"]),
+            f"{figure(row['low_gb_per_s'])}-{figure(row['high_gb_per_s'])}",
+            f"{row['blocks_per_s']:,.0f}",
+            figure(row["p50_us"]),
+            figure(row["p99_us"]),
+            figure(row["cpu_initiator_s_per_gb"]),
+            figure(row["cpu_target_s_per_gb"]),
+            figure(row["wrs_per_block"]),
+            _checked(row),
+        )
+    return table
+
+
+def _ratio_table(ours: str, rows: list[dict[str, Any]]) -> Table:
+    names = list(dict.fromkeys(row["against"] for row in rows))
+    pairs = min(row["pairs"] for row in rows)
+    table = Table(
+        title=f"GB/s of {ours} over the others: median [interval] of {pairs} or more "
+        "pairs of the same round",
+        title_justify="left",
+    )
+    table.add_column("block", justify="right")
+    for name in names:
+        table.add_column(f"/ {name}", justify="right")
+    cells = {
+        (row["block_bytes"], row["against"]): f"{figure(row['median'])} "
+        f"[{figure(row['low'])}-{figure(row['high'])}]"
+        for row in rows
+    }
+    for size in sorted({row["block_bytes"] for row in rows}):
+        line = [cells.get((size, name), "-") for name in names]
+        table.add_row(format_size(size), *line)
+    return table

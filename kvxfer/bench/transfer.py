@@ -1,0 +1,290 @@
+"""kvxfer itself as a contender: ``await client.write_cache(...)``, as users call it.
+
+The initiator has a thread, an event loop, a client and a connection for each of the
+threads asked for, all over one cache; each of them keeps so many writes in flight. The
+target is a server that takes its arrivals, as a decode node does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvxfer import Client, KVCache, Options, Peer, Server, WriteResult, pattern
+from kvxfer.bench.side import (
+    Control,
+    Initiator,
+    Job,
+    Target,
+    Window,
+    address_of,
+    map_pool,
+    workload_of,
+)
+from kvxfer.bench.workload import Tables, contents
+from kvxfer.errors import UsageError
+
+T = TypeVar("T")
+
+_CHUNK = 4096
+
+
+class Pool:
+    """A side's memory, and the cache over it: a group for each block size.
+
+    So one registration and one connection serve the whole sweep.
+
+    Args:
+      shared: Let ``KVCache.allocate`` make the memory, which other processes of this
+        host can map; else it is ordinary memory of this process.
+    """
+
+    def __init__(self, job: Job, *, shared: bool) -> None:
+        workload = workload_of(job)
+        names = job["plane_names"]
+        n_planes = len(names)
+        n_bytes = workload.pool_bytes // n_planes // _CHUNK * _CHUNK
+        self._memory: object
+        if shared:
+            whole = KVCache.allocate(
+                n_layers=1, n_blocks=n_bytes // _CHUNK, block_bytes=_CHUNK, planes=names
+            )
+            views = [whole.view(0, name) for name in names]
+            words = [view.reshape(-1).view(np.uint64) for view in views]
+            self._memory = whole
+        else:
+            pool = map_pool(n_bytes * n_planes)
+            words = np.split(pool, n_planes)
+            self._memory = pool
+        self.bases = [address_of(plane) for plane in words]
+        #: Words of each plane, and the index of the first in the pool.
+        self.planes: list[tuple[NDArray[np.uint64], int]] = [
+            (plane, sum(len(w) for w in words[:i])) for i, plane in enumerate(words)
+        ]
+        self.cache = KVCache.grouped(
+            {
+                str(size): KVCache.from_pointers(
+                    dict(zip(names, ([base] for base in self.bases), strict=True)),
+                    n_blocks=n_bytes // size,
+                    block_bytes=size,
+                )
+                for size in workload.sizes
+            }
+        )
+
+    def fill(self) -> None:
+        """Give every word its index in the pool."""
+        for plane, first in self.planes:
+            contents(plane)
+            plane += np.uint64(first)
+
+    def touch(self) -> None:
+        """Have all of the memory there, before a device is given it."""
+        for plane, _ in self.planes:
+            plane[:] = 0
+
+
+def options_of(job: Job) -> Options:
+    """Return the options of both sides of a job."""
+    return Options.load(**job["options"])
+
+
+class Lane:
+    """One thread with its event loop, client and connection."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self.loop.run_forever, name=f"bench-{number}", daemon=True
+        )
+        self.client: Client
+        self.peer: Peer
+        self.last: WriteResult | None = None
+        self._thread.start()
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Any:
+        """Begin to run a coroutine in the thread; return its future."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    async def connect(self, cache: KVCache, options: Options, address: str) -> None:
+        """Open the client and connect."""
+        self.client = Client(cache, options)
+        await self.client.open()
+        host, _, port = address.rpartition(":")
+        self.peer = (
+            await self.client.connect(address)
+            if address.startswith("ipc://")
+            else await self.client.connect(host, int(port))
+        )
+
+    def close(self) -> None:
+        """Close the client and end the thread."""
+        self.start(self.client.close()).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+
+class Transfer(Initiator):
+    """Writes with ``write_cache``."""
+
+    def open(self) -> None:
+        """Map the source, start the target, connect every thread."""
+        job = self.job
+        self.pool = Pool(job, shared=job["memory"] == "shared")
+        self.pool.fill()
+        self.options = options_of(job)
+        self.lanes = [Lane(i) for i in range(job["threads"])]
+        super().open()
+
+    def connect(self, hello: dict[str, Any]) -> None:
+        """Connect to where the target listens."""
+        self.join(self.pool.cache, hello["endpoint"])
+
+    def join(self, cache: KVCache, address: str) -> None:
+        """Connect every thread, one after the other."""
+        for lane in self.lanes:
+            lane.start(lane.connect(cache, self.options, address)).result()
+
+    def prepare(self, tables: Tables) -> None:
+        """Choose the group of this size."""
+        self.group = str(tables.block_bytes)
+        self.layer = 0
+
+    async def _write(self, lane: Lane, tables: Tables, flight: int, n: int) -> None:
+        source, target = tables.pick(flight, n)
+        lane.last = await lane.client.write_cache(
+            lane.peer,
+            tables.source[source],
+            tables.target[target],
+            self.layer,
+            group=self.group,
+        )
+
+    async def _keep_writing(
+        self, lane: Lane, flight: int, tables: Tables, window: Window
+    ) -> None:
+        """Keep one batch in flight until the window is over."""
+        clock = time.perf_counter
+        while window.more():
+            n = window.next(flight)
+            start = clock()
+            await self._write(lane, tables, flight, n)
+            window.note(clock() - start)
+
+    async def _lane(self, lane: Lane, tables: Tables, window: Window) -> None:
+        depth = self.job["depth"]
+        first = lane.number * depth
+        if depth == 1:
+            await self._keep_writing(lane, first, tables, window)
+            return
+        await asyncio.gather(
+            *(self._keep_writing(lane, first + i, tables, window) for i in range(depth))
+        )
+
+    def run_batches(self, tables: Tables, window: Window) -> None:
+        """Have every thread write until the window is over."""
+        running = [lane.start(self._lane(lane, tables, window)) for lane in self.lanes]
+        for work in running:
+            work.result()
+
+    def facts(self) -> dict[str, Any]:
+        """Say which device moved the blocks, by which wire, in how many WRs."""
+        last = self.lanes[0].last
+        assert last is not None
+        n_blocks = self.workload.batch * self.workload.planes
+        return {
+            "device": last.device,
+            "wire": last.wire,
+            "wrs_per_block": last.wrs / n_blocks,
+        }
+
+    def close(self) -> None:
+        """Close the clients, then let the target go."""
+        for lane in self.lanes:
+            lane.close()
+        super().close()
+
+
+class Remote(Transfer):
+    """Writes into a ``kvxfer serve`` that somebody else runs.
+
+    Its blocks are what they are: the workload has one size. Whether the bytes are
+    right is checked there, with ``--verify``.
+    """
+
+    has_target = False
+
+    def open(self) -> None:
+        """Map the source, in the geometry of the target, and connect."""
+        job, workload = self.job, self.workload
+        self.options = options_of(job)
+        self.lanes = [Lane(i) for i in range(job["threads"])]
+        size = workload.sizes[0]
+        self.planes = job["plane_names"]
+        self.cache = KVCache.allocate(
+            n_layers=1,
+            n_blocks=workload.n_blocks(size),
+            block_bytes=size,
+            planes=self.planes,
+            dtype=job["dtype"],
+        )
+        for name in self.planes:
+            self.cache.view(0, name)[:, ::_CHUNK] = 0
+        self.join(self.cache, job["target"])
+
+    def prepare(self, tables: Tables) -> None:
+        """Fill the blocks with what belongs where they go."""
+        there = self.lanes[0].peer.n_blocks()
+        if there < self.workload.n_blocks(tables.block_bytes):
+            raise UsageError(
+                f"the target has {there} blocks, and --pool asks for "
+                f"{self.workload.n_blocks(tables.block_bytes)}: start it with more "
+                "--blocks, or give a smaller --pool"
+            )
+        self.layer = self.lanes[0].peer.layers()[0]
+        self.group = "main"
+        for number, name in enumerate(self.planes):
+            view = self.cache.view(0, name)
+            for ours, theirs in zip(tables.source, tables.target, strict=True):
+                pattern.fill(view, ours, theirs, number, self.layer)
+
+    async def _write(self, lane: Lane, tables: Tables, flight: int, n: int) -> None:
+        mine = tables.sets_of_a_lane
+        at = flight * mine + n % mine  # the contents belong to the pair of ids
+        lane.last = await lane.client.write_cache(
+            lane.peer, tables.source[at], tables.target[at], self.layer
+        )
+
+    def verify(self, sets: list[tuple[int, int]]) -> int | None:
+        """Leave it to the target."""
+        return None
+
+
+async def _serve(job: Job, control: Control) -> None:
+    pool = Pool(job, shared=job["memory"] == "shared")
+    pool.touch()
+    target = Target(job, pool.planes)
+    async with Server(pool.cache, options_of(job), port=0) as server:
+
+        async def take() -> None:
+            async for _ in server.arrivals():
+                pass
+
+        taking = asyncio.ensure_future(take())
+        control.send(endpoint=server.endpoint)
+        # In a thread: the server must go on answering while the initiator thinks.
+        await asyncio.get_running_loop().run_in_executor(None, target.serve, control)
+    await taking
+
+
+def serve(job: Job, control: Control) -> None:
+    """Be the target until the initiator lets go."""
+    asyncio.run(_serve(job, control))

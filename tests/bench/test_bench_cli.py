@@ -1,0 +1,202 @@
+"""``kvxfer bench`` from the outside: a tiny run, what is refused, how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvxfer.options import OPTIONS
+from tests.endpoints import SOON
+from tests.test_cli import result_of, running, serving
+
+WIRES = sorted(
+    {*next(option for option in OPTIONS if option.name == "soft_wire").choices}
+    - {"auto"}
+)
+#: Seconds do not matter here, only that all of it is gone through.
+TINY = ["--pool", "1M", "--batch", "32", "--window", "0.001"]
+
+
+async def bench(*arguments: str) -> tuple[int, str, str]:
+    return await result_of("kvxfer", "bench", *TINY, *arguments)
+
+
+async def document(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    path = tmp_path / "out.json"
+    code, out, err = await bench("--json", str(path), *arguments)
+    assert (code, err) == (0, ""), err
+    assert "GB/s" in out
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+# -- runs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wire", WIRES)
+async def test_a_sweep_on_each_wire(wire: str, tmp_path: Path) -> None:
+    lines = tmp_path / "out.csv"
+    found = await document(
+        tmp_path,
+        *("--sizes", "1K,4K", "--wire", wire, "--rounds", "2", "--csv", str(lines)),
+    )
+    windows = found["windows"]
+    assert [(w["round"], w["block_bytes"]) for w in windows] == [
+        (number, size) for number in (0, 1) for size in (1024, 4096)
+    ]
+    for window in windows:
+        assert (window["device"], window["wire"]) == ("soft0", wire)
+        assert (window["wrong_blocks"], window["unseen_blocks"]) == (0, 0)
+        assert window["verified_blocks"] == 2 * 32
+        assert window["batches"] >= 3
+        assert window["bytes"] == window["batches"] * 32 * window["block_bytes"]
+        assert window["gb_per_s"] > 0 and window["p50_us"] <= window["p99_us"]
+        assert window["wrs_per_block"] >= 1
+    assert found["method"]["options"] == {"soft_wire": wire}
+    assert found["method"]["complete"]
+    with lines.open() as file:
+        assert len(list(csv.DictReader(file))) == 4
+
+
+async def test_several_in_flight_of_several_threads(tmp_path: Path) -> None:
+    found = await document(
+        tmp_path,
+        *("--sizes", "2K", "--depth", "2", "--threads", "2", "--planes", "k,v"),
+        *("--memory", "ordinary", "--batch", "16"),
+    )
+    (window,) = found["windows"]
+    assert window["batches"] >= 4
+    assert window["wrong_blocks"] == 0
+    assert window["verified_blocks"] == 4 * 16 * 2
+    assert window["bytes"] == window["batches"] * 16 * 2 * 2048
+
+
+async def test_neighbours_share_a_wr(tmp_path: Path) -> None:
+    found = await document(tmp_path, "--sizes", "1K", "--pattern", "contiguous")
+    assert found["windows"][0]["wrs_per_block"] < 0.2
+    assert found["windows"][0]["wrong_blocks"] == 0
+
+
+async def test_kvxfer_against_kvxfer(tmp_path: Path) -> None:
+    found = await document(
+        tmp_path, "--sizes", "1K", "--against", "kvxfer:chain=1+soft_wire=tcp"
+    )
+    by_name = {w["contender"]: w for w in found["windows"]}
+    assert by_name["kvxfer:chain=1+soft_wire=tcp"]["wire"] == "tcp"
+    (ratio,) = found["ratios"]
+    assert ratio["against"] == "kvxfer:chain=1+soft_wire=tcp"
+    assert ratio["pairs"] == 1 and ratio["median"] > 0
+
+
+# -- what is refused ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--sizes", "1T"], ["1T", "not a size"]),
+        (["--sizes", "1001"], ["1001", "multiples of 8"]),
+        (["--pattern", "zigzag"], ["zigzag", "runs:N"]),
+        (["--sizes", "1M"], ["1M", "--pool", "--batch"]),
+        (["--pool", "900G"], ["900G", "available", "--pool"]),
+        (["--wire", "morse"], ["morse", "cma"]),
+        (["--against", "memmove"], ["memmove", "kvxfer:option=value"]),
+        (["--against", "kvxfer:chain"], ["chain", "option=value"]),
+        (["--threads", "0"], ["--threads"]),
+        (["--planes", "k,k"], ["k,k", "twice"]),
+        (["--target", "nowhere"], ["nowhere", "HOST:PORT"]),
+        (["--target", "127.0.0.1:1"], ["--target", "one size", "--sizes"]),
+    ],
+)
+async def test_wrong_use(arguments: list[str], words: list[str]) -> None:
+    code, out, err = await bench(*arguments)
+    assert (code, out) == (2, "")
+    for word in words:
+        assert word in err
+
+
+async def test_nobody_at_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVXFER_CONNECT_TIMEOUT", "0.2")
+    code, _, err = await bench("--sizes", "512", "--target", "127.0.0.1:1")
+    assert code == 1
+    assert "127.0.0.1:1" in err
+
+
+async def test_a_device_that_is_not_there() -> None:
+    code, _, err = await bench("--sizes", "1K", "--device", "mlx5_77")
+    assert code == 1
+    assert err.startswith("kvxfer: kvxfer: ")
+    assert "mlx5_77" in err or "ibv_get_device_list" in err
+
+
+# -- the end ------------------------------------------------------------------------
+
+
+def descendants(pid: int) -> set[int]:
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found |= {child, *descendants(child)}
+    return found
+
+
+def gone(pids: set[int]) -> bool:
+    """Whether none of these processes runs any more."""
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state != "Z":
+            return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+async def test_no_process_outlives_it(number: int) -> None:
+    async with running(
+        "kvxfer", "bench", "--pool", "64M", "--sizes", "1K", "--window", "60"
+    ) as command:
+        pid = command.process.pid
+        below: set[int] = set()
+
+        async def both() -> None:
+            while len(below) < 2:
+                below.update(descendants(pid))
+                await asyncio.sleep(0.01)
+
+        await asyncio.wait_for(both(), SOON)
+        os.kill(pid, number)
+        code, out, _ = await command.end()
+        assert (code, out) == (-9 if number == signal.SIGKILL else 130, "")
+
+        async def ended() -> None:
+            while not gone(below):  # noqa: ASYNC110 - no event tells of it
+                await asyncio.sleep(0.01)
+
+        await asyncio.wait_for(ended(), SOON)
+
+
+async def test_a_target_that_somebody_else_runs(tmp_path: Path) -> None:
+    async with serving("--verify") as (serve, endpoint):
+        path = tmp_path / "out.json"
+        code, _, err = await result_of(
+            *("kvxfer", "bench", "--target", endpoint, "--json", str(path)),
+            *("--sizes", "512", "--batch", "8", "--window", "0.001", "--pool", "64K"),
+            *("--planes", "k,v"),
+        )
+        assert (code, err) == (0, "")
+        (window,) = json.loads(path.read_text())["windows"]
+        assert window["verified_blocks"] is None
+        assert window["cpu_target_s_per_gb"] is None
+        event = await serve.event()
+        assert event["blocks"] == 8 and event["verified"]
+        code, out, _ = await serve.end(signal.SIGTERM)
+        assert code == 0, out

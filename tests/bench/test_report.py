@@ -1,0 +1,170 @@
+"""What is made of the windows: medians, ratios, tables, JSON, CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kvxfer.bench.contenders import WRITE_CACHE, Contender
+from kvxfer.bench.report import SOFTWARE, Report, figure, interval, ratios, summarize
+from kvxfer.bench.runner import Outcome, Settings
+from kvxfer.bench.workload import Workload
+from kvxfer.errors import KVXferError
+
+OTHER = Contender("memcpy", "memcpy", "one process copies")
+
+
+def window(name: str, number: int, rate: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "contender": name,
+        "round": number,
+        "batch": 10,
+        "planes": 1,
+        "block_bytes": 1024,
+        "gb_per_s": rate,
+        "blocks_per_s": rate * 1e6,
+        "p50_us": 100.0,
+        "p99_us": 200.0,
+        "cpu_initiator_s_per_gb": 0.5,
+        "cpu_target_s_per_gb": 0.25,
+        "wrs_per_block": 1.0,
+        "verified_blocks": 20,
+        "wrong_blocks": 0,
+        "unseen_blocks": 0,
+        "disturbed": False,
+        "device": "soft0",
+        "wire": "cma",
+        **changes,
+    }
+
+
+def report(windows: list[dict[str, Any]], **changes: Any) -> Report:
+    return Report(
+        contenders=[WRITE_CACHE, OTHER],
+        workload=Workload((1024,), batch=10, pool_bytes=1 << 20),
+        settings=Settings(rounds=3),
+        outcome=Outcome(windows, complete=True),
+        absent=changes,
+    )
+
+
+def printed(of: Report) -> str:
+    out = io.StringIO()
+    of.print(Console(file=out, width=160))
+    return out.getvalue()
+
+
+# -- figures ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "low", "high"),
+    # The ranks of the sign test's interval: for 12 values the 3rd and the 10th.
+    [(1, 1, 1), (3, 1, 3), (5, 1, 5), (6, 1, 6), (9, 2, 8), (12, 3, 10), (20, 6, 15)],
+)
+def test_the_interval_of_a_median(count: int, low: int, high: int) -> None:
+    found = interval([float(i) for i in range(count, 0, -1)])
+    assert (found.low, found.high, found.count) == (low, high, count)
+    assert found.median == (count + 1) / 2
+
+
+def test_figures_have_three_digits() -> None:
+    values = [None, 0.0, 0.00123456, 0.5, 1.0, 12.345, 123.45, 12345.6]
+    assert [figure(v) for v in values] == (
+        ["-", "0", "0.00123", "0.500", "1.00", "12.3", "123", "12,346"]
+    )
+
+
+def test_medians_over_rounds() -> None:
+    rates = [3.0, 1.0, 2.0]
+    (row,) = summarize([window("kvxfer", i, rate) for i, rate in enumerate(rates)])
+    assert row["gb_per_s"] == 2.0
+    assert (row["low_gb_per_s"], row["high_gb_per_s"], row["rounds"]) == (1.0, 3.0, 3)
+    assert row["verified_blocks"] == 60
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    windows = [window("kvxfer", i, rate) for i, rate in enumerate([2.0, 8.0, 3.0])]
+    windows += [window("memcpy", i, rate) for i, rate in enumerate([1.0, 4.0])]
+    (row,) = ratios(windows, "kvxfer")
+    assert row == {
+        "contender": "kvxfer",
+        "against": "memcpy",
+        "block_bytes": 1024,
+        "median": 2.0,
+        "low": 2.0,
+        "high": 2.0,
+        "pairs": 2,
+    }
+
+
+# -- what people see ----------------------------------------------------------------
+
+
+def test_the_table() -> None:
+    text = printed(report([window("kvxfer", 0, 1.5), window("memcpy", 0, 3.0)]))
+    line = next(li for li in text.splitlines() if "1,500,000" in li)
+    cells = [cell.strip() for cell in line.strip("│ ").split("│")]
+    assert cells == [
+        *("1K", "1.50", "1.50-1.50", "1,500,000", "100", "200"),
+        *("0.500", "0.250", "1.00", "20"),
+    ]
+    assert "0.500 [0.500-0.500]" in text
+    assert "memory copies" in text and SOFTWARE in text
+
+
+def test_a_nic_is_not_called_a_memory_copy() -> None:
+    text = printed(report([window("kvxfer", 0, 1.5, device="mlx5_0", wire="rdma")]))
+    assert "mlx5_0 (rdma)" in text
+    assert "memory cop" not in text and "soft0" not in text
+
+
+def test_wrong_and_late_blocks_are_shown() -> None:
+    assert "3 WRONG" in printed(report([window("kvxfer", 0, 1.0, wrong_blocks=3)]))
+    assert "20, 4 late" in printed(report([window("kvxfer", 0, 1.0, unseen_blocks=4)]))
+
+
+def test_disturbed_windows_are_counted() -> None:
+    windows = [window("kvxfer", i, 1.0, disturbed=i == 0) for i in range(3)]
+    assert "1 of 3 windows were disturbed" in printed(report(windows))
+
+
+# -- files --------------------------------------------------------------------------
+
+
+def test_json_holds_everything(tmp_path: Path) -> None:
+    windows = [window("kvxfer", 0, 1.5), window("memcpy", 0, 3.0)]
+    report(windows, nixl="not installed").write_json(tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["schema"] == 1
+    assert set(found) == {
+        *("schema", "kvxfer", "command", "machine", "method", "workload"),
+        *("contenders", "windows", "summary", "ratios", "failures", "absent"),
+    }
+    assert found["windows"] == windows
+    assert found["absent"] == {"nixl": "not installed"}
+    assert found["ratios"][0]["median"] == 0.5
+    assert {row["contender"] for row in found["summary"]} == {"kvxfer", "memcpy"}
+    assert found["machine"]["processors"] >= 1
+    assert found["workload"]["block_bytes"] == [1024]
+
+
+def test_csv_holds_a_line_a_window(tmp_path: Path) -> None:
+    report([window("kvxfer", i, 1.5 + i) for i in range(2)]).write_csv(
+        tmp_path / "out.csv"
+    )
+    with (tmp_path / "out.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["gb_per_s"] for line in lines] == ["1.5", "2.5"]
+    assert lines[0]["contender"] == "kvxfer"
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(KVXferError, match="cannot write"):
+        report([]).write_json(tmp_path / "none" / "out.json")
