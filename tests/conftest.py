@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 import numpy as np  # noqa: F401
 import pytest
 
+from tests import patience
 from tests.leaks import leaked_since, pending_tasks, take_census
 
 
@@ -36,6 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="GID index to use on --rdma-device (default: the library's choice)",
     )
+
+
+def pytest_report_header() -> list[str]:
+    if patience.FACTOR == 1:
+        return []
+    return [f"deadlines: {patience.FACTOR:g} times longer (KVXFER_TEST_PATIENCE)"]
 
 
 def pytest_collection_modifyitems(

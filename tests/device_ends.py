@@ -34,9 +34,10 @@ from kvxfer.verbs_types import (
     RecvWR,
     SendWR,
 )
+from tests.patience import patient
 
 ALL = Access.LOCAL_WRITE | Access.REMOTE_WRITE | Access.REMOTE_READ
-PATIENCE = 15.0
+PATIENCE = patient(15.0)
 """Seconds until something that must come counts as missing."""
 
 

@@ -29,20 +29,21 @@ from numpy.typing import NDArray
 from kvxfer import Arrival, Client, KVCache, Peer, Server
 from kvxfer.errors import KVXferError
 from kvxfer.layout import PlaneLayer
+from tests.patience import patient
 
 Bytes = NDArray[np.uint8]
 
 #: Every wait of a test ends; this is for those that should be over at once.
-SOON = 20.0
+SOON = patient(20.0)
 
 #: Deadlines short enough for a test that meets one of them.
 QUICK: dict[str, Any] = {
     "connect_timeout": SOON,
     "write_timeout": SOON,
-    "drain_timeout": 1.0,
-    "fence_timeout": 1.0,
-    "ping_interval": 0.2,
-    "ping_timeout": 2.0,
+    "drain_timeout": patient(1.0),
+    "fence_timeout": patient(1.0),
+    "ping_interval": patient(0.2),
+    "ping_timeout": patient(2.0),
 }
 
 

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.patience import patient
+
 TASK_DIR = Path("/proc/self/task")
 FD_DIR = "/proc/self/fd"
 
@@ -35,7 +37,7 @@ def take_census() -> Census:
     return Census(_fds(), _threads(), _children(), _native())
 
 
-def leaked_since(before: Census, *, patience: float = 3.0) -> list[str]:
+def leaked_since(before: Census, *, patience: float = patient(3.0)) -> list[str]:
     """Say what this process holds and did not hold at ``before``.
 
     Threads that were joined and sockets that were closed may need a moment in

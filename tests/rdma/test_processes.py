@@ -17,11 +17,12 @@ import pytest
 from kvxfer import Client, KVCache, Peer, pattern
 from kvxfer.errors import BrokenPeerError, KVXferError, RetryExceededError
 from tests.endpoints import QUICK
+from tests.patience import patient
 
 pytestmark = pytest.mark.rdma
 
-#: Starting an interpreter is slow where the processor is emulated.
-STARTED = 60.0
+#: For a program to start, and to end.
+STARTED = patient(20.0)
 
 LAYERS, BLOCKS, BLOCK_BYTES = 3, 64, 16384
 GEOMETRY = [
@@ -50,11 +51,11 @@ class Endpoint:
 
 
 @contextlib.asynccontextmanager
-async def serving(port: int = 0) -> AsyncIterator[Endpoint]:
+async def serving(device: str, port: int = 0) -> AsyncIterator[Endpoint]:
     """Run an endpoint that verifies; interrupt it in the end."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "kvxfer.serve", "--port", str(port)),
-        *("--verify", "--json"),
+        *("--device", device, "--verify", "--json"),
         *GEOMETRY,
         stdout=PIPE,
     )
@@ -75,10 +76,10 @@ async def serving(port: int = 0) -> AsyncIterator[Endpoint]:
 
 
 async def test_serve_and_push(device: str) -> None:
-    async with serving() as endpoint:
+    async with serving(device) as endpoint:
         push = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "kvxfer", "push", f"127.0.0.1:{endpoint.port}"),
-            *("--request-blocks", "50", "--json"),
+            *("--device", device, "--request-blocks", "50", "--json"),
             *GEOMETRY,
             stdout=PIPE,
         )
@@ -99,7 +100,7 @@ async def test_serve_and_push(device: str) -> None:
         assert await asyncio.wait_for(endpoint.process.wait(), STARTED) == 0
 
 
-async def test_peers_that_freeze_and_die() -> None:
+async def test_peers_that_freeze_and_die(device: str) -> None:
     """Either ends a write in time, and the next endpoint there is written again."""
     ids = np.arange(BLOCKS)
     with filled_cache() as cache:
@@ -114,7 +115,7 @@ async def test_peers_that_freeze_and_die() -> None:
 
             port = 0
             for how in (signal.SIGSTOP, signal.SIGKILL):
-                async with serving(port) as endpoint:
+                async with serving(device, port) as endpoint:
                     port = endpoint.port
                     peer = await client.connect("127.0.0.1", port)
                     await client.write_cache(peer, ids, ids)
