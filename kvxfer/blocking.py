@@ -190,6 +190,11 @@ class Peer:
         return self._peer.connected
 
     @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The parts of blocks that are written; empty: whole blocks."""
+        return self._peer.shards
+
+    @property
     def device(self) -> str:
         """Name of the device that reaches this peer."""
         return self._peer.device

@@ -27,10 +27,11 @@ WANTED = [
     "kvxfer/client.py",
     "kvxfer/serve.py",
     "kvxfer/kvbench/__init__.py",
+    "rdma_comm.py",
 ]
 EXTENSIONS = ["kvxfer/_core.", "kvxfer/_engine.", "kvxfer/_verbs."]
 UNWANTED = (".c", ".h", ".pyx", ".o", ".pyc")
-TOP_LEVEL = {"kvxfer"}
+TOP_LEVEL = {"kvxfer", "rdma_comm.py"}
 
 # The loader asks la_objsearch for every library; 0 means "not here".
 AUDITOR = r"""
@@ -74,6 +75,13 @@ else:
 assert not any(kvxfer._verbs.live_objects().values())
 for name in kvxfer.__all__:
     getattr(kvxfer, name)
+import rdma_comm
+memory = (ctypes.c_char * 8192)()
+comm = rdma_comm.RDMACommunicator(
+    "prefill", 0, "0", [ctypes.addressof(memory)], [], 2, 4096
+)
+assert not comm.connect("127.0.0.1", "not a port")
+assert rdma_comm.__version__ == kvxfer.__version__
 print(kvxfer.__version__)
 """
 
