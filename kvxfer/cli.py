@@ -13,6 +13,7 @@ _COMMANDS = {
     "bench": "kvxfer.bench.cli",
     "demo": "kvxfer.demo",
     "devices": "kvxfer.devices_cli",
+    "keys": "kvxfer.keys",
     "push": "kvxfer.push",
     "serve": "kvxfer.serve",
 }
@@ -20,6 +21,7 @@ _HELP = {
     "bench": "Measure transfers, beside the machine's limits and other engines.",
     "demo": "Move and verify a request's KV cache between two processes.",
     "devices": "List the RDMA devices, which one is chosen, and why.",
+    "keys": "Make the keys by which endpoints know each other.",
     "kvbench": "Plan, size and measure the transfers that a model needs.",
     "push": "Write a request's KV cache into an endpoint.",
     "serve": "Run a decode endpoint.",

@@ -12,6 +12,7 @@ from kvxfer._engine import RingArrival
 from kvxfer.adapter import Adapter, finish
 from kvxfer.blocks import as_ids
 from kvxfer.cache import KVCache
+from kvxfer.curve import CurveKeys, client_keys
 from kvxfer.errors import (
     ClosedResourceError,
     ConnectTimeoutError,
@@ -125,6 +126,7 @@ class Client:
         *,
         timeout: float | None = None,
         shards: Iterable[Shard] = (),
+        server_key: str | None = None,
     ) -> Peer:
         """Connect to a server, or return the connection that there is already.
 
@@ -135,6 +137,8 @@ class Client:
           shards: Which part of each block goes where, if the two sides split a layer
             differently: from :func:`kvxfer.sharding.plan`. Planes that none names are
             not written. None at all: whole blocks of all planes.
+          server_key: This server's public key, its file or its 40 characters;
+            ``None`` takes the option ``server_public_key``.
 
         Returns:
           The peer, ready to be written to: both sides' QPs are in RTS.
@@ -146,6 +150,9 @@ class Client:
           DeviceUnavailableError: No device that both sides can use.
           RefusedError, VersionMismatchError, ProtocolError: What answers there
             does not want, or cannot be, spoken to.
+          AuthenticationError: It does not know this side's key, or only one side
+            has keys.
+          OptionError: This side's keys are not as they must be.
           ClosedResourceError: The client is not open.
 
         Cancellation:
@@ -161,7 +168,8 @@ class Client:
         seconds = self._timeout(timeout, "connect_timeout")
         attempt = self._connecting.get(address)
         if attempt is None:
-            task = self._connect(address, wanted, seconds)
+            keys = client_keys(self.options, server_key)
+            task = self._connect(address, wanted, seconds, keys)
             attempt = _Attempt(asyncio.get_running_loop().create_task(task), wanted)
             self._connecting[address] = attempt
             self._attempts.add(attempt.task)
@@ -199,12 +207,16 @@ class Client:
         return f"{host}:{self.options.port if port is None else port}"
 
     async def _connect(
-        self, address: str, shards: tuple[Shard, ...], timeout: float
+        self,
+        address: str,
+        shards: tuple[Shard, ...],
+        timeout: float,
+        keys: CurveKeys | None,
     ) -> Peer:
         old = self._peers.get(address)
         if old is not None:
             await old.close()
-        peer = Peer(self._host, address, shards)
+        peer = Peer(self._host, address, shards, keys)
         try:
             await peer.connect(timeout)
         except BaseException:

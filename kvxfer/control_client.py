@@ -33,7 +33,9 @@ from kvxfer.control_link import (
     run_closing,
     timing,
 )
+from kvxfer.curve import CurveKeys
 from kvxfer.errors import (
+    AuthenticationError,
     ClosedResourceError,
     ConnectTimeoutError,
     ControlError,
@@ -122,8 +124,18 @@ _NOTES: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_SUCCEEDED: "connected, but no answer to the Hello",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: _NOT_ZMQ,
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: _NOT_ZMQ,
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "the listener does not know this side's key",
 }
+# What a hang-up in the handshake most often means where there are keys.
+_HANGS_UP_ON_KEYS = (
+    "the listener hangs up in the handshake: is the server's public key right?"
+)
+_HANG_UPS = (
+    zmq.EVENT_DISCONNECTED,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+)
+_DENIED = 400
+_MECHANISM_MISMATCH = zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
 
 
 class ControlClient:
@@ -132,12 +144,18 @@ class ControlClient:
     Args:
       delegate: Makes and releases this side's end.
       options: ``ping_interval``, ``ping_timeout`` and ``connect_timeout`` are used.
+      keys: This side's and the listener's; ``None`` dials in the clear.
     """
 
     def __init__(
-        self, delegate: DialerDelegate, *, options: Options | None = None
+        self,
+        delegate: DialerDelegate,
+        *,
+        options: Options | None = None,
+        keys: CurveKeys | None = None,
     ) -> None:
         self._delegate = delegate
+        self._keys = keys
         self._options = options if options is not None else Options()
         self._address = ""
         self._host = ""
@@ -149,6 +167,7 @@ class ControlClient:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing: asyncio.Task[None] | None = None
         self._heard_zmq = False
+        self._was_connected = False
 
     # -- life --------------------------------------------------------------
 
@@ -170,6 +189,8 @@ class ControlClient:
           ConnectTimeoutError: It took too long; the message says how far it got.
           GeometryMismatchError, VersionMismatchError, DeviceUnavailableError,
           RefusedError: The listener said no, with its reasons.
+          AuthenticationError: It does not know this side's key, or only one side
+            has keys.
           ProtocolError: What answers breaks the protocol.
           ControlError: The link broke, or the host's name is unknown.
           ClosedResourceError: It was closed, before or during the call.
@@ -219,7 +240,7 @@ class ControlClient:
             lookup.cancel()
         self._host = resolved.host
         dealer = self._sockets.socket(zmq.DEALER)
-        set_up(dealer, resolved)
+        set_up(dealer, resolved, self._keys)
         monitor = self._sockets.monitor(dealer, _MONITORED)
         try:
             dealer.connect(resolved.endpoint)
@@ -352,8 +373,41 @@ class ControlClient:
                 # ZMQ would connect again, to a listener that knows us no more.
                 self._lost()
                 return
-            if self._note != _NOT_ZMQ:
-                self._note = _NOTES.get(kind, self._note)
+            if self._link is not None and not self._heard_zmq:
+                problem = self._key_problem(kind, int(event["value"]))
+                if problem is not None:
+                    self._link.fail(problem)
+            if self._note != _NOT_ZMQ and not (
+                # Trying again says nothing new of one who hung up.
+                kind == zmq.EVENT_CONNECT_RETRIED and self._was_connected
+            ):
+                self._note = self._notes.get(kind, self._note)
+            self._was_connected |= kind == zmq.EVENT_CONNECTED
+
+    @property
+    def _notes(self) -> dict[int, str]:
+        if self._keys is None:
+            return _NOTES
+        return {**_NOTES, **dict.fromkeys(_HANG_UPS, _HANGS_UP_ON_KEYS)}
+
+    def _key_problem(self, kind: int, value: int) -> AuthenticationError | None:
+        if kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH and value == _DENIED:
+            return AuthenticationError(
+                f"{self._address} does not let this side's key in",
+                hint="Put its public file (.key) into the server's client_keys_dir.",
+            )
+        mismatch = (zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL, _MECHANISM_MISMATCH)
+        if (kind, value) != mismatch:
+            return None
+        if self._keys is None:
+            return AuthenticationError(
+                f"{self._address} wants keys, and this side has none",
+                hint="Set secret_key_file and server_public_key.",
+            )
+        return AuthenticationError(
+            f"{self._address} has no keys, and this side does not speak to it without",
+            hint="Set secret_key_file and client_keys_dir at the server.",
+        )
 
     def _lost(self) -> None:
         # What the peer said before it hung up may still be unread.

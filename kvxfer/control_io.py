@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import os
 import re
 import socket as _socket
@@ -21,6 +22,8 @@ import zmq
 import zmq.asyncio
 
 from kvxfer import wire
+from kvxfer.auth import DOMAIN
+from kvxfer.curve import CurveKeys
 from kvxfer.errors import (
     AddressInUseError,
     ClosedResourceError,
@@ -67,6 +70,16 @@ class Address:
     def is_ipc(self) -> bool:
         """Whether it is a Unix socket."""
         return bool(self.path)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only processes of this host reach it; a name counts as foreign."""
+        if self.path:
+            return True
+        try:
+            return ipaddress.ip_address(self.host.partition("%")[0]).is_loopback
+        except ValueError:
+            return False
 
     @property
     def endpoint(self) -> str:
@@ -177,6 +190,12 @@ async def in_thread(func: Callable[..., T], *args: object) -> T:
             thread.join()
 
 
+def _new_context() -> zmq.asyncio.Context:
+    context = zmq.asyncio.Context()
+    context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+    return context
+
+
 class _SharedContext:
     """The process's ZMQ context, made for the first user, ended by the last."""
 
@@ -191,8 +210,7 @@ class _SharedContext:
             if self._context is None or self._pid != os.getpid():
                 # In a forked child the parent's context has no threads; pyzmq
                 # knows that it must not touch it.
-                self._context = zmq.asyncio.Context()
-                self._context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+                self._context = _new_context()
                 self._pid = os.getpid()
                 self._users = 0
             self._users += 1
@@ -214,10 +232,18 @@ _shared = _SharedContext()
 
 
 class Sockets:
-    """Sockets of one owner on the shared context, closed together."""
+    """Sockets of one owner, closed together.
 
-    def __init__(self) -> None:
-        self._context: zmq.asyncio.Context | None = _shared.acquire()
+    Args:
+      private: On a context of their own, which costs two more threads. ZMQ asks one
+        doorkeeper a context, so a server with keys does not share.
+    """
+
+    def __init__(self, *, private: bool = False) -> None:
+        self._private = private
+        self._context: zmq.asyncio.Context | None = (
+            _new_context() if private else _shared.acquire()
+        )
         self._sockets: list[zmq.asyncio.Socket] = []
         self._monitors: list[zmq.asyncio.Socket] = []
 
@@ -259,25 +285,40 @@ class Sockets:
         self._monitors.clear()
         if context is None:
             return
-        last = _shared.release(context)
+        last = context if self._private else _shared.release(context)
         if last is not None:
             # term() waits for the farewells, up to the sockets' linger.
             await in_thread(last.term)
 
 
-def set_up(socket: zmq.asyncio.Socket, address: Address) -> None:
-    """Set what depends on the address. CURVE keys will go here too."""
+def set_up(
+    socket: zmq.asyncio.Socket, address: Address, keys: CurveKeys | None
+) -> None:
+    """Set what depends on the address, and the keys."""
     socket.set(zmq.IPV6, int(":" in address.host))
+    if keys is None:
+        return
+    socket.set(zmq.CURVE_PUBLICKEY, keys.public)
+    socket.set(zmq.CURVE_SECRETKEY, keys.secret)
+    if keys.clients is None:
+        socket.set(zmq.CURVE_SERVERKEY, keys.server)
+        return
+    socket.set(zmq.CURVE_SERVER, 1)
+    socket.set(zmq.ZAP_DOMAIN, DOMAIN)
+    # Without it a door without a keeper is open.
+    socket.set(zmq.ZAP_ENFORCE_DOMAIN, 1)
 
 
-def bind(socket: zmq.asyncio.Socket, address: Address) -> Address:
+def bind(
+    socket: zmq.asyncio.Socket, address: Address, keys: CurveKeys | None = None
+) -> Address:
     """Bind; returns the address with the port it got.
 
     Raises:
       AddressInUseError: Somebody listens there.
       ControlError: It cannot be bound for another reason.
     """
-    set_up(socket, address)
+    set_up(socket, address, keys)
     if address.is_ipc:
         _clear_ipc(address)
     endpoint = address.endpoint

@@ -16,6 +16,7 @@ import zmq
 import zmq.asyncio
 
 from kvxfer import wire
+from kvxfer.auth import Doorkeeper
 from kvxfer.control_io import (
     LINGER_MS,
     Address,
@@ -32,6 +33,7 @@ from kvxfer.control_link import (
     run_closing,
     timing,
 )
+from kvxfer.curve import server_keys
 from kvxfer.errors import (
     ClosedResourceError,
     InternalError,
@@ -58,6 +60,12 @@ from kvxfer.protocol import (
 __all__ = ["ControlServer", "ControlStatistics", "ListenerDelegate"]
 
 _log = logging.getLogger("kvxfer.control")
+
+_PLAIN = (
+    "control: %s is reachable from other hosts, without keys: whoever reaches it may "
+    "write to the cache. Set secret_key_file and client_keys_dir, or listen on "
+    "127.0.0.1 or ipc://; see docs/security.md"
+)
 
 
 class ListenerDelegate(Protocol):
@@ -104,6 +112,7 @@ class ControlStatistics:
       refused: Hellos refused.
       garbage: Frames that were no valid message.
       strangers: Messages of peers without a connection.
+      denied: Links that were not let in, since their key is not known.
     """
 
     connections: int
@@ -112,6 +121,7 @@ class ControlStatistics:
     refused: int
     garbage: int
     strangers: int
+    denied: int
 
 
 class ControlServer:
@@ -125,7 +135,7 @@ class ControlServer:
       versions: Lowest and highest protocol version to speak.
       features: Feature bits to offer.
       options: ``ping_interval``, ``ping_timeout``, ``connect_timeout`` (a
-        handshake's deadline here) and ``max_handshakes`` are used.
+        handshake's deadline here), ``max_handshakes`` and the keys are used.
     """
 
     # For __del__ of an object whose __init__ refused its arguments.
@@ -152,6 +162,7 @@ class ControlServer:
         self._timing = timing(self._options, self._options.connect_timeout)
         self._sockets: Sockets | None = None
         self._router: zmq.asyncio.Socket | None = None
+        self._doorkeeper: Doorkeeper | None = None
         self._by_identity: dict[bytes, Link] = {}
         self._by_conn_id: dict[int, Link] = {}
         self._identities: dict[Link, bytes] = {}
@@ -165,7 +176,8 @@ class ControlServer:
 
         Raises:
           AddressInUseError: Somebody listens there already.
-          ControlError: The address cannot be bound. Nothing is left open.
+          ControlError: The address cannot be bound.
+          OptionError: The keys are not as they must be. Nothing is left open.
           ClosedResourceError: It was closed.
           UsageError: It runs already.
         """
@@ -173,20 +185,28 @@ class ControlServer:
             raise ClosedResourceError("the control server is closed")
         if self._sockets is not None:
             raise UsageError("the control server runs already")
-        self._sockets = Sockets()
+        keys = server_keys(self._options)
+        self._sockets = Sockets(private=keys is not None)
         try:
             address = await resolve(self._address)
+            if keys is not None and keys.clients is not None:
+                self._doorkeeper = Doorkeeper(keys.clients)
+                self._doorkeeper.start(self._sockets.socket(zmq.REP))
             router = self._sockets.socket(zmq.ROUTER)
             router.set(zmq.ROUTER_MANDATORY, 1)
             router.set(zmq.BACKLOG, 1024)
-            self._address = bind(router, address)
+            self._address = bind(router, address, keys)
         except BaseException:
             sockets, self._sockets = self._sockets, None
+            if self._doorkeeper is not None:
+                await self._doorkeeper.close()
             await sockets.close()
             raise
         self._router = router
         self._reader = asyncio.get_running_loop().create_task(self._read(router))
         _log.info("control: listening on %s", self._address)
+        if keys is None and not self._address.is_local:
+            _log.warning(_PLAIN, self._address)
 
     async def __aenter__(self) -> ControlServer:
         await self.start()
@@ -249,6 +269,8 @@ class ControlServer:
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.wait({self._reader})
+        if self._doorkeeper is not None:
+            await self._doorkeeper.close()
         if self._sockets is not None:
             await self._sockets.close(linger_ms=LINGER_MS)
 
@@ -301,6 +323,7 @@ class ControlServer:
             refused=self._refused,
             garbage=self._garbage,
             strangers=self._strangers,
+            denied=0 if self._doorkeeper is None else self._doorkeeper.denied,
         )
 
     # -- what comes in -----------------------------------------------------

@@ -35,6 +35,7 @@
         VersionMismatchError
         GeometryMismatchError (LayoutError)
         RefusedError                   the peer said no
+        AuthenticationError            keys that the other side does not know
         AddressInUseError (OSError)
       ConnectTimeoutError (TimeoutError)
       WriteTimeoutError (TimeoutError)
@@ -56,6 +57,7 @@ from typing import NamedTuple
 __all__ = [
     "WC_STATUSES",
     "AddressInUseError",
+    "AuthenticationError",
     "BadResponseError",
     "BrokenPeerError",
     "ClosedResourceError",
@@ -315,6 +317,10 @@ class VersionMismatchError(ControlError):
 
 class GeometryMismatchError(ControlError, LayoutError):
     """The two caches do not fit; the message has both sides' figures."""
+
+
+class AuthenticationError(ControlError):
+    """One side's key is not known to the other, or only one side has keys."""
 
 
 class RefusedError(ControlError):

@@ -218,6 +218,20 @@ class Options:
     port: int = _option(
         7777, "Port of the control connection; 0 takes a free one.", low=0, high=65535
     )
+    secret_key_file: str | None = _option(
+        None,
+        "File with this side's secret key; with it the control connection is "
+        "encrypted and both sides are authenticated.",
+        kind=str,
+    )
+    client_keys_dir: str | None = _option(
+        None, "Directory with the public keys of who may connect: *.key.", kind=str
+    )
+    server_public_key: str | None = _option(
+        None,
+        "Public key of the servers that are dialed: its file, or its 40 characters.",
+        kind=str,
+    )
     device: str = _option(
         "auto", "Device to use: auto, or a name with an optional port (mlx5_0:1)."
     )

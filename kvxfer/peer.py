@@ -20,6 +20,7 @@ from kvxfer._version import __version__
 from kvxfer.adapter import Adapter, finish
 from kvxfer.blocks import Ids
 from kvxfer.control import CloseCause, CloseReason, ControlClient
+from kvxfer.curve import CurveKeys
 from kvxfer.errors import (
     BrokenPeerError,
     ClosedResourceError,
@@ -78,7 +79,11 @@ class Peer:
     """A connection to a server's cache; made by ``Client.connect``."""
 
     def __init__(
-        self, host: Host, address: str, shards: tuple[Shard, ...] = ()
+        self,
+        host: Host,
+        address: str,
+        shards: tuple[Shard, ...] = (),
+        keys: CurveKeys | None = None,
     ) -> None:
         self.address = address
         self.shards = shards
@@ -87,7 +92,7 @@ class Peer:
         self.error: KVXferError | None = None
         """Why it is broken."""
         self.host = host
-        self._control = ControlClient(self, options=host.options)
+        self._control = ControlClient(self, options=host.options, keys=keys)
         self._link: Link | None = None
         self._route = Route([], {})
         self._writes = 0

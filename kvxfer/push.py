@@ -93,6 +93,8 @@ async def _push(
     help="Which blocks.",
 )
 @click.option("--request-id", default="push", show_default=True)
+@click.option("--secret-key-file", help="Secret key of this side; see kvxfer keys.")
+@click.option("--server-public-key", help="The endpoint's .key file, or its text.")
 @click.option("--device", help="auto, soft, or a NIC as NAME[:PORT].  [auto]")
 @click.option("--require-rdma", is_flag=True, default=None, help="Refuse software.")
 @click.option("--json", "machine", is_flag=True, help="One JSON object a line.")

@@ -97,6 +97,8 @@ async def _serve(
 @click.command()
 @click.option("--host", help="Address to listen on, or ipc://PATH.  [127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on, 0: a free one.  [7777]")
+@click.option("--secret-key-file", help="Secret key of this side; see kvxfer keys.")
+@click.option("--client-keys-dir", help="Directory with the *.key of who may connect.")
 @click.option("--device", help="auto, soft, or a NIC as NAME[:PORT].  [auto]")
 @click.option("--require-rdma", is_flag=True, default=None, help="Refuse software.")
 @click.option("--verify", is_flag=True, help="Check every byte that kvxfer push sent.")

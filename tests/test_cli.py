@@ -328,3 +328,38 @@ def test_the_default_geometry_is_that_of_llama() -> None:
     shape = CacheShape()
     assert (shape.layers, shape.planes, shape.dtype) == (32, ("k", "v"), "bf16")
     assert shape.block_bytes == 16 * 8 * 128 * 2
+
+
+async def test_keys_from_the_command_line_to_a_verified_push(tmp_path: Path) -> None:
+    for name in ("decode", "prefill", "stranger"):
+        code, _, _ = await result_of(
+            "kvxfer", "keys", "generate", name, "--dir", str(tmp_path)
+        )
+        assert code == 0
+    allowed = tmp_path / "allowed"
+    allowed.mkdir()
+    (tmp_path / "prefill.key").rename(allowed / "prefill.key")
+    serving = [
+        *("--secret-key-file", str(tmp_path / "decode.key_secret")),
+        *("--client-keys-dir", str(allowed)),
+    ]
+    async with running(
+        *("kvxfer", "serve", "--port", "0", "--json", "--verify"), *serving, *GEOMETRY
+    ) as serve:
+        port = (await serve.event())["port"]
+
+        async def push(name: str) -> tuple[int, str, str]:
+            return await result_of(
+                *("kvxfer", "push", f"127.0.0.1:{port}", "--request-blocks", "8"),
+                *("--secret-key-file", str(tmp_path / f"{name}.key_secret")),
+                *("--server-public-key", str(tmp_path / "decode.key")),
+                *GEOMETRY,
+            )
+
+        assert (await push("prefill"))[0] == 0
+        code, _, err = await push("stranger")
+        assert code == 1 and "does not let this side's key in" in err
+        events = [await serve.event() for _ in range(2)]
+        assert all(event["verified"] for event in events)
+    code, _, err = await result_of("kvxfer", "serve", *serving[:2], *GEOMETRY)
+    assert code == 2 and "client_keys_dir is not set" in err

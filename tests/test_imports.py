@@ -37,7 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "protocol_base": {"wire"},
     "protocol": {"protocol_base"},
     # The control plane.
-    "control_io": {"wire"},
+    "curve": set(),
+    "auth": {"curve"},
+    "control_io": {"auth", "wire"},
     "control_link": {"control_io", "protocol"},
     "control_client": {"control_link"},
     "control_server": {"control_link"},
@@ -87,7 +89,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kvbench": set(),
     # Loaded where a plan is measured on kvxfer itself, and nowhere else.
     "kvbench/transferengine": {"__init__", "kvbench", "pattern"},
-    "cli": {"bench", "demo", "devices_cli", "doctor", "kvbench", "push", "serve"},
+    "keys": {"curve"},
+    "cli": {"bench", "demo", "devices_cli", "doctor", "keys", "kvbench"}
+    | {"push", "serve"},
     "__main__": {"cli"},
 }
 
