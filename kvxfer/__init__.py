@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from kvxfer.cache import KVCache
     from kvxfer.client import Client
     from kvxfer.errors import KVXferError
+    from kvxfer.offers import Ticket
     from kvxfer.options import Options
     from kvxfer.peer import Peer, WriteResult
+    from kvxfer.request import Request
+    from kvxfer.requests import LayerState, RequestState, TicketState
     from kvxfer.server import Arrival, Failure, Server
 
 __all__ = [
@@ -30,9 +33,14 @@ __all__ = [
     "Failure",
     "KVCache",
     "KVXferError",
+    "LayerState",
     "Options",
     "Peer",
+    "Request",
+    "RequestState",
     "Server",
+    "Ticket",
+    "TicketState",
     "WriteResult",
     "__version__",
 ]
@@ -43,9 +51,14 @@ _HOMES = {
     "Failure": "kvxfer.server",
     "KVCache": "kvxfer.cache",
     "KVXferError": "kvxfer.errors",
+    "LayerState": "kvxfer.requests",
     "Options": "kvxfer.options",
     "Peer": "kvxfer.peer",
+    "Request": "kvxfer.request",
+    "RequestState": "kvxfer.requests",
     "Server": "kvxfer.server",
+    "Ticket": "kvxfer.offers",
+    "TicketState": "kvxfer.requests",
     "WriteResult": "kvxfer.peer",
 }
 

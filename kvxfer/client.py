@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Coroutine, Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 from kvxfer._engine import RingArrival
 from kvxfer.adapter import Adapter, finish
+from kvxfer.arguments import request_bytes, request_name, seconds_of
 from kvxfer.blocks import as_ids
 from kvxfer.cache import KVCache
 from kvxfer.curve import CurveKeys, client_keys
@@ -23,14 +25,14 @@ from kvxfer.errors import (
 from kvxfer.host import Host
 from kvxfer.options import Options
 from kvxfer.peer import Peer, WriteResult
+from kvxfer.request import Request
 from kvxfer.sharding import MAX_SHARDS, Shard
+from kvxfer.stream_statistics import ClientStatistics
+from kvxfer.streams import Streams
 from kvxfer.verbs_types import Access
 
-_MAX_REQUEST_BYTES = 256
 # What a connection attempt takes to clean up after its own deadline.
 _CONNECT_GRACE = 1.0
-# Longer than any process lives, and still a number that timers take.
-_MAX_TIMEOUT = 10 * 365 * 86400.0
 
 
 @dataclasses.dataclass
@@ -68,13 +70,67 @@ class Client:
         )
         self._host = Host(cache, Access(0), self.options)
         self._peers: dict[str, Peer] = {}
+        self._streams: Streams | None = None
         self._connecting: dict[str, _Attempt] = {}
         self._attempts: set[asyncio.Task[Peer]] = set()
         self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._state = "new"
 
-    async def open(self) -> None:
+    @overload
+    def open(self) -> Coroutine[Any, Any, None]: ...
+
+    @overload
+    def open(
+        self,
+        request_id: str,
+        *,
+        deadline: float | None = None,
+        priority: int = 0,
+        lease: float | None = None,
+    ) -> Request: ...
+
+    def open(
+        self,
+        request_id: str | None = None,
+        *,
+        deadline: float | None = None,
+        priority: int = 0,
+        lease: float | None = None,
+    ) -> Request | Coroutine[Any, Any, None]:
+        """Open the client (without arguments, to be awaited), or a request.
+
+        ``async with`` is the usual way to open a client. A request may be opened from
+        any thread, before or after it is offered, and lives until it is done, fails
+        or is aborted.
+
+        Args:
+          request_id: As the decode side offers it; up to 256 bytes of UTF-8.
+          deadline: Seconds from now until it must be done: an earlier one goes first,
+            and past it the request fails. None: no deadline, a fair share.
+          priority: Among requests with the same deadline, or none, the higher goes
+            first.
+          lease: Seconds that the request may wait for its offer; with the offer its
+            lease takes over. None takes ``request_lease``.
+
+        Returns:
+          The request; without arguments what is to be awaited.
+
+        Raises:
+          UsageError: Such a request is open already.
+          ClosedResourceError: The client is not open.
+        """
+        if request_id is None:
+            return self._open_once()
+        options = self.options
+        return self._streams_now().open(
+            request_name(request_id),
+            deadline=seconds_of(deadline, math.inf, "deadline"),
+            priority=priority,
+            lease=seconds_of(lease, options.request_lease, "lease"),
+        )
+
+    async def _open_once(self) -> None:
         """Open the devices and register the cache.
 
         Raises:
@@ -95,9 +151,17 @@ class Client:
     async def _open(self) -> None:
         try:
             await self._host.open(None, self._on_arrival, self._on_failed)
+            streams = Streams(self._host)
+            try:
+                await streams.open_listener()
+            except BaseException:
+                await streams.close()
+                await self._host.close()
+                raise
         except BaseException:
             self._state = "new"
             raise
+        self._streams = streams
         self._state = "open"
 
     async def __aenter__(self) -> Client:
@@ -234,6 +298,75 @@ class Client:
         peer = self._peers.get(self._address(host, port))
         return peer is not None and peer.connected
 
+    # -- requests --------------------------------------------------------------
+
+    @property
+    def listening(self) -> str | None:
+        """Where this client is invited, ``host:port`` or ``ipc://path``, or None.
+
+        Decode sides give it to ``Server.offer``; see the option ``listen``.
+        """
+        return self._streams_now().remotes.endpoint
+
+    def request(
+        self,
+        peer: Peer,
+        request_id: str,
+        remote_block_ids: object,
+        *,
+        first_block: int = 0,
+        deadline: float | None = None,
+        priority: int = 0,
+        lease: float | None = None,
+    ) -> Request:
+        """Open a request whose remote blocks are known here, without an offer.
+
+        May be called from any thread. What is written arrives at the server by
+        ``arrivals()``, and the request is done when all of it is acknowledged.
+
+        Args:
+          peer: What :meth:`connect` returned.
+          remote_block_ids: One a position, or such lists by group.
+          first_block: The position in the request of the first of them.
+
+        The other arguments and exceptions are those of :meth:`open`.
+
+        Raises:
+          LayoutError: The peer has no such blocks, or one is named twice.
+        """
+        if not isinstance(peer, Peer):
+            raise UsageError(f"peer is {peer!r}, not what connect() returned")
+        if peer.host is not self._host:
+            raise UsageError(f"{peer!r} is a peer of another client")
+        return self._streams_now().direct(
+            peer,
+            request_name(request_id),
+            remote_block_ids,
+            first_block=first_block,
+            deadline=seconds_of(deadline, math.inf, "deadline"),
+            priority=priority,
+            lease=seconds_of(lease, self.options.request_lease, "lease"),
+        )
+
+    def finished(self) -> list[Request]:
+        """Take the requests that have ended, well or badly, since the last call.
+
+        May be called from any thread. The last 65536 are kept.
+        """
+        return list(self._streams_now().finished())
+
+    def statistics(self) -> ClientStatistics:
+        """Say what the requests of this client do, and what they wait for.
+
+        May be called from any thread.
+        """
+        return self._streams_now().statistics()
+
+    def _streams_now(self) -> Streams:
+        if self._streams is None:
+            raise ClosedResourceError(f"the client is {self._state}, not open")
+        return self._streams
+
     # -- writing ---------------------------------------------------------------
 
     async def write_cache(
@@ -307,16 +440,7 @@ class Client:
         return group
 
     def _timeout(self, timeout: float | None, option: str) -> float:
-        seconds: Any = getattr(self.options, option) if timeout is None else timeout
-        try:
-            usable = not isinstance(seconds, bool | str) and bool(seconds > 0)
-        except (TypeError, ValueError):
-            usable = False
-        if not usable:
-            raise UsageError(
-                f"timeout is {timeout!r}, not a positive number of seconds"
-            )
-        return float(min(seconds, _MAX_TIMEOUT))
+        return seconds_of(timeout, getattr(self.options, option), "timeout")
 
     # -- the end ---------------------------------------------------------------
 
@@ -350,6 +474,8 @@ class Client:
         for task in attempts:
             task.cancel()
         await asyncio.gather(*attempts, return_exceptions=True)
+        assert self._streams is not None
+        await self._streams.close()
         results = await asyncio.gather(
             *(peer.close() for peer in self._peers.values()), return_exceptions=True
         )
@@ -366,7 +492,8 @@ class Client:
         raise InternalError("a client posts no receives")
 
     def _on_failed(self, adapter: Adapter, slot: int) -> None:
-        for peer in self._peers.values():
+        streamed = self._streams.remotes.peers() if self._streams is not None else []
+        for peer in (*self._peers.values(), *streamed):
             if peer.uses(adapter, slot):
                 peer.break_("a WR failed")
 
@@ -395,14 +522,7 @@ def _request(request_id: str | None) -> str:
     """Check a request id; None becomes empty."""
     if request_id is None:
         return ""
-    try:
-        length = len(request_id.encode())
-    except (AttributeError, UnicodeEncodeError):
-        raise UsageError(f"request_id is {request_id!r}, not text") from None
-    if length > _MAX_REQUEST_BYTES:
-        raise UsageError(
-            f"request_id has {length} bytes, more than {_MAX_REQUEST_BYTES}"
-        )
+    request_bytes(request_id)
     return request_id
 
 

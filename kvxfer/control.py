@@ -9,10 +9,13 @@ a delegate. They know no verbs; either end may be the one that writes.
 from __future__ import annotations
 
 from kvxfer.control_client import ControlClient, DialerDelegate, EstablishedInfo
+from kvxfer.control_invite import InviteListener, Inviter
+from kvxfer.control_io import Address, in_thread
 from kvxfer.control_server import ControlServer, ControlStatistics, ListenerDelegate
 from kvxfer.protocol import CloseCause, CloseReason, OfferParts
 
 __all__ = [
+    "Address",
     "CloseCause",
     "CloseReason",
     "ControlClient",
@@ -20,6 +23,9 @@ __all__ = [
     "ControlStatistics",
     "DialerDelegate",
     "EstablishedInfo",
+    "InviteListener",
+    "Inviter",
     "ListenerDelegate",
     "OfferParts",
+    "in_thread",
 ]

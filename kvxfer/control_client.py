@@ -53,6 +53,7 @@ from kvxfer.protocol import (
     Established,
     FailedReceived,
     FenceWanted,
+    RequestReceived,
 )
 
 __all__ = ["ControlClient", "DialerDelegate", "EstablishedInfo"]
@@ -81,6 +82,9 @@ class DialerDelegate(Protocol):
 
     def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
         """The peer (a target) consumed so much of its ring since the start."""
+
+    def request(self, conn_id: int, message: wire.RequestMessage) -> None:
+        """The peer says something about a request."""
 
     async def closed(self, reason: CloseReason) -> None:
         """The connection is over; release its end."""
@@ -277,6 +281,18 @@ class ControlClient:
         return self._host
 
     @property
+    def conn_id(self) -> int:
+        """What names the connection; 0 before the listener has answered."""
+        return (self._link.core.conn_id or 0) if self._link is not None else 0
+
+    @property
+    def knows_requests(self) -> bool:
+        """Whether the peer's release knows requests."""
+        return self._link is not None and bool(
+            self._link.core.features & wire.FEATURE_REQUESTS
+        )
+
+    @property
     def is_established(self) -> bool:
         """Whether the handshake is done and the connection not over."""
         return self._link is not None and self._link.core.is_established
@@ -331,6 +347,10 @@ class ControlClient:
         return self._link is not None and self._link.send_failed(
             request_id, layers, reason
         )
+
+    def send_request(self, message: wire.RequestMessage) -> bool:
+        """Say something about a request; false if the peer is gone."""
+        return self._link is not None and self._link.send_request(message)
 
     async def request_fence(self, reason: str, *, timeout: float = 2.0) -> bool:
         """Ask the peer to let nothing land any more; true if it confirmed in time.
@@ -455,6 +475,8 @@ class ControlClient:
             self._delegate.failed(conn_id, event.message)
         elif isinstance(event, CreditReceived):
             self._delegate.credit(conn_id, event.consumed_bytes, event.consumed_records)
+        elif isinstance(event, RequestReceived):
+            self._delegate.request(conn_id, event.message)
 
     def _settle(self, link: Link, reason: CloseReason) -> None:
         _log.info("control: %s: %s", self._address, reason.text)

@@ -37,6 +37,7 @@ from kvxfer.protocol import (
     Established,
     FailedReceived,
     FenceConfirmed,
+    RequestReceived,
     Send,
     Timing,
 )
@@ -60,6 +61,8 @@ FRAMES_A_TURN = 16
 CLOSE_GRACE = 5.0
 
 _log = logging.getLogger("kvxfer.control")
+
+_NEWS = (Established, FailedReceived, CreditReceived, RequestReceived)
 
 _REFUSALS: dict[wire.RefuseCode, type[KVXferError]] = {
     wire.RefuseCode.VERSION: VersionMismatchError,
@@ -141,7 +144,7 @@ class LinkOwner(Protocol):
         """Do the work that the core asked for; in the link's own task."""
 
     def link_event(self, link: Link, event: Action) -> None:
-        """Take news at once: Established, FailedReceived, CreditReceived, Closed."""
+        """Take news at once: Closed, and what is in ``_NEWS``."""
 
     async def link_over(self, link: Link, reason: CloseReason) -> None:
         """Release what ``link_job`` made; the last call, exactly one."""
@@ -196,7 +199,7 @@ class Link:
                 self._settle_fence(False)
                 self._call_now(action)
                 self._jobs.put_nowait(action)
-            elif isinstance(action, (Established, FailedReceived, CreditReceived)):
+            elif isinstance(action, _NEWS):
                 self._call_now(action)
             else:
                 self._jobs.put_nowait(action)
@@ -282,6 +285,15 @@ class Link:
           UsageError: An argument is beyond the protocol's limits.
         """
         return self._tell(self.core.send_credit(consumed_bytes, consumed_records))
+
+    def send_request(self, message: wire.RequestMessage) -> bool:
+        """Say something about a request; false if the connection is over.
+
+        Raises:
+          UsageError: It is beyond the protocol's limits, or the peer's release knows
+            no requests.
+        """
+        return self._tell(self.core.send_request(message))
 
     def _tell(self, actions: list[Action]) -> bool:
         try:

@@ -55,6 +55,7 @@ from kvxfer.protocol import (
     ListenerConnection,
     OfferParts,
     OfferWanted,
+    RequestReceived,
 )
 
 __all__ = ["ControlServer", "ControlStatistics", "ListenerDelegate"]
@@ -96,6 +97,9 @@ class ListenerDelegate(Protocol):
 
     def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
         """The peer (a target) consumed so much of its ring since the start."""
+
+    def request(self, conn_id: int, message: wire.RequestMessage) -> None:
+        """The peer says something about a request."""
 
     async def closed(self, conn_id: int, reason: CloseReason) -> None:
         """The connection is over; release its end."""
@@ -295,6 +299,11 @@ class ControlServer:
         link = self._by_conn_id.get(conn_id)
         return link is not None and link.send_failed(request_id, layers, reason)
 
+    def send_request(self, conn_id: int, message: wire.RequestMessage) -> bool:
+        """Say something about a request; false if the peer is gone."""
+        link = self._by_conn_id.get(conn_id)
+        return link is not None and link.send_request(message)
+
     async def fence(self, conn_id: int, reason: str, *, timeout: float = 2.0) -> bool:
         """Ask the peer to let nothing land any more; true if it confirmed in time.
 
@@ -463,6 +472,8 @@ class ControlServer:
             self._delegate.failed(conn_id, event.message)
         elif isinstance(event, CreditReceived):
             self._delegate.credit(conn_id, event.consumed_bytes, event.consumed_records)
+        elif isinstance(event, RequestReceived):
+            self._delegate.request(conn_id, event.message)
         elif isinstance(event, Closed):
             if event.reason.cause is CloseCause.REFUSED:
                 self._refused += 1

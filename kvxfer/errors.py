@@ -39,6 +39,12 @@
         AddressInUseError (OSError)
       ConnectTimeoutError (TimeoutError)
       WriteTimeoutError (TimeoutError)
+      RequestError                     a streamed request ended before its end
+        RequestAbortedError            one of the sides gave it up
+        RequestExpiredError (TimeoutError)
+        RequestStalledError (TimeoutError)
+        RequestIncompleteError         finished, with blocks missing
+        ChecksumError                  what arrived is not what was sent
       NotQuiescentError                the device may still touch the blocks
       InternalError                    a bug of ours
 
@@ -60,6 +66,7 @@ __all__ = [
     "AuthenticationError",
     "BadResponseError",
     "BrokenPeerError",
+    "ChecksumError",
     "ClosedResourceError",
     "CompletionError",
     "ConnectTimeoutError",
@@ -87,6 +94,11 @@ __all__ = [
     "RemoteAccessError",
     "RemoteInvalidRequestError",
     "RemoteOperationError",
+    "RequestAbortedError",
+    "RequestError",
+    "RequestExpiredError",
+    "RequestIncompleteError",
+    "RequestStalledError",
     "ResponseTimeoutError",
     "RetryExceededError",
     "TagMatchingError",
@@ -112,6 +124,7 @@ class KVXferError(Exception):
       fenced: For failed transfers, whether the peer confirmed that nothing of
         this transfer can land in its blocks any more. ``None`` where the
         question does not arise or was not asked.
+      bytes_done: Of a streamed request, the bytes that had been moved.
     """
 
     hint: str = ""
@@ -119,6 +132,7 @@ class KVXferError(Exception):
     layer: int | None = None
     request_id: object = None
     fenced: bool | None = None
+    bytes_done: int | None = None
 
     def __init__(self, message: str = "", *, hint: str = "") -> None:
         super().__init__(message)
@@ -354,6 +368,47 @@ class WriteTimeoutError(KVXferError, TimeoutError):
     may be reused. The destination blocks are in an unknown state; ``fenced``
     says whether late bytes are excluded.
     """
+
+
+class RequestError(KVXferError):
+    """A streamed request ended before it was complete.
+
+    No write of it is in flight, and no byte of it can land any more, when this is
+    seen: the blocks on both sides may be reused. ``layer`` and ``bytes_done`` say
+    how far it was.
+
+    Attributes:
+      code: Why, in one word; see ``kvxfer.requests.EndCode``.
+    """
+
+    code: str = "failed"
+
+
+class RequestAbortedError(RequestError):
+    """One of the sides gave the request up, or cancelled who waited for it."""
+
+
+class RequestExpiredError(RequestError, TimeoutError):
+    """The deadline or the lease of the request passed."""
+
+
+class RequestStalledError(RequestError, TimeoutError):
+    """Blocks were both ready and offered, and nothing moved for too long."""
+
+
+class RequestIncompleteError(RequestError):
+    """The writer finished a request of which blocks or layers are missing."""
+
+
+class ChecksumError(RequestError):
+    """A layer arrived with other bytes than were sent.
+
+    Attributes:
+      block_ids: The blocks of the layer that the digest covers.
+    """
+
+    code = "checksum"
+    block_ids: tuple[int, ...] = ()
 
 
 class NotQuiescentError(KVXferError):

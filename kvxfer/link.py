@@ -25,6 +25,7 @@ from kvxfer.adapter import Adapter, finish
 from kvxfer.agreement import is_global
 from kvxfer.errors import ControlError, InternalError, KVXferError, ProtocolError
 from kvxfer.gids import GID
+from kvxfer.notify import max_ids
 from kvxfer.verbs_types import Access, PeerHint, QPLimits, QPPath
 from kvxfer.wire import NotifyRing, QPInfo
 
@@ -209,6 +210,12 @@ class Link:
         await adapter.call(modify)
         if self.state is LinkState.INIT:
             self.state = LinkState.CONNECTED
+
+    def max_record_blocks(self, request_bytes: int) -> int:
+        """How many block ids a record of the peer's ring holds, of an initiator."""
+        if self._ring is None:
+            return 1 << 20
+        return max(1, max_ids(self._ring.length, request_bytes))
 
     async def start_initiator(
         self, rows: Sequence[_engine.Row], ring: NotifyRing | None

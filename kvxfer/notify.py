@@ -50,6 +50,12 @@ class Record:
     digest: int = 0
 
 
+def max_ids(ring_bytes: int, request_bytes: int) -> int:
+    """Return how many block ids a record holds that a ring of this length takes."""
+    # kvx_notify_limit() of native/notify.h.
+    return (ring_bytes // 4 - _HEADER.size - (request_bytes + 7) // 8 * 8) // 4
+
+
 def decode(
     record: bytes, groups: tuple[Group, ...], shards: tuple[Shard, ...] = ()
 ) -> Record:

@@ -341,6 +341,48 @@ class Options:
     notify_receives: int = _option(
         128, "Receives posted for arrivals, for each QP.", unit="WRs", low=1, high=16384
     )
+    listen: str | None = _option(
+        None,
+        "Where a client listens for invitations to requests: HOST:PORT or PORT.",
+        kind=str,
+    )
+    stream_chunk_bytes: int = _option(
+        4 << 20,
+        "Largest part of a layer that a request sends at a time.",
+        unit="bytes",
+        low=1,
+        high=1 << 30,
+    )
+    peer_window_bytes: int = _option(
+        32 << 20,
+        "Bytes of requests in flight to one peer.",
+        unit="bytes",
+        low=1,
+        high=1 << 40,
+    )
+    device_window_bytes: int = _option(
+        128 << 20,
+        "Bytes of requests in flight on one device.",
+        unit="bytes",
+        low=1,
+        high=1 << 40,
+    )
+    peer_window_wrs: int = _option(
+        8192, "WRs of requests in flight to one peer.", unit="WRs", low=1, high=1 << 24
+    )
+    device_window_wrs: int = _option(
+        32768,
+        "WRs of requests in flight on one device.",
+        unit="WRs",
+        low=1,
+        high=1 << 24,
+    )
+    request_lease: float = _seconds(
+        30.0, "Time that a request waits for its offer, or an offer for its request."
+    )
+    stall_timeout: float = _seconds(
+        10.0, "Time that a request may stand still while it is ready and offered."
+    )
     connect_timeout: float = _seconds(10.0, "Time for a connection to be made.")
     write_timeout: float = _seconds(30.0, "Time for a write to complete.")
     drain_timeout: float = _seconds(

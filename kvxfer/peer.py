@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvxfer import wire as messages
@@ -84,6 +84,10 @@ class Peer:
         address: str,
         shards: tuple[Shard, ...] = (),
         keys: CurveKeys | None = None,
+        *,
+        invite: bytes = b"",
+        on_request: Callable[[messages.RequestMessage], None] | None = None,
+        on_broken: Callable[[], None] | None = None,
     ) -> None:
         self.address = address
         self.shards = shards
@@ -95,6 +99,9 @@ class Peer:
         self._control = ControlClient(self, options=host.options, keys=keys)
         self._link: Link | None = None
         self._route = Route([], {})
+        self._invite = invite
+        self._on_request = on_request
+        self._on_broken = on_broken
         self._writes = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -126,6 +133,11 @@ class Peer:
     def connected(self) -> bool:
         """Whether writes are possible, as far as this side knows."""
         return self.state is PeerState.CONNECTED
+
+    @property
+    def conn_id(self) -> int:
+        """What names the control connection; 0 before there is one."""
+        return self._control.conn_id
 
     def layers(self, group: str | None = None) -> list[int]:
         """List the layers that both sides hold, of one group or of all."""
@@ -169,6 +181,7 @@ class Peer:
             devices=host.candidates,
             nonce=messages.new_nonce(),
             shards=shards_to_wire(self.shards),
+            invite=self._invite,
         )
 
     async def accept(self, offer: messages.Offer) -> messages.Accept:
@@ -229,8 +242,7 @@ class Peer:
         transfer = scheduler.submit(
             link.slot, rows, local_ids, remote_ids, request, timeout
         )
-        self._writes += 1
-        self._idle.clear()
+        self._begin_write()
         try:
             outcome = await scheduler.run(
                 transfer, timeout, lambda: self.break_("a write could not be drained")
@@ -245,9 +257,7 @@ class Peer:
             error.fenced = self._fenced
             raise
         finally:
-            self._writes -= 1
-            if self._writes == 0:
-                self._idle.set()
+            self._end_write()
         if outcome is not Outcome.DONE:
             raise await self._failure(transfer, outcome, request, timeout)
         return WriteResult(
@@ -258,6 +268,77 @@ class Peer:
             wire=self.wire,
             layers=transfer.layers,
         )
+
+    def start(
+        self,
+        group: str,
+        layer: int,
+        local_ids: Ids,
+        remote_ids: Ids,
+        request_id: str,
+        tag: tuple[int, int, int],
+        timeout: float,
+        on_end: Callable[[Transfer], None],
+    ) -> Transfer:
+        """Begin to write blocks of one layer; does not wait.
+
+        Args:
+          tag: Generation, total and digest of the record.
+          timeout: Seconds until it should be done: an earlier deadline goes first,
+            and nothing happens when it has passed.
+          on_end: Called once, when the device is done with the local blocks, or, with
+            ``abandoned`` set, cannot be brought to be.
+
+        Raises:
+          LayoutError, BrokenPeerError, ClosedResourceError: Nothing was posted.
+        """
+        self._ensure_connected()
+        scheduler = self.link.adapter.scheduler
+        transfer = scheduler.submit(
+            self.link.slot,
+            self.find(group, [layer]),
+            local_ids,
+            remote_ids,
+            request_id.encode(),
+            timeout,
+            tag,
+        )
+        self._begin_write()
+
+        def ended(transfer: Transfer) -> None:
+            self._end_write()
+            on_end(transfer)
+
+        scheduler.watch(transfer, ended)
+        return transfer
+
+    def stop(self, transfer: Transfer) -> None:
+        """Post nothing further of what :meth:`start` began; it ends soon."""
+        self.link.adapter.scheduler.stop(
+            transfer, lambda: self.break_("a write could not be drained")
+        )
+
+    def max_blocks(self, request_id: bytes) -> int:
+        """How many blocks one write may name: its record has to fit the ring."""
+        return self.link.max_record_blocks(len(request_id))
+
+    def send_request(self, message: messages.RequestMessage) -> bool:
+        """Say something about a request; false if the peer is gone."""
+        return self._control.send_request(message)
+
+    def request(self, conn_id: int, message: messages.RequestMessage) -> None:
+        """The peer says something about a request (for the control connection)."""
+        if self._on_request is not None:
+            self._on_request(message)
+
+    def _begin_write(self) -> None:
+        self._writes += 1
+        self._idle.clear()
+
+    def _end_write(self) -> None:
+        self._writes -= 1
+        if self._writes == 0:
+            self._idle.set()
 
     def _ensure_connected(self) -> None:
         if self.state is PeerState.CONNECTED:
@@ -287,7 +368,7 @@ class Peer:
             self._tell_failed(transfer, request, str(error))
             error.fenced = True
         else:
-            layer, error = self._error_of(transfer)
+            layer, error = self.error_of(transfer)
             # While there is a control connection to say it by.
             self._tell_failed(transfer, request, str(error))
             self.break_("a write failed")
@@ -309,7 +390,7 @@ class Peer:
             f"layers are done"
         )
 
-    def _error_of(self, transfer: Transfer) -> tuple[int, KVXferError]:
+    def error_of(self, transfer: Transfer) -> tuple[int, KVXferError]:
         """Return layer and exception of the failure that came first."""
         failures = [f for f in transfer.failures if f[1].status != CANCELLED_STATUS]
         layer, record = next((f for f in failures if f[1].culprit), failures[0])
@@ -353,9 +434,10 @@ class Peer:
             self.state = PeerState.BROKEN
         if self.error is None:
             self.error = error
-        self._breaking = asyncio.get_running_loop().create_task(
-            self._break(reason, patient)
-        )
+        loop = asyncio.get_running_loop()
+        self._breaking = loop.create_task(self._break(reason, patient))
+        if self._on_broken is not None:
+            loop.call_soon(self._on_broken)
 
     async def _break(self, reason: str, patient: bool) -> None:
         if self._link is not None:

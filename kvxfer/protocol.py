@@ -46,6 +46,7 @@ from kvxfer.protocol_base import (
     FenceWanted,
     OfferParts,
     OfferWanted,
+    RequestReceived,
     Send,
     Timing,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "ListenerState",
     "OfferParts",
     "OfferWanted",
+    "RequestReceived",
     "Send",
     "Timing",
 ]

@@ -37,6 +37,7 @@ __all__ = [
     "FenceWanted",
     "OfferParts",
     "OfferWanted",
+    "RequestReceived",
     "Send",
     "Timing",
 ]
@@ -163,6 +164,13 @@ class CreditReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestReceived:
+    """The peer says something about a request."""
+
+    message: wire.RequestMessage
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
     """The connection is over; it comes once, as the last of a list."""
 
@@ -179,6 +187,7 @@ Action = (
     | FenceConfirmed
     | FailedReceived
     | CreditReceived
+    | RequestReceived
     | Closed
 )
 
@@ -401,6 +410,18 @@ class Connection:
         )
         return [Send(message)]
 
+    def send_request(self, message: wire.RequestMessage) -> list[Action]:
+        """Say something about a request; nothing is sent unless established.
+
+        Raises:
+          UsageError: The peer knows no requests.
+        """
+        if not self.is_established:
+            return []
+        if not self.features & wire.FEATURE_REQUESTS:
+            raise UsageError("the peer's release knows no requests")
+        return [Send(message)]
+
     @property
     def _id(self) -> int:
         if self.conn_id is None:
@@ -436,6 +457,14 @@ class Connection:
     def _on_failed(self, message: wire.Failed, now: float) -> list[Action]:
         return [FailedReceived(message)]
 
+    def _on_request(self, message: wire.RequestMessage, now: float) -> list[Action]:
+        theirs = _FROM_INITIATOR if self.role == "target" else _FROM_TARGET
+        if not isinstance(message, theirs):
+            return self._violation(f"{type(message).__name__} to a {self.role}")
+        if not self.features & wire.FEATURE_REQUESTS:
+            return self._violation(f"{type(message).__name__} without its feature")
+        return [RequestReceived(message)]
+
     def _on_credit(self, message: wire.Credit, now: float) -> list[Action]:
         if self.role != "initiator":
             return self._violation("credit from an initiator")
@@ -446,6 +475,9 @@ class Connection:
         return [CreditReceived(*credit)]
 
 
+_FROM_TARGET = (wire.OfferBlocks, wire.Announced, wire.Abort)
+_FROM_INITIATOR = (wire.Resume, wire.LayersFinal, wire.Finish, wire.Ended)
+
 WHILE_ESTABLISHED: dict[type, str] = {
     wire.Ping: "_on_ping",
     wire.Pong: "_on_pong",
@@ -454,4 +486,5 @@ WHILE_ESTABLISHED: dict[type, str] = {
     wire.Failed: "_on_failed",
     wire.Credit: "_on_credit",
     wire.Bye: "_on_bye",
+    **dict.fromkeys((*_FROM_TARGET, *_FROM_INITIATOR), "_on_request"),
 }

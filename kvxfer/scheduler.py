@@ -51,6 +51,8 @@ class Transfer:
     """Breaks the queue if what is posted does not complete in time."""
     abandoned: bool = False
     """Its QP could be neither drained nor destroyed."""
+    on_end: Callable[[Transfer], None] | None = None
+    """Called once, where nobody waits, when it has ended or is abandoned."""
 
     def note(self, finished: Finished) -> None:
         """Take the end of one operation; wake the waiter at the last one."""
@@ -64,7 +66,10 @@ class Transfer:
             self.wake()
 
     def wake(self) -> None:
-        """Let the waiting task look again."""
+        """Let the waiting task look again, or whoever is to be told."""
+        if self.on_end is not None and (self.ended or self.abandoned):
+            on_end, self.on_end = self.on_end, None
+            on_end(self)
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
@@ -111,12 +116,14 @@ class Scheduler:
         remote_ids: NDArray[np.int64],
         request_id: bytes,
         timeout: float,
+        tag: tuple[int, int, int] = (0, 0, 0),
     ) -> Transfer:
         """Hand a transfer to the engine, which posts what it has room for.
 
         Args:
           rows: ``(row, layer)`` of each operation; rows as the engine knows them.
           timeout: Seconds; an earlier deadline goes first.
+          tag: Travels with the notifications; see ``Engine.submit``.
 
         Raises:
           LayoutError: An id is out of range or named twice. Nothing was posted.
@@ -130,6 +137,7 @@ class Scheduler:
             remote_ids,
             request_id,
             deadline_ms,
+            tag,
         )
         # None at all where there are no blocks to write.
         transfer.pending.update(zip(op_ids, transfer.layers, strict=False))
@@ -137,6 +145,21 @@ class Scheduler:
         self._transfers.add(transfer)
         self._look()
         return transfer
+
+    def watch(self, transfer: Transfer, on_end: Callable[[Transfer], None]) -> None:
+        """Have ``on_end`` called when a transfer has ended or is abandoned.
+
+        For a transfer that nobody awaits by :meth:`run`. It has no deadline: whoever
+        watches it calls :meth:`stop`.
+        """
+
+        def ended(transfer: Transfer) -> None:
+            if transfer.drain is not None:
+                transfer.drain.cancel()
+            self._transfers.discard(transfer)
+            on_end(transfer)
+
+        transfer.on_end = ended
 
     async def run(
         self, transfer: Transfer, timeout: float, break_queue: Callable[[], None]
@@ -162,7 +185,7 @@ class Scheduler:
                 try:
                     await transfer.waiter
                 except asyncio.CancelledError as error:
-                    self._stop(transfer, break_queue)
+                    self.stop(transfer, break_queue)
                     cancelled = error
         finally:
             expiry.cancel()
@@ -190,10 +213,14 @@ class Scheduler:
         self._completions.wake()
         if not transfer.ended:
             transfer.expired = True
-            self._stop(transfer, break_queue)
+            self.stop(transfer, break_queue)
 
-    def _stop(self, transfer: Transfer, break_queue: Callable[[], None]) -> None:
-        """Post nothing further of a transfer; see that it ends."""
+    def stop(self, transfer: Transfer, break_queue: Callable[[], None]) -> None:
+        """Post nothing further of a transfer; see that it ends.
+
+        Should what is posted not complete in the drain timeout, ``break_queue`` is
+        called.
+        """
 
         def break_unless_ended() -> None:
             if not transfer.ended:

@@ -6,30 +6,30 @@ import asyncio
 import collections
 import dataclasses
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from kvxfer import notify, wire
+from kvxfer import notify
 from kvxfer._engine import RingArrival
 from kvxfer.adapter import Adapter, finish
+from kvxfer.arguments import request_name, seconds_of
 from kvxfer.blocks import Ids
 from kvxfer.cache import KVCache
-from kvxfer.control import CloseReason, ControlServer, OfferParts
+from kvxfer.connections import Connections
+from kvxfer.control import ControlServer
 from kvxfer.errors import (
     ClosedResourceError,
-    KVXferError,
+    NotQuiescentError,
     ProtocolError,
-    RefusedError,
     UsageError,
 )
 from kvxfer.host import Host
-from kvxfer.layout import check_fit
-from kvxfer.link import Link, numeric_address
+from kvxfer.link import numeric_address
+from kvxfer.offers import Offers, Ticket
 from kvxfer.options import Options
-from kvxfer.route import geometry_from_wire, shards_from_wire, windows
-from kvxfer.sharding import Shard, check_shards
+from kvxfer.requests import End, EndCode
 from kvxfer.verbs_types import Access
 
 _log = logging.getLogger("kvxfer.server")
@@ -76,21 +76,6 @@ class Failure:
     reason: str
 
 
-class _Incoming:
-    """One writer's connection: its link and what of its ring is consumed."""
-
-    def __init__(self, peer: str, link: Link, shards: tuple[Shard, ...]) -> None:
-        self.peer = peer
-        self.link = link
-        self.shards = shards
-        self.consumed_bytes = 0
-        self.consumed_records = 0
-        self.told_bytes = 0
-        self.told_records = 0
-        self.gone = asyncio.get_running_loop().create_future()
-        self.ending: asyncio.Task[None] | None = None
-
-
 @dataclass(frozen=True)
 class _Waiting:
     """An arrival in the queue; credit for it may still be owed."""
@@ -128,7 +113,8 @@ class Server:
         )
         self._host = Host(cache, Access.LOCAL_WRITE | Access.REMOTE_WRITE, self.options)
         self._control: ControlServer | None = None
-        self._incoming: dict[int, _Incoming] = {}
+        self._connections = Connections(self._host, self)
+        self._offers: Offers | None = None
         self._waiting: collections.deque[_Waiting] = collections.deque()
         self._failures: collections.deque[Failure] = collections.deque(maxlen=4096)
         self._news: set[asyncio.Future[None]] = set()
@@ -163,7 +149,7 @@ class Server:
         host = self.options.host
         try:
             control = ControlServer(
-                self,
+                self._connections,
                 host,
                 self.options.port,
                 incarnation=self._host.incarnation,
@@ -172,6 +158,9 @@ class Server:
             is_ipc = host.startswith("ipc://")
             address = None if is_ipc else await numeric_address(host)
             await self._host.open(address, self._on_arrival, self._on_failed)
+            offers = Offers(self._host, self._connections, self._where)
+            self._connections.control = control
+            self._connections.offers = offers
             try:
                 await control.start()
             except BaseException:
@@ -181,6 +170,7 @@ class Server:
             self._state = "new"
             raise
         self._control = control
+        self._offers = offers
         self._state = "open"
 
     async def __aenter__(self) -> Server:
@@ -213,6 +203,8 @@ class Server:
         if self._state == "open":
             self._host.check("server")
             self._state = "closing"
+            assert self._offers is not None
+            self._offers.begin_close()
             self._wake()
             self._closing = asyncio.get_running_loop().create_task(self._close())
         if self._closing is None:
@@ -221,14 +213,23 @@ class Server:
             await finish(self._closing)
 
     async def _close(self) -> None:
-        assert self._control is not None
+        assert self._control is not None and self._offers is not None
         try:
             await self._control.close()
         finally:
             try:
+                await self._offers.close()
                 await self._host.close()
             finally:
                 self._state = "closed"
+
+    def _where(self) -> tuple[str, int, str]:
+        """Say where to dial this server: host, port and path."""
+        host = self.options.host
+        if host.startswith("ipc://"):
+            return "", 0, host.removeprefix("ipc://")
+        anywhere = host in ("0.0.0.0", "::", "*")
+        return "" if anywhere else host, self.port, ""
 
     @property
     def port(self) -> int:
@@ -248,7 +249,7 @@ class Server:
     @property
     def peers(self) -> list[str]:
         """Addresses of the connected writers."""
-        return [incoming.peer for incoming in self._incoming.values()]
+        return [incoming.peer for incoming in self._connections.incoming.values()]
 
     def _listening(self) -> ControlServer:
         if self._control is None:
@@ -260,6 +261,92 @@ class Server:
         self._listening()
         if self._state == "open":
             self._host.check("server")
+
+    # -- requests ----------------------------------------------------------------
+
+    def offer(
+        self,
+        peer: str | Iterable[str],
+        request_id: str,
+        blocks: Mapping[str, object],
+        *,
+        first_block: int | Mapping[str, int] = 0,
+        sources: int | None = None,
+        lease: float | None = None,
+        checksum: bool = False,
+    ) -> Ticket:
+        """Offer blocks for a request to a writer that listens for invitations.
+
+        It may be called from any thread and never waits. The writer is invited, again
+        and again, until it has dialed this server; if it is connected already it is
+        told at once. The blocks belong to the request until the ticket is over.
+
+        Args:
+          peer: Where the writer listens: ``HOST:PORT``, ``[IPV6]:PORT`` or
+            ``ipc://PATH``; several if several ranks write the request.
+          request_id: What the writer opens; up to 256 bytes of UTF-8.
+          blocks: Block ids by group, one a position, none twice.
+          first_block: The position in the request of the first of them; what is
+            before it is here already and is skipped. By group, or one for all.
+          sources: How many writers must finish before the request is complete; None:
+            as many as addresses. Where there are fewer addresses than sources, call
+            again with the same request and the other addresses.
+          lease: Seconds that it all may take; None takes ``request_lease``.
+          checksum: Have each layer carry a digest, and check it before the layer
+            counts as arrived. The cache must lie in host memory.
+
+        Returns:
+          The ticket, whose state may be read at any time.
+
+        Raises:
+          LayoutError: The cache has no such group or block, or one is named twice.
+          UsageError: A block, or the request, is offered already; an address is none.
+          ClosedResourceError: The server is not open.
+        """
+        return self._offers_now().offer(
+            peer,
+            request_name(request_id),
+            blocks,
+            first_block=first_block,
+            sources=sources,
+            lease=seconds_of(lease, self.options.request_lease, "lease"),
+            checksum=checksum,
+        )
+
+    def finished(self) -> list[Ticket]:
+        """Take the tickets that have ended, well or badly, since the last call.
+
+        May be called from any thread. The last 65536 are kept.
+        """
+        return self._offers_now().finished()
+
+    async def fence(self, request_id: str) -> None:
+        """Return when no byte of an offered request can land any more.
+
+        A request that goes on is ended. If a writer does not confirm in
+        ``fence_timeout`` that nothing of it is in flight, its connection is broken;
+        what else it has to write here is repeated on the next one. A request that
+        is over, or that is not known, is quiet already.
+
+        Raises:
+          NotQuiescentError: A QP could be neither stopped nor destroyed.
+
+        Cancellation:
+          The request ends nevertheless.
+        """
+        self._ensure_usable()
+        ticket = self._offers_now().find(request_id)
+        if ticket is None:
+            return
+        end = End(EndCode.ABORTED, "fenced by the side that is written to")
+        await self._offers_now().abort(ticket, end)
+        if isinstance(ticket.error, NotQuiescentError):
+            raise ticket.error
+
+    def _offers_now(self) -> Offers:
+        if self._offers is None:
+            raise ClosedResourceError("the server is not open")
+        return self._offers
 
     # -- what landed -----------------------------------------------------------
 
@@ -277,7 +364,7 @@ class Server:
             while self._waiting:
                 waiting = self._waiting.popleft()
                 if not waiting.credited:
-                    self._consumed(waiting.conn_id, waiting.head)
+                    self._connections.consumed(waiting.conn_id, waiting.head)
                 yield waiting.arrival
             if self._state != "open":
                 return
@@ -311,7 +398,7 @@ class Server:
                 news.set_result(None)
 
     def _on_arrival(self, adapter: Adapter, arrival: RingArrival) -> None:
-        found = self._find(adapter, arrival.slot)
+        found = self._connections.find(adapter, arrival.slot)
         if found is None:
             return
         conn_id, incoming = found
@@ -321,12 +408,17 @@ class Server:
             record = notify.decode(
                 arrival.record, self._host.cache.groups, incoming.shards
             )
+            if record.generation:
+                self._connections.consumed(conn_id, arrival.head)
+                self._offers_now().record(conn_id, record)
+                return
+            self._offers_now().check_direct(record)
         except ProtocolError as error:
-            self._drop(conn_id, f"broke the rules of the notify ring: {error}")
+            self._broke_rules(conn_id, incoming.peer, str(error))
             return
         credited = len(self._waiting) < _MAX_WAITING
         if credited:
-            self._consumed(conn_id, arrival.head)
+            self._connections.consumed(conn_id, arrival.head)
         self._waiting.append(
             _Waiting(
                 Arrival(
@@ -344,96 +436,22 @@ class Server:
         )
         self._wake()
 
-    def _consumed(self, conn_id: int, head: int) -> None:
-        """Give credit for the ring back, in portions of a quarter."""
-        incoming = self._incoming.get(conn_id)
-        if incoming is None or self._control is None:
-            return
-        # Arrivals that waited for a consumer may come behind younger ones here.
-        incoming.consumed_bytes = max(incoming.consumed_bytes, head)
-        incoming.consumed_records += 1
-        options = self.options
-        if (
-            incoming.consumed_bytes - incoming.told_bytes
-            >= options.notify_ring_bytes // 4
-            or incoming.consumed_records - incoming.told_records
-            >= max(1, options.notify_receives // 4)
-        ):
-            incoming.told_bytes = incoming.consumed_bytes
-            incoming.told_records = incoming.consumed_records
-            self._control.send_credit(
-                conn_id, incoming.told_bytes, incoming.told_records
-            )
+    def _broke_rules(self, conn_id: int, peer: str, reason: str) -> None:
+        """Drop a writer that has written, or may have, where it must not."""
+        reason = f"broke the rules of the notify ring: {reason}"
+        self._failures.append(Failure(peer, None, (), reason))
+        self._wake()
+        self._connections.drop_peer(conn_id, reason)
 
-    # -- connections: what the control connection asks for ---------------------
-
-    async def offer(
-        self, hello: wire.Hello, conn_id: int, peer_address: str
-    ) -> OfferParts:
-        """Make this side's end for a writer (for the control connection)."""
-        host = self._host
-        if hello.role != "initiator":
-            raise RefusedError("this server is written to; it does not write")
-        shards = shards_from_wire(hello.shards)
-        geometry = geometry_from_wire(hello.geometry)
-        if shards:
-            names = ("at the peer", "here")
-            check_shards(geometry, host.geometry, shards, names=names)
-        else:
-            check_fit(host.geometry, geometry)
-        adapter, agreed = await host.agree(hello.devices)
-        options = self.options
-        link = await Link.open(
-            adapter,
-            Access.REMOTE_WRITE,
-            receives=options.notify_receives,
-            gid=agreed.our_gid,
-        )
-        try:
-            ring = await link.start_target(
-                options.notify_ring_bytes, options.notify_receives
-            )
-            parts = OfferParts(
-                geometry=host.wire_geometry,
-                device=adapter.candidate,
-                dialer_device=agreed.theirs.name,
-                dialer_gid=agreed.their_gid,
-                endpoint=wire.Endpoint(
-                    qps=[link.info],
-                    windows=windows(host.cache.groups, host.rkey_of(adapter)),
-                    ring=ring,
-                ),
-            )
-        except BaseException:
-            await link.close()
-            raise
-        self._incoming[conn_id] = _Incoming(peer_address or "local", link, shards)
-        return parts
-
-    async def accept(self, conn_id: int, accept: wire.Accept) -> None:
-        """Bring this side's QP to RTS (for the control connection)."""
-        incoming = self._incoming[conn_id]
-        await incoming.link.connect(accept.endpoint.qps[0], incoming.peer)
-
-    def established(self, conn_id: int) -> None:
-        """Both sides are ready (for the control connection)."""
-        incoming = self._incoming[conn_id]
-        _log.info("%s connected by %s", incoming.peer, incoming.link.adapter.name)
-
-    async def fence(self, conn_id: int, reason: str) -> None:
-        """Let nothing of this writer land any more (for the control connection)."""
-        incoming = self._incoming[conn_id]
-        _log.info("%s asks for a fence: %s", incoming.peer, reason)
-        await incoming.link.fail()
-
-    def failed(self, conn_id: int, message: wire.Failed) -> None:
-        """A writer gave something up (for the control connection)."""
-        incoming = self._incoming[conn_id]
+    def gave_up(
+        self, peer: str, request_id: bytes, layers: list[int], reason: str
+    ) -> None:
+        """Take note of what a writer gave up (for the connections)."""
         failure = Failure(
-            peer=incoming.peer,
-            request_id=message.request_id.decode(errors="replace") or None,
-            layers=tuple(message.layers),
-            reason=message.reason,
+            peer=peer,
+            request_id=request_id.decode(errors="replace") or None,
+            layers=tuple(layers),
+            reason=reason,
         )
         _log.warning(
             "%s gave up request %s, layers %s: %s",
@@ -445,52 +463,7 @@ class Server:
         self._failures.append(failure)
         self._wake()
 
-    def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
-        """This side writes nothing, so it needs no credit."""
-        _log.debug("%s sends meaningless credit", self._incoming[conn_id].peer)
-
-    async def closed(self, conn_id: int, reason: CloseReason) -> None:
-        """A connection is over: release its end (for the control connection)."""
-        incoming = self._incoming[conn_id]
-        _log.info("%s disconnected: %s", incoming.peer, reason)
-        incoming.gone.set_result(None)
-        try:
-            if incoming.ending is not None:
-                await asyncio.wait({incoming.ending})
-            # Until its QP is gone, notifications of it are still taken.
-            await incoming.link.close()
-        except KVXferError:
-            _log.exception("the QP of %s could not be destroyed", incoming.peer)
-        finally:
-            del self._incoming[conn_id]
-
-    def _find(self, adapter: Adapter, slot: int) -> tuple[int, _Incoming] | None:
-        for conn_id, incoming in self._incoming.items():
-            if incoming.link.adapter is adapter and incoming.link.slot == slot:
-                return conn_id, incoming
-        return None
-
     def _on_failed(self, adapter: Adapter, slot: int) -> None:
-        found = self._find(adapter, slot)
+        found = self._connections.find(adapter, slot)
         if found is not None and not found[1].gone.done():
-            self._drop(found[0], "its QP failed")
-
-    def _drop(self, conn_id: int, reason: str) -> None:
-        """Put an end to a connection: its QP goes to ERR first."""
-        incoming = self._incoming[conn_id]
-        if incoming.ending is None:
-            _log.warning("%s is dropped: %s", incoming.peer, reason)
-            incoming.link.break_()
-            incoming.ending = asyncio.get_running_loop().create_task(
-                self._end(conn_id, incoming, reason)
-            )
-
-    async def _end(self, conn_id: int, incoming: _Incoming, reason: str) -> None:
-        # The writer is told, and not just left: it asks for a fence of its own for
-        # the writes that it has in flight, and says goodbye when it has the answer.
-        assert self._control is not None
-        timeout = self.options.fence_timeout
-        await incoming.link.fail()
-        if await self._control.fence(conn_id, reason, timeout=timeout):
-            await asyncio.wait({incoming.gone}, timeout=timeout)
-        self._control.drop(conn_id, reason)
+            self._connections.drop_peer(found[0], "its QP failed")

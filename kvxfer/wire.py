@@ -26,26 +26,39 @@ from kvxfer.errors import ProtocolError, VersionMismatchError
 
 __all__ = [
     "FEATURES",
+    "FEATURE_REQUESTS",
     "FEATURE_SHARDS",
     "HANDSHAKE_VERSION",
     "MAGIC",
+    "MAX_AUX_BYTES",
     "MAX_MESSAGE_BYTES",
+    "MAX_OFFERED_BLOCKS",
     "MAX_WINDOWS",
     "VERSIONS",
+    "Abort",
     "Accept",
+    "Announced",
     "Bye",
     "Credit",
     "DeviceCandidate",
+    "Ended",
     "Endpoint",
     "Failed",
     "Fence",
     "Fenced",
+    "FinalLayer",
+    "Finish",
     "GIDCandidate",
     "GroupGeometry",
+    "GroupLayers",
     "Hello",
+    "Invite",
+    "LayersFinal",
     "Message",
     "NotifyRing",
     "Offer",
+    "OfferBlocks",
+    "OfferedGroup",
     "Ping",
     "PlaneGeometry",
     "Pong",
@@ -53,6 +66,8 @@ __all__ = [
     "Ready",
     "Refuse",
     "RefuseCode",
+    "RequestMessage",
+    "Resume",
     "Role",
     "Shard",
     "Window",
@@ -67,12 +82,18 @@ MAGIC = b"KVXF"
 HANDSHAKE_VERSION = 1
 #: Lowest and highest protocol version that this release speaks.
 VERSIONS: tuple[int, int] = (1, 1)
-#: Parts of blocks may be written, see :class:`Shard`.
+#: Feature bit: parts of blocks may be written, see :class:`Shard`.
 FEATURE_SHARDS = 1 << 0
+#: Feature bit: requests, whose blocks are offered by the side that is written to.
+FEATURE_REQUESTS = 1 << 1
 #: Feature bits that this release knows.
-FEATURES = FEATURE_SHARDS
+FEATURES = FEATURE_SHARDS | FEATURE_REQUESTS
 
 MAX_MESSAGE_BYTES = 4 << 20
+#: Blocks in one offer, all groups together.
+MAX_OFFERED_BLOCKS = 1 << 19
+#: What a writer may send along behind a request's data.
+MAX_AUX_BYTES = 1 << 16
 MAX_WINDOWS = 4096
 _MULTICAST_PREFIX = 0xFF
 _U64_END = 1 << 64
@@ -99,6 +120,10 @@ Incarnation = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Nonce = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Token = Annotated[bytes, Meta(max_length=32)]
 RequestId = Annotated[bytes, Meta(max_length=256)]
+Generation = Annotated[int, Meta(ge=1)]
+Generations = Annotated[list[Generation], Meta(max_length=65536)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+BlockIds = Annotated[bytes, Meta(max_length=4 * MAX_OFFERED_BLOCKS)]
 VersionRange = tuple[Version, Version]
 Role = Literal["initiator", "target"]
 _Key = TypeVar("_Key", bound=Hashable)
@@ -376,6 +401,7 @@ class Hello(_Part, frozen=True, kw_only=True, tag="hello"):
       agent: The library's version, for logs.
       nonce: Random for each connection; the offer returns it.
       shards: The parts of blocks that will be written; none: whole blocks.
+      invite: What the listener's Invite said, or nothing for who comes unasked.
     """
 
     incarnation: Incarnation
@@ -387,6 +413,7 @@ class Hello(_Part, frozen=True, kw_only=True, tag="hello"):
     devices: Annotated[list[DeviceCandidate], Meta(max_length=64)]
     nonce: Nonce
     shards: Annotated[list[Shard], Meta(max_length=4096)] = []
+    invite: Annotated[bytes, Meta(max_length=16)] = b""
 
     def check(self) -> None:
         _require(self.versions[0] <= self.versions[1], "an empty version range")
@@ -504,6 +531,159 @@ class Bye(_Part, frozen=True, kw_only=True, tag="bye"):
     reason: Text = ""
 
 
+class Invite(_Part, frozen=True, kw_only=True, tag="invite"):
+    """Target to a prefill side that listens: dial me, I have blocks to offer.
+
+    The only message outside of a connection; it is sent again until the connection
+    is there. Its form is that of version 1 for ever, like Hello's.
+
+    Attributes:
+      invite: Random, 16 bytes: the Hello that follows it names it.
+      host: Where to dial; empty for where this message comes from.
+      port: The port there; 0 with a ``path``.
+      path: Path of a Unix socket, on the same host.
+    """
+
+    incarnation: Incarnation
+    invite: Nonce
+    host: Annotated[str, Meta(max_length=255)] = ""
+    port: U16 = 0
+    path: Annotated[str, Meta(max_length=255)] = ""
+    agent: Label = ""
+
+    def check(self) -> None:
+        _require(bool(self.port) != bool(self.path), "neither or both of port and path")
+        _require(not self.path or not self.host, "a path on another host")
+
+
+class OfferedGroup(_Part, frozen=True, kw_only=True):
+    """The blocks of one group that a request may be written to.
+
+    Attributes:
+      first_block: The position in the request of the first of them.
+      block_ids: The target's ids as little-endian uint32, one a position.
+      announced: Layers that are complete already: they are not sent again.
+    """
+
+    group: Name
+    first_block: Annotated[int, Meta(ge=0, le=0x7FFF_FFFF)] = 0
+    block_ids: BlockIds
+    announced: Layers = []
+
+    def check(self) -> None:
+        _require(len(self.block_ids) % 4 == 0, "block ids of other than 4 bytes")
+
+
+class OfferBlocks(_Part, frozen=True, kw_only=True, tag="offer-blocks"):
+    """Target: these blocks are for this request, write them.
+
+    Attributes:
+      generation: Random, names this offer in all that follows, records included.
+      lease: Seconds that the offer stands from now on.
+      checksum: Whether layers are to carry a digest.
+    """
+
+    conn_id: U64
+    request_id: Annotated[bytes, Meta(min_length=1, max_length=256)]
+    generation: Generation
+    groups: Annotated[list[OfferedGroup], Meta(min_length=1, max_length=64)]
+    lease: Seconds
+    checksum: bool = False
+
+    def check(self) -> None:
+        for group in self.groups:
+            group.check()
+        _require_unique((group.group for group in self.groups), "group")
+        count = sum(len(group.block_ids) // 4 for group in self.groups)
+        _require(
+            count <= MAX_OFFERED_BLOCKS,
+            f"{count} blocks in one offer, at most {MAX_OFFERED_BLOCKS}",
+        )
+
+
+class Resume(_Part, frozen=True, kw_only=True, tag="resume"):
+    """Initiator on a new connection: what became of these offers?
+
+    Of each that does not stand any more the target says how it ended.
+    """
+
+    conn_id: U64
+    generations: Generations
+
+
+class FinalLayer(_Part, frozen=True, kw_only=True):
+    """A layer that is complete though no record says so: it had none at the end."""
+
+    group: Name
+    layer: Layer
+    total: U64
+    digest: U64 = 0
+
+
+class LayersFinal(_Part, frozen=True, kw_only=True, tag="layers-final"):
+    """Initiator: these layers are complete with so many records each."""
+
+    conn_id: U64
+    generation: Generation
+    layers: Annotated[list[FinalLayer], Meta(max_length=MAX_WINDOWS)]
+
+
+class Finish(_Part, frozen=True, kw_only=True, tag="finish"):
+    """Initiator: that was all, ``total`` records on this connection.
+
+    It may overtake them, so the target counts.
+    """
+
+    conn_id: U64
+    generation: Generation
+    total: U64
+    aux: Annotated[bytes, Meta(max_length=MAX_AUX_BYTES)] = b""
+
+
+class GroupLayers(_Part, frozen=True, kw_only=True):
+    """Some layers of a group."""
+
+    group: Name
+    layers: Layers
+
+
+class Announced(_Part, frozen=True, kw_only=True, tag="announced"):
+    """Target: these layers are in place; with ``complete`` the whole request is."""
+
+    conn_id: U64
+    generation: Generation
+    layers: Annotated[list[GroupLayers], Meta(max_length=64)] = []
+    complete: bool = False
+
+
+class Abort(_Part, frozen=True, kw_only=True, tag="abort"):
+    """Target: this offer does not stand any more. Ended answers it.
+
+    ``code`` is for programs, see ``kvxfer.requests``; newer peers may send others.
+    """
+
+    conn_id: U64
+    generation: Generation
+    code: Name
+    reason: Text = ""
+    layer: Layer | None = None
+    bytes_done: U64 = 0
+
+
+class Ended(_Part, frozen=True, kw_only=True, tag="ended"):
+    """Initiator: nothing of this offer is in flight any more, and nothing will be."""
+
+    conn_id: U64
+    generation: Generation
+    code: Name
+    reason: Text = ""
+    layer: Layer | None = None
+    bytes_done: U64 = 0
+
+
+#: What travels under FEATURE_REQUESTS: from the target, from the initiator.
+RequestMessage = OfferBlocks | Announced | Abort | Resume | LayersFinal | Finish | Ended
+
 Message = (
     Hello
     | Offer
@@ -517,6 +697,14 @@ Message = (
     | Fenced
     | Failed
     | Bye
+    | Invite
+    | OfferBlocks
+    | Resume
+    | LayersFinal
+    | Finish
+    | Announced
+    | Abort
+    | Ended
 )
 
 _encoder = msgspec.msgpack.Encoder()
@@ -531,12 +719,12 @@ def encode(message: Message, *, version: int = HANDSHAKE_VERSION) -> bytes:
 
     Args:
       message: Any message.
-      version: The version agreed on. Hello and Refuse ignore it.
+      version: The version agreed on. Hello, Refuse and Invite ignore it.
 
     Raises:
       ProtocolError: ``message`` breaks a limit. Nothing is kept.
     """
-    if isinstance(message, (Hello, Refuse)):
+    if isinstance(message, (Hello, Refuse, Invite)):
         version = HANDSHAKE_VERSION
     try:
         body = _encoder.encode(message)
@@ -577,7 +765,7 @@ def decode(frame: bytes, *, versions: tuple[int, int] = VERSIONS) -> Message:
         # UnicodeDecodeError would carry the whole frame in its attributes.
         raise ProtocolError(f"invalid control message: {printable(str(exc))}") from None
     if version == HANDSHAKE_VERSION < versions[0] and not isinstance(
-        message, (Hello, Refuse)
+        message, (Hello, Refuse, Invite)
     ):
         raise VersionMismatchError(
             f"{type(message).__name__} of protocol version {version}; "

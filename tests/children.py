@@ -185,13 +185,48 @@ async def write(
                 test.say(event="broken", error=type(error).__name__)
 
 
+async def prefill(
+    test: Report,
+    shape: dict[str, Any],
+    request_ids: list[str],
+    n_blocks: int,
+    finish: bool = True,
+    **options: Any,
+) -> None:
+    """Be a prefill side: stream the first blocks, layer by layer, for each request.
+
+    Reports where it is invited, then how each request ended. Without ``finish`` the
+    last layer never becomes ready.
+    """
+    with arena(**shape) as source:
+        options = {**QUICK, "listen": "127.0.0.1:0", **options}
+        async with Client(source.cache, **options) as client:
+            test.say(listening=client.listening)
+            layers = source.cache.group(None).layers
+            requests = [client.open(name) for name in request_ids]
+            for request in requests:
+                for layer in layers if finish else layers[:-1]:
+                    request.ready(layer, range(n_blocks), final=True)
+                if finish:
+                    request.finish(aux=request.request_id.encode())
+            for request in requests:
+                with contextlib.suppress(KVXferError):
+                    await request.sent()
+                error = request.error
+                test.say(
+                    request_id=request.request_id,
+                    state=request.state.value,
+                    error=type(error).__name__ if error is not None else None,
+                )
+
+
 def _child(request: dict[str, Any], connection: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.update(request.pop("environ", {}))
     planes = request["shape"]["planes"]  # JSON knows no tuples
     request["shape"]["planes"] = {name: tuple(size) for name, size in planes.items()}
     roles: dict[str, Callable[..., Coroutine[Any, Any, None]]]
-    roles = {"serve": serve, "write": write}
+    roles = {"prefill": prefill, "serve": serve, "write": write}
     role = roles[request.pop("role")]
 
     async def main() -> None:

@@ -102,6 +102,30 @@ def accept(role: wire.Role = "initiator", **changes: Any) -> wire.Accept:
     return wire.Accept(**{**fields, **changes})
 
 
+def requests_from_target() -> list[wire.RequestMessage]:
+    group = wire.OfferedGroup(
+        group="main", first_block=3, block_ids=b"\1\0\0\0" * 2, announced=[0]
+    )
+    layers = [wire.GroupLayers(group="main", layers=[1, 2])]
+    return [
+        wire.OfferBlocks(
+            conn_id=CONN_ID, request_id=b"r1", generation=5, groups=[group], lease=30.0
+        ),
+        wire.Announced(conn_id=CONN_ID, generation=5, layers=layers),
+        wire.Abort(conn_id=CONN_ID, generation=5, code="lease", reason="x", layer=1),
+    ]
+
+
+def requests_from_initiator() -> list[wire.RequestMessage]:
+    final = wire.FinalLayer(group="main", layer=1, total=2, digest=2**64 - 1)
+    return [
+        wire.Resume(conn_id=CONN_ID, generations=[5, 6]),
+        wire.LayersFinal(conn_id=CONN_ID, generation=5, layers=[final]),
+        wire.Finish(conn_id=CONN_ID, generation=5, total=9, aux=b"aux"),
+        wire.Ended(conn_id=CONN_ID, generation=5, code="aborted", bytes_done=7),
+    ]
+
+
 def one_of_each() -> list[wire.Message]:
     return [
         hello(),
@@ -116,4 +140,7 @@ def one_of_each() -> list[wire.Message]:
         wire.Fenced(conn_id=CONN_ID),
         wire.Failed(conn_id=CONN_ID, request_id=b"r1", layers=[0, 1], reason="x"),
         wire.Bye(conn_id=CONN_ID, reason="done"),
+        wire.Invite(incarnation=INCARNATION, invite=NONCE, host="::1", port=7777),
+        *requests_from_target(),
+        *requests_from_initiator(),
     ]

@@ -237,7 +237,7 @@ async def test_no_secret_is_ever_in_a_log(
         await client.write_cache(peer, [1, 2], [3, 4], request_id="r")
         assert len(await take(server, 3)) == 3
         (adapter,) = server._host.adapters
-        links = [peer.link, *(i.link for i in server._incoming.values())]
+        links = [peer.link, *(i.link for i in server._connections.incoming.values())]
         assert links[0]._token != links[1]._token
         secrets = {str(adapter.region(0).rkey), f"{adapter.region(0).rkey:x}"}
         for link in links:
@@ -314,6 +314,8 @@ class Intruder:
 
     def failed(self, conn_id: int, message: wire.Failed) -> None:
         return
+
+    def request(self, conn_id: int, message: wire.RequestMessage) -> None: ...
 
     def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
         return

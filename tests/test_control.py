@@ -120,6 +120,9 @@ class Listener(Recorder):
     def failed(self, conn_id: int, message: wire.Failed) -> None:
         self.note("failed", message)
 
+    def request(self, conn_id: int, message: wire.RequestMessage) -> None:
+        self.note("request", message)
+
     def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
         self.note("credit", (consumed_bytes, consumed_records))
 
@@ -151,6 +154,9 @@ class Dialer(Recorder):
 
     def failed(self, conn_id: int, message: wire.Failed) -> None:
         self.note("failed", message)
+
+    def request(self, conn_id: int, message: wire.RequestMessage) -> None:
+        self.note("request", message)
 
     def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
         self.note("credit", (consumed_bytes, consumed_records))

@@ -65,7 +65,7 @@ async def test_a_server_that_closes_during_writes() -> None:
 async def test_a_write_that_succeeded_is_announced_though_the_server_lets_go() -> None:
     for round_ in range(12):
         async with connected(drain_timeout=0.2) as pair:
-            (conn_id,) = pair.server._incoming
+            (conn_id,) = pair.server._connections.incoming
             writes = [
                 asyncio.ensure_future(
                     pair.client.write_cache(
@@ -194,7 +194,7 @@ async def test_a_server_restarted_on_its_port_is_a_new_peer() -> None:
 
 async def test_a_link_that_fails_by_itself_is_noticed_without_a_write() -> None:
     async with connected() as pair:
-        (incoming,) = pair.server._incoming.values()
+        (incoming,) = pair.server._connections.incoming.values()
         await incoming.link.adapter.call(incoming.link.qp.to_error)
         await until(lambda: not pair.peer.connected)
         await until(lambda: not pair.server.peers)
@@ -206,7 +206,7 @@ async def test_a_link_that_fails_by_itself_is_noticed_without_a_write() -> None:
 async def test_a_confirmed_fence_is_one() -> None:
     """When the peer says so, its QP is out: whatever is in flight cannot land."""
     async with connected(big(1), big(2)) as pair:
-        (incoming,) = pair.server._incoming.values()
+        (incoming,) = pair.server._connections.incoming.values()
         await pair.check_write([1], [2], 0)  # a peer that is known dies at once
         write = asyncio.ensure_future(
             pair.client.write_cache(pair.peer, range(64), range(64))

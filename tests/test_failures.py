@@ -221,7 +221,7 @@ async def test_a_write_that_cannot_be_drained_costs_the_connection(
         big(1), big(2), drain_timeout=0.05, server_options={"notify_receives": 1}
     ) as pair:
         # No credit and no acknowledgement: the server's half is out of RTS already.
-        (incoming,) = pair.server._incoming.values()
+        (incoming,) = pair.server._connections.incoming.values()
         monkeypatch.setattr(Link, "wire", "tcp")
         await incoming.link.fail()
         start = time.monotonic()

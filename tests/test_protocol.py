@@ -29,6 +29,7 @@ from kvxfer.protocol import (
     ListenerState,
     OfferParts,
     OfferWanted,
+    RequestReceived,
     Send,
     Timing,
 )
@@ -157,7 +158,10 @@ MESSAGES = make.one_of_each()
 def test_dialer_state_by_message(state: DialerState, message: wire.Message) -> None:
     dialer = dialer_in(state)
     actions = dialer.receive(message, 1.0)
-    if type(message).__name__ in DIALER_TAKES[state]:
+    takes = DIALER_TAKES[state]
+    if state is DialerState.ESTABLISHED:
+        takes |= {type(m).__name__ for m in make.requests_from_target()}
+    if type(message).__name__ in takes:
         reason = dialer.reason
         assert reason is None or reason.cause is not CloseCause.PROTOCOL
     elif dialer.conn_id is None and state is DialerState.HELLO_SENT:
@@ -176,7 +180,10 @@ def test_listener_state_by_message(state: ListenerState, message: wire.Message) 
     if isinstance(message, wire.Credit):
         listener = listener_in(state, "initiator")
     actions = listener.receive(message, 1.0)
-    if type(message).__name__ in LISTENER_TAKES[state]:
+    takes = LISTENER_TAKES[state]
+    if state is ListenerState.ESTABLISHED:
+        takes |= {type(m).__name__ for m in make.requests_from_initiator()}
+    if type(message).__name__ in takes:
         reason = listener.reason
         assert reason is None or reason.cause is not CloseCause.PROTOCOL
         return
@@ -321,7 +328,7 @@ def test_another_connections_messages_are_ignored_and_counted() -> None:
             if hasattr(message, "conn_id") and not isinstance(message, wire.Offer):
                 foreign = msgspec.structs.replace(message, conn_id=1)
                 assert core.receive(foreign, 1.0) == []
-        assert core.ignored == 7 and core.is_established
+        assert core.ignored == 14 and core.is_established
 
 
 def test_foreign_messages_are_no_sign_of_life() -> None:
@@ -500,3 +507,32 @@ def test_a_listener_that_forgot_us_ends_the_connection() -> None:
     dialer = dialer_in(DialerState.ESTABLISHED)
     refuse = wire.Refuse(code="unknown-connection", message="no such connection")
     assert end_of(dialer.receive(refuse, 1.0)) is CloseCause.LOST
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_requests_go_one_way_and_under_their_feature(knows: bool) -> None:
+    for core, legal, illegal in (
+        (
+            dialer_in(DialerState.ESTABLISHED),
+            make.requests_from_target(),
+            make.requests_from_initiator(),
+        ),
+        (
+            listener_in(ListenerState.ESTABLISHED),
+            make.requests_from_initiator(),
+            make.requests_from_target(),
+        ),
+    ):
+        core.features = wire.FEATURE_REQUESTS if knows else 0
+        if knows:
+            for message in legal:
+                assert core.receive(message, 1.0) == [RequestReceived(message)]
+                assert core.send_request(message) == [Send(message)]
+        else:
+            with pytest.raises(UsageError, match="knows no requests"):
+                core.send_request(legal[0])
+        wrong = illegal[0] if knows else legal[0]
+        *_, closed = core.receive(wrong, 1.0)
+        assert isinstance(closed, Closed)
+        assert closed.reason.cause is CloseCause.PROTOCOL
+        assert core.send_request(legal[0]) == []

@@ -80,7 +80,7 @@ async def test_a_region_that_is_gone() -> None:
 async def test_the_target_goes_to_err() -> None:
     async with connected() as pair:
         await pair.check_write(OURS, THEIRS)
-        (incoming,) = pair.server._incoming.values()
+        (incoming,) = pair.server._connections.incoming.values()
         incoming.link.qp.to_error()
         # The receives come back flushed, so the server may say it first.
         error = await write_fails(pair)
@@ -101,7 +101,7 @@ async def test_a_dead_peer_is_noticed_by_the_device_alone() -> None:
     quiet: dict[str, Any] = {"ping_interval": 20.0, "ping_timeout": 60.0 + SOON}
     async with connected(**quiet) as pair:
         await pair.check_write(OURS, THEIRS)
-        (incoming,) = pair.server._incoming.values()
+        (incoming,) = pair.server._connections.incoming.values()
         # Unlike ERR, RESET does not tell the server by flushed receives.
         await incoming.link.adapter.call(incoming.link.qp.to_reset)
         start = time.monotonic()

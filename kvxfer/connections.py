@@ -1,0 +1,256 @@
+"""The connections of a server: each writer's link, its fence and its end.
+
+What a control connection asks of the side that is written to. What a writer has
+written, and what it says about requests, goes on to the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from kvxfer import wire
+from kvxfer.adapter import Adapter
+from kvxfer.control import CloseReason, ControlServer, OfferParts
+from kvxfer.errors import (
+    DeviceUnavailableError,
+    KVXferError,
+    LayoutError,
+    RefusedError,
+)
+from kvxfer.host import Host
+from kvxfer.layout import check_fit
+from kvxfer.link import Link
+from kvxfer.offers import Offers
+from kvxfer.route import geometry_from_wire, shards_from_wire, windows
+from kvxfer.sharding import Shard, check_shards
+from kvxfer.verbs_types import Access
+
+__all__ = ["Connections", "Incoming", "Losses"]
+
+_log = logging.getLogger("kvxfer.server")
+
+
+class Losses(Protocol):
+    """What takes note of what writers give up."""
+
+    def gave_up(
+        self, peer: str, request_id: bytes, layers: list[int], reason: str
+    ) -> None:
+        """A writer will not bring these layers of this request."""
+
+
+class Incoming:
+    """One writer's connection: its link and what of its ring is consumed."""
+
+    def __init__(self, peer: str, link: Link, shards: tuple[Shard, ...]) -> None:
+        self.peer = peer
+        self.link = link
+        self.shards = shards
+        self.consumed_bytes = 0
+        self.consumed_records = 0
+        self.told_bytes = 0
+        self.told_records = 0
+        self.gone = asyncio.get_running_loop().create_future()
+        self.released = asyncio.Event()
+        self.ending: asyncio.Task[None] | None = None
+        self.admitting: asyncio.Task[None] | None = None
+
+
+class Connections:
+    """Makes, keeps and ends the connections of one server.
+
+    Attributes:
+      incoming: The writers, by the connection's id.
+      control: The control server; set before it is started.
+      offers: Told of connections and of what writers say about requests; set before.
+    """
+
+    control: ControlServer
+    offers: Offers
+
+    def __init__(self, host: Host, losses: Losses) -> None:
+        self.incoming: dict[int, Incoming] = {}
+        self._host = host
+        self._options = host.options
+        self._losses = losses
+
+    # -- for the server ----------------------------------------------------------
+
+    def find(self, adapter: Adapter, slot: int) -> tuple[int, Incoming] | None:
+        """Find the connection that has a queue of an engine."""
+        for conn_id, incoming in self.incoming.items():
+            if incoming.link.adapter is adapter and incoming.link.slot == slot:
+                return conn_id, incoming
+        return None
+
+    def consumed(self, conn_id: int, head: int) -> None:
+        """Give credit for the ring back, in portions of a quarter."""
+        incoming = self.incoming.get(conn_id)
+        if incoming is None:
+            return
+        # Arrivals that waited for a consumer may come behind younger ones here.
+        incoming.consumed_bytes = max(incoming.consumed_bytes, head)
+        incoming.consumed_records += 1
+        options = self._options
+        if (
+            incoming.consumed_bytes - incoming.told_bytes
+            >= options.notify_ring_bytes // 4
+            or incoming.consumed_records - incoming.told_records
+            >= max(1, options.notify_receives // 4)
+        ):
+            incoming.told_bytes = incoming.consumed_bytes
+            incoming.told_records = incoming.consumed_records
+            self.control.send_credit(
+                conn_id, incoming.told_bytes, incoming.told_records
+            )
+
+    def send_request(self, conn_id: int, message: wire.RequestMessage) -> bool:
+        """Say something about a request; false if the peer is gone."""
+        return self.control.send_request(conn_id, message)
+
+    def drop_peer(self, conn_id: int, reason: str) -> None:
+        """Put an end to a connection: its QP goes to ERR first."""
+        incoming = self.incoming.get(conn_id)
+        if incoming is not None and incoming.ending is None:
+            _log.warning("%s is dropped: %s", incoming.peer, reason)
+            incoming.link.break_()
+            incoming.ending = asyncio.get_running_loop().create_task(
+                self._end(conn_id, incoming, reason)
+            )
+
+    async def _end(self, conn_id: int, incoming: Incoming, reason: str) -> None:
+        # The writer is told, and not just left: it asks for a fence of its own for
+        # the writes that it has in flight, and says goodbye when it has the answer.
+        timeout = self._options.fence_timeout
+        await incoming.link.fail()
+        if await self.control.fence(conn_id, reason, timeout=timeout):
+            await asyncio.wait({incoming.gone}, timeout=timeout)
+        self.control.drop(conn_id, reason)
+
+    # -- for the control connection ------------------------------------------------
+
+    async def offer(
+        self, hello: wire.Hello, conn_id: int, peer_address: str
+    ) -> OfferParts:
+        """Make this side's end for a writer."""
+        try:
+            return await self._make(hello, conn_id, peer_address)
+        except (DeviceUnavailableError, LayoutError) as error:
+            self.offers.misfit(hello, error)
+            raise
+
+    async def _make(
+        self, hello: wire.Hello, conn_id: int, peer_address: str
+    ) -> OfferParts:
+        host = self._host
+        if hello.role != "initiator":
+            raise RefusedError("this server is written to; it does not write")
+        shards = shards_from_wire(hello.shards)
+        geometry = geometry_from_wire(hello.geometry)
+        if shards:
+            names = ("at the peer", "here")
+            check_shards(geometry, host.geometry, shards, names=names)
+        else:
+            check_fit(host.geometry, geometry)
+        adapter, agreed = await host.agree(hello.devices)
+        options = self._options
+        link = await Link.open(
+            adapter,
+            Access.REMOTE_WRITE,
+            receives=options.notify_receives,
+            gid=agreed.our_gid,
+        )
+        try:
+            ring = await link.start_target(
+                options.notify_ring_bytes, options.notify_receives
+            )
+            self.offers.hello(conn_id, hello)
+            parts = OfferParts(
+                geometry=host.wire_geometry,
+                device=adapter.candidate,
+                dialer_device=agreed.theirs.name,
+                dialer_gid=agreed.their_gid,
+                endpoint=wire.Endpoint(
+                    qps=[link.info],
+                    windows=windows(host.cache.groups, host.rkey_of(adapter)),
+                    ring=ring,
+                ),
+            )
+        except BaseException:
+            await link.close()
+            raise
+        self.incoming[conn_id] = Incoming(peer_address or "local", link, shards)
+        return parts
+
+    async def accept(self, conn_id: int, accept: wire.Accept) -> None:
+        """Bring this side's QP to RTS."""
+        incoming = self.incoming[conn_id]
+        await incoming.link.connect(accept.endpoint.qps[0], incoming.peer)
+
+    def established(self, conn_id: int) -> None:
+        """Both sides are ready: a writer that was invited is told its offers."""
+        incoming = self.incoming[conn_id]
+        _log.info("%s connected by %s", incoming.peer, incoming.link.adapter.name)
+        older = self.offers.established(conn_id)
+        if older is None or older not in self.incoming:
+            self.offers.admit(conn_id)
+        else:
+            incoming.admitting = asyncio.get_running_loop().create_task(
+                self._admit_after(conn_id, self.incoming[older], older)
+            )
+
+    async def _admit_after(self, conn_id: int, older: Incoming, old_id: int) -> None:
+        """Let a writer's older connection end before the new one is used.
+
+        Bytes of the older one could otherwise land behind those of the new one.
+        """
+        self.drop_peer(old_id, "the writer has connected again")
+        await older.released.wait()
+        self.offers.admit(conn_id)
+
+    async def fence(self, conn_id: int, reason: str) -> None:
+        """Let nothing of this writer land any more."""
+        incoming = self.incoming[conn_id]
+        _log.info("%s asks for a fence: %s", incoming.peer, reason)
+        await incoming.link.fail()
+
+    def failed(self, conn_id: int, message: wire.Failed) -> None:
+        """A writer gave something up."""
+        self._losses.gave_up(
+            self.incoming[conn_id].peer,
+            message.request_id,
+            message.layers,
+            message.reason,
+        )
+
+    def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
+        """This side writes nothing, so it needs no credit."""
+        _log.debug("%s sends meaningless credit", self.incoming[conn_id].peer)
+
+    def request(self, conn_id: int, message: wire.RequestMessage) -> None:
+        """A writer says something about a request."""
+        self.offers.message(conn_id, message)
+
+    async def closed(self, conn_id: int, reason: CloseReason) -> None:
+        """A connection is over: release its end."""
+        incoming = self.incoming[conn_id]
+        _log.info("%s disconnected: %s", incoming.peer, reason)
+        incoming.gone.set_result(None)
+        quiet = False
+        try:
+            if incoming.admitting is not None:
+                incoming.admitting.cancel()
+                await asyncio.wait({incoming.admitting})
+            if incoming.ending is not None:
+                await asyncio.wait({incoming.ending})
+            # Until its QP is gone, notifications of it are still taken.
+            await incoming.link.close()
+            quiet = True
+        except KVXferError:
+            _log.exception("the QP of %s could not be destroyed", incoming.peer)
+        finally:
+            del self.incoming[conn_id]
+            self.offers.closed(conn_id, reason, quiet=quiet)
+            incoming.released.set()

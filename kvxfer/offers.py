@@ -1,0 +1,820 @@
+"""Offers of blocks to writers that are invited, from the offer to the last byte.
+
+The side that is written to says which blocks a request may be written to, and to
+whom. Each writer is known by the address that it listens on; it is invited there,
+dials, and is told all offers that stand for it. A ticket is one request seen from
+here; it is over only when no byte of it can land any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from kvxfer import wire
+from kvxfer._version import __version__
+from kvxfer.blocks import Ids, as_ids
+from kvxfer.control import CloseCause, CloseReason, Inviter
+from kvxfer.errors import (
+    KVXferError,
+    LayoutError,
+    NotQuiescentError,
+    ProtocolError,
+    RefusedError,
+    UsageError,
+)
+from kvxfer.handover import Mailbox
+from kvxfer.host import Host
+from kvxfer.inbound import Announce, Complete, Inbound, LayerDone, Quiet
+from kvxfer.layout import Group
+from kvxfer.notify import Record
+from kvxfer.positions import Window
+from kvxfer.requests import End, EndCode, Key, TicketState, end_code
+from kvxfer.waiting import Ending, Waiters
+
+__all__ = ["Offers", "Ticket"]
+
+_log = logging.getLogger("kvxfer.offers")
+
+# Endings that a writer may still ask for after a reconnection.
+_MAX_ENDED = 65536
+_MAX_FINISHED = 65536
+
+
+class Connections(Protocol):
+    """What the offers need of the server's connections."""
+
+    def send_request(self, conn_id: int, message: wire.RequestMessage) -> bool:
+        """Say something about a request; false if the peer is gone."""
+
+    def drop_peer(self, conn_id: int, reason: str) -> None:
+        """Put an end to a connection: its QP goes to ERR first."""
+
+
+class Ticket:
+    """A request whose blocks are offered; made by ``Server.offer``.
+
+    All attributes may be read from any thread, without waiting.
+
+    Attributes:
+      request_id: As it was offered.
+      addresses: The writers that it is offered to.
+      arrived: When each layer was complete, by ``time.monotonic()``.
+    """
+
+    def __init__(
+        self,
+        offers: Offers,
+        request_id: str,
+        windows: dict[str, Window],
+        needed: int,
+        lease: float,
+        checksum: bool,
+    ) -> None:
+        self.request_id = request_id
+        self.addresses: list[str] = []
+        self.arrived: dict[int, float] = {}
+        self._offers = offers
+        self._windows = windows
+        self._needed = needed
+        self._checksum = checksum
+        self._expires = time.monotonic() + lease
+        self._core = Inbound(windows, needed, offers.digest_of if checksum else None)
+        self._generation = secrets.randbits(63) | 1
+        self._error: KVXferError | None = None
+        self._quarantined = False
+        self._over = Waiters()
+        self._layers: dict[int, Waiters] = {}
+        self._lease: asyncio.TimerHandle | None = None
+        self._fences: list[asyncio.TimerHandle] = []
+
+    def __repr__(self) -> str:
+        return f"<Ticket {self.request_id!r}, {self.state.value}>"
+
+    @property
+    def state(self) -> TicketState:
+        """Where it stands."""
+        return self._core.state
+
+    @property
+    def layers_done(self) -> tuple[int, ...]:
+        """The layers that are in place, in every group that was offered."""
+        return tuple(sorted(self.arrived))
+
+    @property
+    def bytes_done(self) -> int:
+        """Bytes of blocks that have landed; what was sent twice counts twice."""
+        return self._core.bytes_done
+
+    @property
+    def error(self) -> KVXferError | None:
+        """Why it ended badly; None while it goes on, and when all went well."""
+        return self._error
+
+    @property
+    def aux(self) -> bytes:
+        """What the writer gave to ``finish``; empty before the request is done.
+
+        Of several sources the first one that gave anything.
+        """
+        return self._core.aux if self.state is TicketState.DONE else b""
+
+    async def wait_layer(self, layer: int) -> None:
+        """Wait until a layer is in place, in every group that was offered.
+
+        Raises:
+          KVXferError: The request ended before; see :attr:`error`.
+          LayoutError: This cache has no such layer.
+
+        Cancellation:
+          Ends the wait and nothing else.
+        """
+        self._offers.check()
+        if layer not in self._offers.layers(self._windows):
+            raise LayoutError(f"this cache has no layer {layer!r} in what was offered")
+        if layer not in self.arrived and not self._core.is_over:
+            await self._layers.setdefault(layer, Waiters()).wait()
+        if layer not in self.arrived:
+            raise self._failure()
+
+    async def wait(self) -> None:
+        """Wait until all is in place.
+
+        Raises:
+          KVXferError: The request ended badly; see :attr:`error`. No byte of it can
+            land any more.
+
+        Cancellation:
+          Aborts the request; raised when no byte of it can land any more.
+        """
+        self._offers.check()
+        try:
+            await self._over.wait()
+        except asyncio.CancelledError:
+            self._offers.stop(
+                self, End(EndCode.CANCELLED, "who waited for it was cancelled")
+            )
+            await self._over.wait_uncancelled()
+            raise
+        if self.state is not TicketState.DONE:
+            raise self._failure()
+
+    def abort(self, reason: str = "") -> Ending:
+        """Give the request up; does nothing if it is over.
+
+        May be called from any thread. In another thread than the event loop's it
+        returns when no byte of the request can land any more; on the event loop
+        ``await`` what it returns for that.
+        """
+        end = End(EndCode.ABORTED, reason or "given up by the side that is written to")
+        return self._offers.abort(self, end)
+
+    def _failure(self) -> KVXferError:
+        if self._error is None:
+            return LayoutError("no writer of this request holds that layer")
+        return self._error
+
+
+class _Writer:
+    """A writer that is invited, by the address that it listens on."""
+
+    def __init__(self, address: str, interval: float) -> None:
+        self.address = address
+        self.invite = wire.new_nonce()
+        self.inviter = Inviter(address, interval)
+        self.conn_id: int | None = None
+        self.incarnation = b""
+        self.keys: frozenset[Key] = frozenset()
+        self.tickets: set[Ticket] = set()
+        self.told: set[Ticket] = set()
+        """Tickets that the present or the last incarnation knows of."""
+        self.losing: asyncio.TimerHandle | None = None
+
+
+class Offers:
+    """All offers of one server.
+
+    Args:
+      where: Host, port and path at which writers dial this server.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        connections: Connections,
+        where: Callable[[], tuple[str, int, str]],
+    ) -> None:
+        self._host = host
+        self._options = host.options
+        self._connections = connections
+        self._where = where
+        self._mailbox = Mailbox("server")
+        self._lock = threading.Lock()
+        self._live: dict[str, Ticket] = {}
+        self._taken: dict[str, Ids] = {}
+        self._by_generation: dict[int, Ticket] = {}
+        self._ended: collections.OrderedDict[int, End | None]
+        self._ended = collections.OrderedDict()
+        self._writers: dict[str, _Writer] = {}
+        self._by_invite: dict[bytes, _Writer] = {}
+        self._by_conn: dict[int, _Writer] = {}
+        self._arriving: dict[int, tuple[_Writer, bytes, frozenset[Key]]] = {}
+        self._finished: collections.deque[Ticket]
+        self._finished = collections.deque(maxlen=_MAX_FINISHED)
+        self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self.stale = 0
+        """Records dropped since their offer does not stand any more."""
+        self.refused = 0
+        """Records refused since they named what their offer does not cover."""
+
+    # -- any thread ----------------------------------------------------------------
+
+    def offer(
+        self,
+        peer: str | Iterable[str],
+        request_id: str,
+        blocks: Mapping[str, object],
+        *,
+        first_block: int | Mapping[str, int],
+        sources: int | None,
+        lease: float,
+        checksum: bool,
+    ) -> Ticket:
+        """Make an offer, or extend one by a further writer; see ``Server.offer``."""
+        addresses = [peer] if isinstance(peer, str) else list(peer)
+        interval = self._options.ping_interval
+        for address in addresses:
+            Inviter(address, interval)  # says what is wrong with it, here and now
+        needed = len(addresses) if sources is None else sources
+        if not 1 <= len(set(addresses)) == len(addresses) <= needed:
+            raise UsageError(
+                f"{needed} sources, and {len(addresses)} addresses: give each source "
+                "its own address"
+            )
+        windows = self._windows(blocks, first_block)
+        with self._lock:
+            if self._closed:
+                raise UsageError("the server is closing")
+            ticket = self._live.get(request_id)
+            if ticket is None:
+                ticket = Ticket(self, request_id, windows, needed, lease, checksum)
+                self._take(windows)
+                self._live[request_id] = ticket
+            elif not _extends(ticket, windows, needed, addresses):
+                raise UsageError(f"request {request_id!r} is offered already")
+            ticket.addresses += addresses
+        found = ticket
+        self._mailbox.post(lambda: self._start(found, addresses))
+        return ticket
+
+    def _windows(
+        self, blocks: Mapping[str, object], first_block: int | Mapping[str, int]
+    ) -> dict[str, Window]:
+        given: object = blocks
+        if not isinstance(given, Mapping) or not given:
+            raise UsageError(
+                "the blocks offered are a mapping of group to block ids, such as "
+                '{"main": [3, 5]}'
+            )
+        windows = {}
+        for name, ids in blocks.items():
+            group = self._host.cache.group(name)
+            first = first_block
+            if isinstance(first, Mapping):
+                first = first.get(name, 0)
+            if isinstance(first, bool) or not 0 <= first < 1 << 31:
+                raise UsageError(f"first_block is {first!r}, not a position")
+            found = np.array(as_ids(ids, f"block ids of group {name!r}"))
+            limit = min(
+                place.n_blocks
+                for layer in group.layers
+                for _, place in group.rows(layer)
+            )
+            if found.size and not 0 <= found.min() <= found.max() < limit:
+                raise LayoutError(
+                    f"group {name!r}: block ids {int(found.min())} to "
+                    f"{int(found.max())} are offered, of {limit} blocks"
+                )
+            windows[name] = Window(first, found)
+        total = sum(map(len, windows.values()))
+        if total > wire.MAX_OFFERED_BLOCKS:
+            raise UsageError(
+                f"{total} blocks in one offer, at most {wire.MAX_OFFERED_BLOCKS}"
+            )
+        return windows
+
+    def _take(self, windows: dict[str, Window]) -> None:
+        """Mark blocks as offered; the lock is held."""
+        for name, window in windows.items():
+            taken = self._taken.get(name)
+            if taken is None:
+                n_blocks = max(_sizes(self._host.cache.group(name)))
+                taken = self._taken[name] = np.zeros(n_blocks, np.int64)
+            both = window.block_ids[taken[window.block_ids] != 0]
+            if both.size:
+                raise UsageError(
+                    f"block {int(both[0])} of group {name!r} is offered to another "
+                    "request that is not over"
+                )
+        for name, window in windows.items():
+            self._taken[name][window.block_ids] = 1
+
+    def abort(self, ticket: Ticket, end: End) -> Ending:
+        """See ``Ticket.abort``."""
+        if not ticket._core.is_over:
+            self._mailbox.post(lambda: self.stop(ticket, end))
+        return Ending(ticket._over, self._mailbox.is_here, self._patience)
+
+    @property
+    def _patience(self) -> float:
+        options = self._options
+        return 2 * (options.fence_timeout + options.drain_timeout) + 5.0
+
+    def finished(self) -> list[Ticket]:
+        """Take the tickets that are over; see ``Server.finished``."""
+        found = []
+        while self._finished:
+            found.append(self._finished.popleft())
+        return found
+
+    # -- looks ---------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise unless this is the process and the loop of the server."""
+        self._host.check("server")
+
+    def layers(self, windows: Mapping[str, Window]) -> set[int]:
+        """The layers of this cache in some groups."""
+        cache = self._host.cache
+        return {layer for name in windows for layer in cache.group(name).layers}
+
+    def find(self, request_id: str) -> Ticket | None:
+        """Find a ticket that is not over."""
+        return self._live.get(request_id)
+
+    def digest_of(self, key: Key, block_ids: Ids) -> int:
+        """Compute the digest of blocks of this cache."""
+        from kvxfer.digest import digest
+
+        return digest(self._host.cache.group(key[0]), key[1], block_ids)
+
+    # -- tickets -------------------------------------------------------------------
+
+    def _start(self, ticket: Ticket, addresses: list[str]) -> None:
+        loop = asyncio.get_running_loop()
+        if ticket._lease is None:
+            self._by_generation[ticket._generation] = ticket
+            ticket._lease = loop.call_later(
+                max(0.0, ticket._expires - time.monotonic()), self._expire, ticket
+            )
+        for address in addresses:
+            writer = self._writers.get(address)
+            if writer is None:
+                writer = _Writer(address, self._options.ping_interval)
+                self._writers[address] = writer
+                self._by_invite[writer.invite] = writer
+            ticket._core.add_source(writer)
+            writer.tickets.add(ticket)
+            if writer.conn_id is not None:
+                self._tell(writer, ticket)
+            else:
+                self._ask(writer)
+
+    def _expire(self, ticket: Ticket) -> None:
+        self.stop(ticket, End(EndCode.LEASE, "the lease of the offer has passed"))
+
+    def stop(self, ticket: Ticket, end: End) -> None:
+        """End a request badly; on the loop."""
+        ticket._core.stop(end)
+        self._drive(ticket)
+
+    def _drive(self, ticket: Ticket) -> None:
+        """Carry out what a request's state asks for."""
+        while actions := ticket._core.take():
+            for action in actions:
+                if isinstance(action, Announce):
+                    self._announce(ticket, action)
+                elif isinstance(action, LayerDone):
+                    self._layer_done(ticket, action.key)
+                elif isinstance(action, Complete):
+                    self._say_complete(ticket)
+                elif isinstance(action, Quiet):
+                    self._quiet(ticket, action.source)
+                else:
+                    self._finish(ticket)
+
+    def _send(self, writer: _Writer, message: wire.RequestMessage) -> bool:
+        assert writer.conn_id is not None
+        return self._connections.send_request(writer.conn_id, message)
+
+    def _tell(self, writer: _Writer, ticket: Ticket) -> None:
+        """Say an offer to a writer that is connected."""
+        if not ticket._core.is_live:
+            return
+        assert writer.conn_id is not None
+        ticket._core.join(writer, writer.keys)
+        writer.told.add(ticket)
+        announced = ticket._core.announced_to(writer)
+        self._send(
+            writer,
+            wire.OfferBlocks(
+                conn_id=writer.conn_id,
+                request_id=ticket.request_id.encode(),
+                generation=ticket._generation,
+                groups=[
+                    wire.OfferedGroup(
+                        group=name,
+                        first_block=window.first_block,
+                        block_ids=window.block_ids.astype("<u4").tobytes(),
+                        announced=sorted(x for group, x in announced if group == name),
+                    )
+                    for name, window in ticket._windows.items()
+                ],
+                lease=max(0.0, ticket._expires - time.monotonic()),
+                checksum=ticket._checksum,
+            ),
+        )
+
+    def _announce(self, ticket: Ticket, action: Announce) -> None:
+        writer = action.source
+        assert isinstance(writer, _Writer)
+        if writer.conn_id is None:
+            return
+        by_group: dict[str, list[int]] = {}
+        for group, layer in action.keys:
+            by_group.setdefault(group, []).append(layer)
+        layers = [wire.GroupLayers(group=g, layers=x) for g, x in by_group.items()]
+        self._send(
+            writer,
+            wire.Announced(
+                conn_id=writer.conn_id, generation=ticket._generation, layers=layers
+            ),
+        )
+
+    def _layer_done(self, ticket: Ticket, key: Key) -> None:
+        layer = key[1]
+        cache = self._host.cache
+        for name in ticket._windows:
+            held = layer in cache.group(name).layers
+            if held and (name, layer) not in ticket._core.layers_done:
+                return
+        ticket.arrived[layer] = time.monotonic()
+        waiters = ticket._layers.pop(layer, None)
+        if waiters is not None:
+            waiters.wake()
+
+    def _say_complete(self, ticket: Ticket) -> None:
+        for writer in self._present(ticket):
+            assert writer.conn_id is not None
+            self._send(
+                writer,
+                wire.Announced(
+                    conn_id=writer.conn_id,
+                    generation=ticket._generation,
+                    complete=True,
+                ),
+            )
+
+    def _present(self, ticket: Ticket) -> list[_Writer]:
+        return [
+            writer
+            for writer in ticket._core.sources
+            if isinstance(writer, _Writer)
+            and writer.conn_id is not None
+            and ticket._core.present(writer)
+        ]
+
+    def _quiet(self, ticket: Ticket, source: Hashable) -> None:
+        """Ask a writer to stop; without its word its connection ends."""
+        writer, end = source, ticket._core.end
+        assert isinstance(writer, _Writer) and end is not None
+        if writer.conn_id is None or not ticket._core.present(writer):
+            return
+        self._send(
+            writer,
+            wire.Abort(
+                conn_id=writer.conn_id,
+                generation=ticket._generation,
+                code=end.code.value,
+                reason=end.reason[:2000],
+                layer=end.layer,
+                bytes_done=end.bytes_done,
+            ),
+        )
+        loop = asyncio.get_running_loop()
+        ticket._fences.append(
+            loop.call_later(
+                self._options.fence_timeout, self._force, ticket, writer, writer.conn_id
+            )
+        )
+
+    def _force(self, ticket: Ticket, writer: _Writer, conn_id: int) -> None:
+        if ticket._core.present(writer) and writer.conn_id == conn_id:
+            self._connections.drop_peer(
+                conn_id, f"no word that request {ticket.request_id} has ended"
+            )
+
+    def _finish(self, ticket: Ticket) -> None:
+        """A request is over: its blocks are free."""
+        core = ticket._core
+        if core.end is not None:
+            ticket._error = core.end.error(
+                ticket.request_id, ", ".join(ticket.addresses)
+            )
+            ticket._error.fenced = True
+        if ticket._quarantined:
+            ticket._error = NotQuiescentError(
+                "a QP of the writer could not be destroyed: bytes of this request may "
+                "still land in its blocks, which are not offered again"
+            )
+        for timer in (ticket._lease, *ticket._fences):
+            if timer is not None:
+                timer.cancel()
+        self._by_generation.pop(ticket._generation, None)
+        self._ended[ticket._generation] = core.end
+        while len(self._ended) > _MAX_ENDED:
+            self._ended.popitem(last=False)
+        for writer in list(self._writers.values()):
+            writer.tickets.discard(ticket)
+            writer.told.discard(ticket)
+            self._let_go(writer)
+        with self._lock:
+            self._live.pop(ticket.request_id, None)
+            if not ticket._quarantined:
+                for name, window in ticket._windows.items():
+                    self._taken[name][window.block_ids] = 0
+        self._finished.append(ticket)
+        for waiters in ticket._layers.values():
+            waiters.wake()
+        ticket._over.wake()
+
+    # -- writers -------------------------------------------------------------------
+
+    def _ask(self, writer: _Writer) -> None:
+        host, port, path = self._where()
+        writer.inviter.start(
+            wire.Invite(
+                incarnation=self._host.incarnation,
+                invite=writer.invite,
+                host=host,
+                port=port,
+                path=path,
+                agent=f"kvxfer {__version__}",
+            )
+        )
+
+    def _stop_asking(self, writer: _Writer) -> None:
+        task = writer.inviter.stop()
+        if task is not None:
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    def _let_go(self, writer: _Writer) -> None:
+        """Forget a writer that nothing is offered to and that is not there."""
+        if writer.tickets:
+            return
+        self._stop_asking(writer)
+        if writer.conn_id is None:
+            if writer.losing is not None:
+                writer.losing.cancel()
+            self._writers.pop(writer.address, None)
+            self._by_invite.pop(writer.invite, None)
+
+    def hello(self, conn_id: int, hello: wire.Hello) -> None:
+        """A dialer that names an invitation is making a connection.
+
+        Raises:
+          RefusedError: Nobody was invited so.
+        """
+        if not hello.invite:
+            return
+        writer = self._by_invite.get(hello.invite)
+        if writer is None:
+            raise RefusedError("that invitation does not stand any more")
+        keys = frozenset(
+            (group.name, layer)
+            for group in hello.geometry
+            for plane in group.planes
+            for layer in plane.layers
+        )
+        ours = self._host.cache
+        mine = {(g.name, layer) for g in ours.groups for layer in g.layers}
+        self._arriving[conn_id] = (writer, hello.incarnation, keys & mine)
+
+    def misfit(self, hello: wire.Hello, error: KVXferError) -> None:
+        """A writer that was invited cannot be connected, and never will be."""
+        writer = self._by_invite.get(hello.invite)
+        if writer is not None:
+            for ticket in list(writer.tickets):
+                self.stop(ticket, End(EndCode.FAILED, str(error), cause=error))
+
+    def established(self, conn_id: int) -> int | None:
+        """A writer is connected.
+
+        Returns:
+          An older connection of the same writer that has to be gone first; call
+          :meth:`admit` when it is.
+        """
+        if conn_id not in self._arriving:
+            return None
+        return self._arriving[conn_id][0].conn_id
+
+    def admit(self, conn_id: int) -> None:
+        """Tell a writer what stands for it."""
+        arriving = self._arriving.pop(conn_id, None)
+        if arriving is None:
+            return
+        writer, incarnation, keys = arriving
+        writer.keys = keys
+        if writer.incarnation not in (b"", incarnation):
+            self._lose(writer, f"{writer.address} has restarted")
+        if writer.losing is not None:
+            writer.losing.cancel()
+            writer.losing = None
+        writer.incarnation = incarnation
+        writer.conn_id = conn_id
+        self._by_conn[conn_id] = writer
+        self._stop_asking(writer)
+        for ticket in list(writer.tickets):
+            self._tell(writer, ticket)
+
+    def closed(self, conn_id: int, reason: CloseReason, *, quiet: bool) -> None:
+        """A connection is over; ``quiet``: and nothing of it lands any more."""
+        self._arriving.pop(conn_id, None)
+        writer = self._by_conn.pop(conn_id, None)
+        if writer is None:
+            return
+        writer.conn_id = None
+        if not quiet:
+            for ticket in list(writer.told):
+                ticket._quarantined = True
+                self.stop(ticket, End(EndCode.FAILED, "its QP cannot be destroyed"))
+        for ticket in list(writer.tickets):
+            ticket._core.leave(writer)
+            self._drive(ticket)
+        if reason.cause is CloseCause.DEAD:
+            self._lose(writer, f"{writer.address}: {reason}")
+        if writer.told:
+            # It may come back at once: only then are the rest repeated.
+            writer.losing = asyncio.get_running_loop().call_later(
+                self._options.ping_timeout,
+                self._lose,
+                writer,
+                f"{writer.address} did not come back: {reason}",
+            )
+        if writer.tickets and not self._closed:
+            self._ask(writer)
+        self._let_go(writer)
+
+    def _lose(self, writer: _Writer, reason: str) -> None:
+        """A writer's life is over, and with it what it had begun."""
+        for ticket in list(writer.told):
+            self.stop(ticket, End(EndCode.PEER_LOST, reason))
+        writer.told.clear()
+
+    # -- what writers say ------------------------------------------------------------
+
+    def record(self, conn_id: int, record: Record) -> None:
+        """Take the record of a write under an offer.
+
+        Raises:
+          ProtocolError: It was not the writer's to make. Its request has ended.
+        """
+        ticket = self._by_generation.get(record.generation)
+        writer = self._by_conn.get(conn_id)
+        if ticket is None:
+            self.stale += 1
+            return
+        try:
+            if writer is None or writer not in ticket._core.sources:
+                raise ProtocolError("a record for an offer to somebody else")
+            ticket._core.record(writer, record)
+        except ProtocolError as error:
+            self.refused += 1
+            self.stop(ticket, End(EndCode.RULES, str(error), record.layer))
+            raise
+        finally:
+            self._drive(ticket)
+
+    def check_direct(self, record: Record) -> None:
+        """Check a record under no offer: offered blocks are not its to write.
+
+        Raises:
+          ProtocolError: It has written where it must not.
+        """
+        taken = self._taken.get(record.group)
+        if taken is not None and taken[record.block_ids].any():
+            self.refused += 1
+            block = int(record.block_ids[taken[record.block_ids] != 0][0])
+            raise ProtocolError(
+                f"a write under no offer names block {block} of group "
+                f"{record.group!r}, which is offered to a request"
+            )
+
+    def message(self, conn_id: int, message: wire.RequestMessage) -> None:
+        """Take what a writer says about a request."""
+        writer = self._by_conn.get(conn_id)
+        if writer is None:
+            return
+        if isinstance(message, wire.Resume):
+            self._resume(writer, message)
+            return
+        ticket = self._by_generation.get(message.generation)
+        if ticket is None or writer not in ticket._core.sources:
+            return
+        try:
+            self._hear(writer, ticket, message)
+        except ProtocolError as error:
+            self.stop(ticket, End(EndCode.RULES, str(error)))
+        self._drive(ticket)
+
+    def _hear(
+        self, writer: _Writer, ticket: Ticket, message: wire.RequestMessage
+    ) -> None:
+        core = ticket._core
+        if isinstance(message, wire.LayersFinal):
+            for final in message.layers:
+                key = (final.group, final.layer)
+                core.final(writer, key, final.total, final.digest)
+        elif isinstance(message, wire.Finish):
+            core.finish(writer, message.total, message.aux)
+        elif isinstance(message, wire.Ended):
+            reason = wire.printable(message.reason)
+            core.quiet(writer)
+            core.stop(End(end_code(message.code), reason, message.layer, by_peer=True))
+
+    def _resume(self, writer: _Writer, message: wire.Resume) -> None:
+        """Say what became of offers that a writer still knows of."""
+        assert writer.conn_id is not None
+        for generation in message.generations:
+            if generation in self._by_generation:
+                continue  # told again already
+            end = self._ended.get(
+                generation, End(EndCode.UNKNOWN, "no such offer stands here")
+            )
+            answer: wire.RequestMessage
+            if end is None:
+                answer = wire.Announced(
+                    conn_id=writer.conn_id, generation=generation, complete=True
+                )
+            else:
+                answer = wire.Abort(
+                    conn_id=writer.conn_id,
+                    generation=generation,
+                    code=end.code.value,
+                    reason=end.reason[:2000],
+                    layer=end.layer,
+                    bytes_done=end.bytes_done,
+                )
+            self._send(writer, answer)
+
+    # -- the end ---------------------------------------------------------------------
+
+    def begin_close(self) -> None:
+        """Take no more offers and end those that stand."""
+        with self._lock:
+            self._closed = True
+        self._mailbox.close()
+        for ticket in list(self._live.values()):
+            self.stop(ticket, End(EndCode.CLOSED, "the server was closed"))
+
+    async def close(self) -> None:
+        """Release what is left, when all connections are gone."""
+        for writer in list(self._writers.values()):
+            if writer.losing is not None:
+                writer.losing.cancel()
+            self._stop_asking(writer)
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+
+def _extends(
+    ticket: Ticket, windows: dict[str, Window], needed: int, addresses: list[str]
+) -> bool:
+    """Whether an offer only adds writers to one that stands."""
+    return (
+        ticket._core.is_live
+        and ticket._needed == needed
+        and len(ticket.addresses) + len(addresses) <= needed
+        and not set(addresses) & set(ticket.addresses)
+        and ticket._windows.keys() == windows.keys()
+        and all(
+            ticket._windows[name].first_block == window.first_block
+            and np.array_equal(ticket._windows[name].block_ids, window.block_ids)
+            for name, window in windows.items()
+        )
+    )
+
+
+def _sizes(group: Group) -> list[int]:
+    """The numbers of blocks of a group's planes, layer by layer."""
+    return [place.n_blocks for layer in group.layers for _, place in group.rows(layer)]

@@ -1,0 +1,72 @@
+"""Streamed requests between processes that are killed, frozen and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kvxfer import Server
+from kvxfer.errors import BrokenPeerError
+from kvxfer.requests import TicketState
+from tests.children import Nursery
+from tests.endpoints import QUICK, SOON, arena, expected
+
+SHAPE: dict[str, Any] = {
+    "n_blocks": 16,
+    "layers": 4,
+    "planes": {"k": (4096, 4096 + 64), "v": (4096, 4096 + 64)},
+    "seed": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    found = Nursery()
+    yield found
+    found.close()
+
+
+async def test_a_request_between_two_processes(nursery: Nursery) -> None:
+    with arena(**SHAPE) as source, arena(**{**SHAPE, "seed": 2}) as target:
+        wanted = expected(source, target, target.memory, range(8), range(8, 16))
+        async with (
+            Server(target.cache, port=0, **QUICK) as server,
+            nursery.start(
+                "prefill", shape=SHAPE, request_ids=["r"], n_blocks=8
+            ) as child,
+        ):
+            where = (await child.event())["listening"]
+            ticket = server.offer(where, "r", {"main": range(8, 16)})
+            for layer in range(4):
+                await asyncio.wait_for(ticket.wait_layer(layer), SOON)
+            await asyncio.wait_for(ticket.wait(), SOON)
+            assert (target.memory == wanted).all()
+            assert ticket.aux == b"r"
+            event = await child.event()
+            assert (event["state"], event["error"]) == ("done", None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+async def test_blocks_of_a_prefill_that_died_are_never_reported(
+    nursery: Nursery, number: signal.Signals
+) -> None:
+    with arena(**SHAPE) as target:
+        async with (
+            Server(target.cache, port=0, **QUICK) as server,
+            nursery.start(
+                "prefill", shape=SHAPE, request_ids=["r"], n_blocks=8, finish=False
+            ) as child,
+        ):
+            where = (await child.event())["listening"]
+            ticket = server.offer(where, "r", {"main": range(8)})
+            await asyncio.wait_for(ticket.wait_layer(2), SOON)
+            child.signal(number)
+            with pytest.raises(BrokenPeerError):
+                await asyncio.wait_for(ticket.wait(), SOON)
+            assert ticket.state is TicketState.FAILED
+            assert ticket.layers_done == (0, 1, 2)
+            assert ticket.error is not None and ticket.error.fenced
