@@ -180,7 +180,13 @@ cdef extern from "infiniband/verbs.h" nogil:
         uint8_t retry_cnt
         uint8_t rnr_retry
 
+    # Anonymous in C: only for reaching through ``element``.
+    ctypedef union _async_element:
+        ibv_qp *qp
+        int port_num
+
     struct ibv_async_event:
+        _async_element element
         int event_type
 
     int ibv_post_send(ibv_qp *qp, ibv_send_wr *wr, ibv_send_wr **bad_wr)

@@ -31,6 +31,7 @@ from kvxfer.errors import (
 from kvxfer.verbs_types import (
     WC,
     Access,
+    AsyncEvent,
     DeviceAttr,
     DeviceInfo,
     PortAttr,
@@ -340,12 +341,15 @@ cdef class Device(Handle):
         return self.ctx.async_fd
 
     def take_async_event(self):
-        """Return the number of the next asynchronous event, or None.
+        """Return the next :class:`AsyncEvent`, or None.
 
-        The event is acknowledged before this returns.
+        The event is acknowledged before this returns: what is not would keep its
+        QP from being destroyed for ever.
         """
         cdef:
             ibv_async_event event
+            uint32_t qp_num = 0
+            int port_num = 0
             int rc
             int err = 0
         self._ensure_open()
@@ -354,9 +358,14 @@ cdef class Device(Handle):
             if rc:
                 err = errno
             else:
+                # Its object is there until the event is acknowledged.
+                if event.event_type in (1, 2, 3, 4, 5, 6, 7, 16):
+                    qp_num = event.element.qp.qp_num
+                elif event.event_type in (9, 10, 11, 12, 13, 17, 18):
+                    port_num = event.element.port_num
                 self.table.ack_async_event(&event)
         if rc == 0:
-            return event.event_type
+            return AsyncEvent(event.event_type, qp_num or None, port_num or None)
         if err == EAGAIN:
             return None
         raise verbs_error(err, "ibv_get_async_event")

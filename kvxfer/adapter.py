@@ -18,10 +18,10 @@ from kvxfer._engine import Engine, RingArrival
 from kvxfer._verbs import Device, MemoryRegion, ProtectionDomain
 from kvxfer.cache import KVCache
 from kvxfer.completions import Completions
-from kvxfer.errors import DeviceUnavailableError, InternalError
+from kvxfer.errors import DeviceUnavailableError, InternalError, KVXferError
 from kvxfer.options import Options
 from kvxfer.scheduler import Scheduler
-from kvxfer.verbs_types import Access
+from kvxfer.verbs_types import Access, AsyncEvent, EventType, PortState
 from kvxfer.wire import DeviceCandidate
 
 _log = logging.getLogger("kvxfer.adapter")
@@ -29,6 +29,25 @@ _log = logging.getLogger("kvxfer.adapter")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
+_OF_A_QP: dict[int, str] = {
+    EventType.QP_FATAL: "its QP has failed (QP_FATAL)",
+    EventType.QP_REQ_ERR: "the peer sent what its QP does not permit (QP_REQ_ERR)",
+    EventType.QP_ACCESS_ERR: "the peer wrote where it may not (QP_ACCESS_ERR)",
+}
+# A CQ that has lost a completion would leave operations waiting for ever.
+_OF_THE_DEVICE: dict[int, str] = {
+    EventType.CQ_ERR: "a completion was lost (CQ_ERR)",
+    EventType.DEVICE_FATAL: "the device has failed (DEVICE_FATAL)",
+}
+# After these the port may have another state, LID or table of GIDs.
+_OF_THE_PORT = (
+    EventType.PORT_ACTIVE,
+    EventType.LID_CHANGE,
+    EventType.PKEY_CHANGE,
+    EventType.SM_CHANGE,
+    EventType.CLIENT_REREGISTER,
+    EventType.GID_CHANGE,
+)
 # A device may hold millions; this bounds the memory of one engine's CQ.
 _CQ_DEPTH = 65535
 
@@ -42,11 +61,18 @@ class Adapter:
         options: Options,
         on_arrival: Callable[[RingArrival], None],
         on_failed: Callable[[int], None],
+        on_broken: Callable[[int | None, str], None],
     ) -> None:
         self.spec = spec
         self.options = options
         self._on_arrival = on_arrival
         self._on_failed = on_failed
+        self._on_broken = on_broken
+        self.trouble = ""
+        """Why new connections had better go by another device; empty if not."""
+        self.lost = False
+        """Nothing goes by it any more: it has to be opened anew."""
+        self._looking: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvxfer-verbs")
         self._regions: list[MemoryRegion] = []
         self._device: Device | None = None
@@ -65,23 +91,28 @@ class Adapter:
         address: str | None,
         on_arrival: Callable[[RingArrival], None],
         on_failed: Callable[[int], None],
+        on_broken: Callable[[int | None, str], None],
     ) -> Adapter:
         """Open a device and register the cache on it.
 
         Args:
           access: What peers may do with the cache.
           address: Numeric address that peers reach this host at.
+          on_broken: Called with the number of a QP, or None for all that the device
+            has, and why: it is in ERR, or might as well be.
 
         Raises:
           DeviceUnavailableError, VerbsError: Nothing is left open.
         """
-        self = cls(spec, options, on_arrival, on_failed)
+        self = cls(spec, options, on_arrival, on_failed, on_broken)
         try:
             await self.call(self._open, cache, access, address)
         except BaseException:
             await self.close()
             raise
-        self.completions = Completions(self.engine, on_arrival, on_failed)
+        self.completions = Completions(
+            self.engine, on_arrival, on_failed, self._on_event
+        )
         self.completions.start()
         self.scheduler = Scheduler(self.engine, self.completions, options.drain_timeout)
         return self
@@ -136,6 +167,62 @@ class Adapter:
             options.gid_index,
             [options.socket_ifname] if options.socket_ifname else [],
         )
+
+    def _on_event(self, event: AsyncEvent) -> None:
+        """See to it that an event reaches the connections that it concerns."""
+        kind = event.event_type
+        if event.port_num not in (None, self.spec.port_num):
+            return
+        of_a_qp = _OF_A_QP.get(kind)
+        if of_a_qp is not None:
+            self._on_broken(event.qp_num, f"{self.name}: {of_a_qp}")
+        elif kind in _OF_THE_DEVICE:
+            self.lost = True
+            self.trouble = _OF_THE_DEVICE[kind]
+            _log.error("%s: %s", self.name, self.trouble)
+            self._on_broken(None, f"{self.name}: {self.trouble}")
+        elif kind == EventType.PORT_ERR:
+            # Connections survive a flap that is shorter than their retries.
+            self._troubled("its port is down (PORT_ERR)")
+            _log.warning("%s: the port is down; writes wait for it", self.name)
+        elif kind in _OF_THE_PORT:
+            _log.info("%s: %s", self.name, event.name)
+            self._look_again()
+        else:
+            _log.debug("%s: %s", self.name, event.name)
+
+    def _troubled(self, why: str) -> None:
+        if not self.lost:
+            self.trouble = why
+
+    def _look_again(self) -> None:
+        """Read the port anew, off the loop; once more if it changes meanwhile."""
+        before = self._looking
+        self._looking = asyncio.get_running_loop().create_task(self._relook(before))
+
+    async def _relook(self, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait({before})
+        old = self.gid
+        try:
+            await self.call(self.look)
+        except KVXferError as error:
+            _log.warning("%s: %s", self.name, error)
+            self._troubled(str(error))
+            return
+        if self.described.state == PortState.ACTIVE.name:
+            self._troubled("")
+        if old.gid != self.gid.gid:
+            _log.warning(
+                "%s: new connections leave from %s, no longer from %s",
+                self.name,
+                self.gid.text,
+                old.text,
+            )
+
+    def has(self, gid: gids.GID) -> bool:
+        """Say whether a GID is still in the port's table."""
+        return any(entry.gid == gid.gid for entry in self.described.gids)
 
     def gid_of(self, gid: bytes) -> gids.GID:
         """Find an entry of the GID table; the preferred one if ``gid`` is empty.
@@ -217,6 +304,8 @@ class Adapter:
 
     async def close(self) -> None:
         """Close all, children first. Twice is fine; links must be closed before."""
+        if self._looking is not None:
+            await asyncio.wait({self._looking})
         if self.completions is not None:
             self.completions.close()
         quiet = False

@@ -16,6 +16,7 @@ from kvxfer.blocks import as_ids
 from kvxfer.cache import KVCache
 from kvxfer.curve import CurveKeys, client_keys
 from kvxfer.errors import (
+    BrokenPeerError,
     ClosedResourceError,
     ConnectTimeoutError,
     InternalError,
@@ -150,7 +151,9 @@ class Client:
 
     async def _open(self) -> None:
         try:
-            await self._host.open(None, self._on_arrival, self._on_failed)
+            await self._host.open(
+                None, self._on_arrival, self._on_failed, self._on_broken
+            )
             streams = Streams(self._host)
             try:
                 await streams.open_listener()
@@ -496,6 +499,16 @@ class Client:
         for peer in (*self._peers.values(), *streamed):
             if peer.uses(adapter, slot):
                 peer.break_("a WR failed")
+
+    def _on_broken(self, adapter: Adapter, qp_num: int | None, why: str) -> None:
+        streamed = self._streams.remotes.peers() if self._streams is not None else []
+        for peer in (*self._peers.values(), *streamed):
+            if peer.is_on(adapter, qp_num):
+                # What its writes end with says more, where it comes at all.
+                error = BrokenPeerError(
+                    f"the connection to {peer.address} broke: {why}"
+                )
+                peer.break_(why, error, patient=qp_num is not None)
 
 
 def _shards(shards: Iterable[Shard]) -> tuple[Shard, ...]:

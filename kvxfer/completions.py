@@ -1,6 +1,7 @@
 """Finished operations become resolved futures: the engine's end in an event loop.
 
-The only module that adds a reader to a loop. The loop wakes when the completion
+The only module that adds readers to a loop: for what has finished, and for what
+happens to the device itself. The loop wakes when the completion
 channel is readable; one wake takes everything that has finished. A wake-up is a
 hint: there may be nothing, and there may be more than one call's budget.
 """
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from kvxfer._engine import Engine, Finished, RingArrival
+from kvxfer.verbs_types import AsyncEvent
 
 OnFinished = Callable[[Finished], None]
 _T = TypeVar("_T")
@@ -24,6 +26,7 @@ class Completions:
       engine: Its :meth:`~kvxfer._engine.Engine.progress` is called from here only.
       on_arrival: Called for each notification that a peer has written.
       on_failed: Called with the slot of each queue that has failed by itself.
+      on_event: Called for each asynchronous event of the device.
     """
 
     def __init__(
@@ -31,19 +34,25 @@ class Completions:
         engine: Engine,
         on_arrival: Callable[[RingArrival], None],
         on_failed: Callable[[int], None],
+        on_event: Callable[[AsyncEvent], None],
     ) -> None:
         self._engine = engine
         self._on_arrival = on_arrival
         self._on_failed = on_failed
+        self._on_event = on_event
         self._waiting: dict[int, OnFinished] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._fd = -1
+        self._device = engine.cq.device
+        self._async_fd = -1
 
     def start(self) -> None:
         """Begin to listen on the running loop."""
         self._loop = asyncio.get_running_loop()
         self._fd = self._engine.fd
         self._loop.add_reader(self._fd, self.wake)
+        self._async_fd = self._device.async_fd
+        self._loop.add_reader(self._async_fd, self._take_events)
 
     def expect(self, op_ids: list[int], on_finished: OnFinished) -> None:
         """Call ``on_finished`` once for each of these operations.
@@ -80,6 +89,14 @@ class Completions:
             self._deliver(self._on_failed, slot)
         return progress.more
 
+    def _take_events(self) -> None:
+        """Take the device's asynchronous events until there are none."""
+        while self._loop is not None:
+            event = self._device.take_async_event()
+            if event is None:
+                return
+            self._deliver(self._on_event, event)
+
     def _deliver(self, callback: Callable[[_T], None], news: _T) -> None:
         """Call back; what one callback raises must not cost the others their news."""
         try:
@@ -94,4 +111,5 @@ class Completions:
         """Stop listening. Twice is fine."""
         if self._loop is not None:
             self._loop.remove_reader(self._fd)
+            self._loop.remove_reader(self._async_fd)
             self._loop = None

@@ -27,6 +27,8 @@ _log = logging.getLogger("kvxfer.host")
 
 OnArrival = Callable[[Adapter, RingArrival], None]
 OnFailed = Callable[[Adapter, int], None]
+#: A device, the number of its QP or None for all, and what is wrong.
+OnBroken = Callable[[Adapter, int | None, str], None]
 # As the messages have it.
 _MAX_CANDIDATES = 64
 
@@ -49,11 +51,18 @@ class Host:
         self.incarnation = secrets.token_bytes(16)
         self.adapters: list[Adapter] = []
         self._access = access
+        self._retired: list[Adapter] = []
+        """Lost devices, until the links on them are closed."""
+        self._replacing: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
 
     async def open(
-        self, address: str | None, on_arrival: OnArrival, on_failed: OnFailed
+        self,
+        address: str | None,
+        on_arrival: OnArrival,
+        on_failed: OnFailed,
+        on_broken: OnBroken,
     ) -> None:
         """Open the devices and register the cache.
 
@@ -66,6 +75,7 @@ class Host:
         self._address = address
         self._on_arrival = on_arrival
         self._on_failed = on_failed
+        self._on_broken = on_broken
         self._opening = asyncio.Lock()
         self.cache._pin()
         try:
@@ -89,9 +99,29 @@ class Host:
             address=self._address,
             on_arrival=lambda arrival: self._on_arrival(adapter, arrival),
             on_failed=lambda slot: self._on_failed(adapter, slot),
+            on_broken=lambda qp_num, why: self._broken(adapter, qp_num, why),
         )
         self.adapters.append(adapter)
         return adapter
+
+    def _broken(self, adapter: Adapter, qp_num: int | None, why: str) -> None:
+        self._on_broken(adapter, qp_num, why)
+        if adapter.lost and adapter in self.adapters and self._loop is not None:
+            self.adapters.remove(adapter)
+            self._retired.append(adapter)
+            task = self._loop.create_task(self._replace(adapter.spec))
+            self._replacing.add(task)
+            task.add_done_callback(self._replacing.discard)
+
+    async def _replace(self, spec: devices.DeviceSpec) -> None:
+        """Open a device anew that was lost."""
+        async with self._opening:
+            try:
+                adapter = await self._open_adapter(spec)
+            except (DeviceUnavailableError, VerbsError) as error:
+                _log.error("%s cannot be opened again: %s", spec.label, error)
+            else:
+                _log.warning("%s is open again", adapter.name)
 
     def check(self, who: str) -> None:
         """Raise unless this is open, in the process and loop that opened it."""
@@ -117,12 +147,15 @@ class Host:
     def candidates(self) -> list[wire.DeviceCandidate]:
         """The devices as peers are told them, best first."""
         opened = {adapter.spec: adapter for adapter in self.adapters}
-        found = []
-        for verdict in self._usable[:_MAX_CANDIDATES]:
+        retired = {adapter.spec for adapter in self._retired} - set(opened)
+        found: list[wire.DeviceCandidate] = []
+        troubled: list[wire.DeviceCandidate] = []
+        for verdict in self._usable:
             adapter = opened.get(verdict.spec)
             if adapter is not None:
-                found.append(adapter.candidate)
-            elif verdict.gid is not None:
+                # A port that is down may be up when the connection is made.
+                (troubled if adapter.trouble else found).append(adapter.candidate)
+            elif verdict.gid is not None and verdict.spec not in retired:
                 found.append(
                     agreement.candidate(
                         verdict.spec.label,
@@ -132,7 +165,19 @@ class Host:
                         only=self.options.gid_index is not None,
                     )
                 )
-        return found
+        return [*found, *troubled][:_MAX_CANDIDATES]
+
+    def check_devices(self) -> None:
+        """Raise if no device can take a new connection now.
+
+        Raises:
+          DeviceUnavailableError: Names each, and what is wrong with it.
+        """
+        if not self.candidates:
+            raise DeviceUnavailableError(
+                "no device can be used: "
+                + ("; ".join(f"{a.name}: {a.trouble}" for a in self._retired) or "none")
+            )
 
     async def agree(
         self, theirs: list[wire.DeviceCandidate]
@@ -142,6 +187,7 @@ class Host:
         Raises:
           DeviceUnavailableError: No pair can work; both tables and why.
         """
+        self.check_devices()
         while True:
             agreed = agreement.agree(self.candidates, theirs)
             try:
@@ -173,8 +219,10 @@ class Host:
         if self._loop is None:
             return
         self._loop = None
+        if self._replacing:
+            await asyncio.wait(self._replacing)
         try:
-            while self.adapters:
-                await self.adapters.pop().close()
+            while self.adapters or self._retired:
+                await (self.adapters or self._retired).pop().close()
         finally:
             self.cache._unpin()

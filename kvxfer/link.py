@@ -139,6 +139,22 @@ class Link:
             raise InternalError("the link has no QP")
         return self._qp
 
+    def is_on(self, adapter: Adapter, qp_num: int | None) -> bool:
+        """Say whether this is a QP of a device, or any of its QPs if that is None."""
+        if self.adapter is not adapter or self.state is LinkState.CLOSED:
+            return False
+        return qp_num is None or (self._qp is not None and self._qp.qp_num == qp_num)
+
+    @property
+    def suspicion(self) -> str:
+        """Why the peer may not hear this QP although nothing is broken, or empty."""
+        adapter = self.adapter
+        if adapter.trouble:
+            return f"{adapter.name}: {adapter.trouble}"
+        if not adapter.has(self.gid):
+            return f"{adapter.name} no longer has the GID {self.gid.text}"
+        return ""
+
     @property
     def wire(self) -> str:
         """How bytes travel, as the device reports it, or did while there was a QP."""

@@ -157,6 +157,7 @@ class Peer:
 
     async def connect(self, timeout: float) -> None:
         """Dial, agree on a device, bring up the link; nothing is left on failure."""
+        self.host.check_devices()
         await self._control.connect(self.address, timeout=timeout)
         if self.state is not PeerState.CONNECTING:
             raise BrokenPeerError(f"{self.address} went away while connecting")
@@ -406,6 +407,8 @@ class Peer:
         gone = (
             FlushedError if self.error is None else (FlushedError, RetryExceededError)
         )
+        if isinstance(cause, RetryExceededError) and self.link.suspicion:
+            cause.hint = f"Known here: {self.link.suspicion}."
         if record.culprit and not isinstance(cause, gone):
             return layer, cause
         error = BrokenPeerError(
@@ -524,3 +527,7 @@ class Peer:
         """Say whether a queue of an engine is this peer's."""
         link = self._link
         return link is not None and link.adapter is adapter and link.slot == slot
+
+    def is_on(self, adapter: Adapter, qp_num: int | None) -> bool:
+        """Say whether this peer is reached by a QP, or by a device if that is None."""
+        return self._link is not None and self._link.is_on(adapter, qp_num)

@@ -157,7 +157,9 @@ class Server:
             )
             is_ipc = host.startswith("ipc://")
             address = None if is_ipc else await numeric_address(host)
-            await self._host.open(address, self._on_arrival, self._on_failed)
+            await self._host.open(
+                address, self._on_arrival, self._on_failed, self._on_broken
+            )
             offers = Offers(self._host, self._connections, self._where)
             self._connections.control = control
             self._connections.offers = offers
@@ -467,3 +469,8 @@ class Server:
         found = self._connections.find(adapter, slot)
         if found is not None and not found[1].gone.done():
             self._connections.drop_peer(found[0], "its QP failed")
+
+    def _on_broken(self, adapter: Adapter, qp_num: int | None, why: str) -> None:
+        for conn_id, incoming in list(self._connections.incoming.items()):
+            if incoming.link.is_on(adapter, qp_num) and not incoming.gone.done():
+                self._connections.drop_peer(conn_id, why)

@@ -63,6 +63,47 @@ class PortState(enum.IntEnum):
     ACTIVE_DEFER = 5
 
 
+class EventType(enum.IntEnum):
+    """What an asynchronous event reports, ibv_get_async_event(3)."""
+
+    CQ_ERR = 0
+    QP_FATAL = 1
+    QP_REQ_ERR = 2
+    QP_ACCESS_ERR = 3
+    COMM_EST = 4
+    SQ_DRAINED = 5
+    PATH_MIG = 6
+    PATH_MIG_ERR = 7
+    DEVICE_FATAL = 8
+    PORT_ACTIVE = 9
+    PORT_ERR = 10
+    LID_CHANGE = 11
+    PKEY_CHANGE = 12
+    SM_CHANGE = 13
+    SRQ_ERR = 14
+    SRQ_LIMIT_REACHED = 15
+    QP_LAST_WQE_REACHED = 16
+    CLIENT_REREGISTER = 17
+    GID_CHANGE = 18
+    WQ_FATAL = 19
+
+
+class AsyncEvent(NamedTuple):
+    """One asynchronous event: its number, and the QP or port that it is about."""
+
+    event_type: int
+    qp_num: int | None
+    port_num: int | None
+
+    @property
+    def name(self) -> str:
+        """The name that verbs give it, or its number."""
+        try:
+            return EventType(self.event_type).name
+        except ValueError:
+            return f"event {self.event_type}"
+
+
 @dataclass(frozen=True)
 class DeviceInfo:
     """A device that can be opened, before it is."""

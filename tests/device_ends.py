@@ -208,7 +208,7 @@ class End:
         assert ready, "no asynchronous event came"
         event = self.device.take_async_event()
         assert event is not None
-        return event
+        return event.event_type
 
 
 class Rig:
