@@ -11,6 +11,7 @@ from kvxfer._version import __version__
 
 _COMMANDS = {
     "bench": "kvxfer.bench.cli",
+    "config": "kvxfer.config_cli",
     "demo": "kvxfer.demo",
     "devices": "kvxfer.devices_cli",
     "keys": "kvxfer.keys",
@@ -19,6 +20,7 @@ _COMMANDS = {
 }
 _HELP = {
     "bench": "Measure transfers, beside the machine's limits and other engines.",
+    "config": "Print the options in force and where each comes from.",
     "demo": "Move and verify a request's KV cache between two processes.",
     "devices": "List the RDMA devices, which one is chosen, and why.",
     "keys": "Make the keys by which endpoints know each other.",

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvxfer import KVCache
+from kvxfer import KVCache, logs
 from kvxfer.errors import ControlError, KVXferError, OptionError, UsageError
-from kvxfer.options import Options
+from kvxfer.options import Options, remarks
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -295,10 +295,12 @@ def show_table(
         click.echo("  ".join(cells).rstrip())
 
 
-def log_to_stderr(verbose: bool) -> None:
-    """Show warnings, or with ``verbose`` everything, on stderr."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+def log(options: Options, *, verbose: bool = False) -> None:
+    """Set up the log of a command; say what of the environment does nothing."""
+    try:
+        configured = logs.configure(options, verbose=verbose)
+    except OptionError as error:
+        raise click.UsageError(str(error)) from error
+    click.get_current_context().call_on_close(configured.close)
+    for remark in remarks():
+        logging.getLogger("kvxfer.options").warning(remark)

@@ -22,6 +22,7 @@ from kvxfer.errors import (
 from kvxfer.host import Host
 from kvxfer.layout import check_fit
 from kvxfer.link import Link
+from kvxfer.logs import Bound, bind
 from kvxfer.offers import Offers
 from kvxfer.route import geometry_from_wire, shards_from_wire, windows
 from kvxfer.sharding import Shard, check_shards
@@ -56,6 +57,11 @@ class Incoming:
         self.released = asyncio.Event()
         self.ending: asyncio.Task[None] | None = None
         self.admitting: asyncio.Task[None] | None = None
+
+    @property
+    def log(self) -> Bound:
+        """A logger whose records say which connection they are about."""
+        return bind(_log, peer=self.peer, **self.link.facts)
 
 
 class Connections:
@@ -114,7 +120,7 @@ class Connections:
         """Put an end to a connection: its QP goes to ERR first."""
         incoming = self.incoming.get(conn_id)
         if incoming is not None and incoming.ending is None:
-            _log.warning("%s is dropped: %s", incoming.peer, reason)
+            incoming.log.warning("%s is dropped: %s", incoming.peer, reason)
             incoming.link.break_()
             incoming.ending = asyncio.get_running_loop().create_task(
                 self._end(conn_id, incoming, reason)
@@ -192,7 +198,9 @@ class Connections:
     def established(self, conn_id: int) -> None:
         """Both sides are ready: a writer that was invited is told its offers."""
         incoming = self.incoming[conn_id]
-        _log.info("%s connected by %s", incoming.peer, incoming.link.adapter.name)
+        incoming.log.info(
+            "%s connected by %s", incoming.peer, incoming.link.adapter.name
+        )
         older = self.offers.established(conn_id)
         if older is None or older not in self.incoming:
             self.offers.admit(conn_id)
@@ -213,7 +221,7 @@ class Connections:
     async def fence(self, conn_id: int, reason: str) -> None:
         """Let nothing of this writer land any more."""
         incoming = self.incoming[conn_id]
-        _log.info("%s asks for a fence: %s", incoming.peer, reason)
+        incoming.log.info("%s asks for a fence: %s", incoming.peer, reason)
         await incoming.link.fail()
 
     def failed(self, conn_id: int, message: wire.Failed) -> None:
@@ -236,7 +244,7 @@ class Connections:
     async def closed(self, conn_id: int, reason: CloseReason) -> None:
         """A connection is over: release its end."""
         incoming = self.incoming[conn_id]
-        _log.info("%s disconnected: %s", incoming.peer, reason)
+        incoming.log.info("%s disconnected: %s", incoming.peer, reason)
         incoming.gone.set_result(None)
         quiet = False
         try:
@@ -249,7 +257,7 @@ class Connections:
             await incoming.link.close()
             quiet = True
         except KVXferError:
-            _log.exception("the QP of %s could not be destroyed", incoming.peer)
+            incoming.log.exception("the QP of %s could not be destroyed", incoming.peer)
         finally:
             del self.incoming[conn_id]
             self.offers.closed(conn_id, reason, quiet=quiet)

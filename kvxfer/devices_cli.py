@@ -147,8 +147,8 @@ def main(
     does not reach, - it is not used. An MTU in brackets is the netdev's, where the
     device itself was not asked. Exits with 1 if no device can be used.
     """
-    command.log_to_stderr(verbose)
     options = command.load_options(config, **overrides)
+    command.log(options, verbose=verbose)
     sys.exit(show(options, with_gids=with_gids, machine=machine))
 
 

@@ -79,9 +79,11 @@ class Host:
         self._opening = asyncio.Lock()
         self.cache._pin()
         try:
-            self._usable = [v for v in devices.survey(self.options) if v.usable]
-            for i, verdict in enumerate(self._usable):
+            verdicts = devices.survey(self.options)
+            for verdict in verdicts:
                 _log.info("%s: %s", verdict.spec.label, verdict.reason)
+            self._usable = [verdict for verdict in verdicts if verdict.usable]
+            for i, verdict in enumerate(self._usable):
                 if i == 0 or verdict.is_software:
                     await self._open_adapter(verdict.spec)
         except BaseException:

@@ -25,6 +25,7 @@ from kvxfer.adapter import Adapter, finish
 from kvxfer.agreement import is_global
 from kvxfer.errors import ControlError, InternalError, KVXferError, ProtocolError
 from kvxfer.gids import GID
+from kvxfer.logs import bind
 from kvxfer.notify import max_ids
 from kvxfer.verbs_types import Access, PeerHint, QPLimits, QPPath
 from kvxfer.wire import NotifyRing, QPInfo
@@ -161,6 +162,12 @@ class Link:
         if self.state is not LinkState.CLOSED:
             self._last_wire = self.qp.wire
         return self._last_wire
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What log records about this link carry."""
+        qpn = None if self._qp is None or self._qp.closed else self._qp.qp_num
+        return {"qpn": qpn, "gid": self.gid.text}
 
     @property
     def info(self) -> QPInfo:
@@ -316,7 +323,9 @@ class Link:
         try:
             await adapter.call(self.qp.to_error)
         except KVXferError as error:
-            _log.warning("a QP does not go to ERR and is destroyed: %s", error)
+            bind(_log, **self.facts).warning(
+                "a QP does not go to ERR and is destroyed: %s", error
+            )
             await self.close()
             return
         if self.slot >= 0:

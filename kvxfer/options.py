@@ -29,7 +29,14 @@ else:
     # Absent where mypy runs on a newer Python.
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
-__all__ = ["OPTIONS", "Option", "Options"]
+__all__ = [
+    "OPTIONS",
+    "Option",
+    "Options",
+    "Setting",
+    "WITHOUT_EFFECT",
+    "remarks",
+]
 
 _log = logging.getLogger("kvxfer.options")
 
@@ -216,7 +223,11 @@ class Options:
 
     host: str = _option("127.0.0.1", "Address of the control connection.")
     port: int = _option(
-        7777, "Port of the control connection; 0 takes a free one.", low=0, high=65535
+        7777,
+        "Port of the control connection; 0 takes a free one.",
+        low=0,
+        high=65535,
+        also=("SET_RDMA_DEST_PORT",),
     )
     secret_key_file: str | None = _option(
         None,
@@ -405,6 +416,32 @@ class Options:
         "event", "How completions are waited for.", choices=("event",)
     )
 
+    metrics_port: int | None = _option(
+        None,
+        "Port that kvxfer serve gives its Prometheus metrics on; 0 takes a free one.",
+        kind=int,
+        low=0,
+        high=65535,
+    )
+    metrics_host: str = _option("127.0.0.1", "Address that it gives them on.")
+    debug: bool = _option(
+        False,
+        "Log everything, where a command or the drop-in sets up the log.",
+        also=("KVCACHE_DEBUG", "KV_IS_DEBUG_ENABLED"),
+    )
+    debug_file: str | None = _option(
+        None,
+        "File that the log goes to; %h is the host, %p the process.",
+        kind=str,
+        also=("KVCACHE_DEBUG_FILE",),
+    )
+    error_file: str | None = _option(
+        None,
+        "File that warnings and errors go to; %h is the host, %p the process.",
+        kind=str,
+        also=("KVCACHE_ERROR_FILE",),
+    )
+
     def __post_init__(self) -> None:
         for option in OPTIONS:
             value = option.parse(getattr(self, option.name), "argument")
@@ -452,16 +489,12 @@ class Options:
           OptionError: An unknown name, a value out of range, or a config file
             that cannot be read.
         """
-        environ = os.environ if environ is None else environ
-        path = config or environ.get("KVXFER_CONFIG")
-        table = _read_config(path) if path else {}
-        _refuse_unknown(table, f"file {path}")
-        _refuse_unknown(overrides, "argument")
-        values: dict[str, Any] = {}
-        for option in OPTIONS:
-            raw, source = _find(option, overrides, environ, table, f"file {path}")
-            if source:
-                values[option.name] = option.parse(raw, source)
+        found = _collect(config, environ, overrides)
+        values: dict[str, Any] = {
+            option.name: option.parse(raw, source)
+            for option, raw, source in found
+            if source
+        }
         options = cls(**values)
         if options.ib_timeout > _IB_TIMEOUT_SLOW:
             _log.warning(
@@ -470,6 +503,24 @@ class Options:
                 4.096e-6 * 2**options.ib_timeout * (options.retry_cnt + 1),
             )
         return options
+
+    @classmethod
+    def explain(
+        cls,
+        *,
+        config: str | os.PathLike[str] | None = None,
+        environ: Mapping[str, str] | None = None,
+        **overrides: object,
+    ) -> list[Setting]:
+        """Say of each option what its value is and where that comes from.
+
+        Arguments and errors are those of :meth:`load`.
+        """
+        options = cls.load(config=config, environ=environ, **overrides)
+        return [
+            Setting(option, getattr(options, option.name), source or "default")
+            for option, _, source in _collect(config, environ, overrides)
+        ]
 
     @property
     def nic_names(self) -> list[str]:
@@ -501,6 +552,63 @@ OPTIONS: tuple[Option, ...] = tuple(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """An option's value, and where it comes from: ``environment KVXFER_PORT``."""
+
+    option: Option
+    value: Value
+    source: str
+
+
+#: Variables of other systems that ask for what kvxfer does not do, and why.
+WITHOUT_EFFECT: dict[str, str] = {
+    "KVCACHE_GDRCOPY_FLUSH_ENABLE": "arrivals are told by a write with immediate "
+    "data, behind the data; no READ is made to flush GPU memory",
+    "KVCACHE_VERIFY_READ": "nothing is read back, as nothing is elsewhere",
+    "KVCACHE_DEBUG_OUTPUT": "it shows bytes of the READ that is not made",
+    "KV_CACHE_SOCKET_IFNAME": "no system reads this name; KVCACHE_SOCKET_IFNAME is "
+    "the one",
+}
+# Ours, but read by others than Options.
+_OTHER_VARIABLES = ("KVXFER_CONFIG", "KVXFER_SOFT_", "KVXFER_CACHE_")
+
+
+def remarks(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Say which variables of the environment are set and do nothing, and why."""
+    environ = os.environ if environ is None else environ
+    known = {name for option in OPTIONS for name in option.env}
+    found = [
+        f"{name} has no effect: {why}"
+        for name, why in WITHOUT_EFFECT.items()
+        if environ.get(name)
+    ]
+    for name in sorted(environ):
+        ours = name.startswith("KVXFER_") and not name.startswith(_OTHER_VARIABLES)
+        if ours and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            found.append(f"{name} is no variable of kvxfer{hint}")
+    return found
+
+
+def _collect(
+    config: str | os.PathLike[str] | None,
+    environ: Mapping[str, str] | None,
+    overrides: Mapping[str, object],
+) -> list[tuple[Option, object, str]]:
+    """Find each option's raw value and its source, empty for the default."""
+    environ = os.environ if environ is None else environ
+    path = config or environ.get("KVXFER_CONFIG")
+    table = _read_config(path) if path else {}
+    _refuse_unknown(table, f"file {path}")
+    _refuse_unknown(overrides, "argument")
+    return [
+        (option, *_find(option, overrides, environ, table, f"file {path}"))
+        for option in OPTIONS
+    ]
+
+
 def _find(
     option: Option,
     overrides: Mapping[str, object],
@@ -514,7 +622,10 @@ def _find(
     for name in option.env:
         # An empty variable is how a shell script spells "unset".
         if environ.get(name):
-            return environ[name], f"environment {name}"
+            value = environ[name]
+            if name == "KV_IS_DEBUG_ENABLED" and value in ("2", "3"):
+                value = "1"  # a level there, of which any is on
+            return value, f"environment {name}"
     if option.name in table:
         return table[option.name], file
     return None, ""

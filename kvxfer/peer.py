@@ -36,6 +36,7 @@ from kvxfer.errors import (
 )
 from kvxfer.host import Host
 from kvxfer.link import Link
+from kvxfer.logs import Bound, bind
 from kvxfer.route import Route, build, geometry_from_wire, shards_to_wire
 from kvxfer.scheduler import Outcome, Transfer
 from kvxfer.sharding import Shard
@@ -162,12 +163,16 @@ class Peer:
         if self.state is not PeerState.CONNECTING:
             raise BrokenPeerError(f"{self.address} went away while connecting")
         self.state = PeerState.CONNECTED
-        _log.info(
+        self._log().info(
             "connected to %s by %s (%s)",
             self.address,
             self.device,
             "software" if self.link.adapter.is_software else "RDMA",
         )
+
+    def _log(self, request: str = "") -> Bound:
+        facts = {} if self._link is None else self._link.facts
+        return bind(_log, peer=self.address, request=request, **facts)
 
     def hello(self) -> messages.Hello:
         """Say who dials (for the control connection)."""
@@ -382,6 +387,7 @@ class Peer:
         error.peer = self.address
         error.layer = layer
         error.request_id = request.decode() or None
+        self._log(request.decode()).info("a write failed: %s", error)
         return error
 
     def _timeout_error(self, transfer: Transfer, timeout: float) -> WriteTimeoutError:
@@ -435,6 +441,7 @@ class Peer:
             return
         if self.state is not PeerState.CLOSED:
             self.state = PeerState.BROKEN
+            self._log().warning("the connection to %s broke: %s", self.address, reason)
         if self.error is None:
             self.error = error
         loop = asyncio.get_running_loop()
@@ -462,7 +469,7 @@ class Peer:
         try:
             await asyncio.wait_for(self._idle.wait(), self.host.options.drain_timeout)
         except asyncio.TimeoutError:
-            _log.warning("%s: a QP is given up with WRs in flight", self.address)
+            self._log().warning("%s: a QP is given up with WRs in flight", self.address)
 
     def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
         """Take the peer's credit for its notify ring (for the control connection)."""

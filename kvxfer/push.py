@@ -116,8 +116,8 @@ def main(
     The geometry must be the endpoint's; numbers of blocks and of layers may differ,
     and the layers that both have are written.
     """
-    command.log_to_stderr(verbose)
     options = command.load_options(config, **overrides)
+    command.log(options, verbose=verbose)
 
     async def until_stopped(stop: asyncio.Event) -> int:
         ended = await command.until(

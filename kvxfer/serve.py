@@ -117,8 +117,8 @@ def main(
 
     Options not given come from KVXFER_* variables, then from --config.
     """
-    command.log_to_stderr(verbose)
     options = command.load_options(config, **overrides)
+    command.log(options, verbose=verbose)
     command.run(lambda stop: _serve(stop, shape, options, verify, machine))
 
 

@@ -26,7 +26,9 @@ from kvxfer.errors import (
     UsageError,
 )
 from kvxfer.host import Host
+from kvxfer.interfaces import address_of
 from kvxfer.link import numeric_address
+from kvxfer.logs import bind
 from kvxfer.offers import Offers, Ticket
 from kvxfer.options import Options
 from kvxfer.requests import End, EndCode
@@ -147,6 +149,9 @@ class Server:
 
     async def _open(self) -> None:
         host = self.options.host
+        ifname = self.options.socket_ifname
+        if ifname is not None and host == Options().host:
+            host = address_of(ifname)
         try:
             control = ControlServer(
                 self._connections,
@@ -455,7 +460,7 @@ class Server:
             layers=tuple(layers),
             reason=reason,
         )
-        _log.warning(
+        bind(_log, peer=peer, request=failure.request_id).warning(
             "%s gave up request %s, layers %s: %s",
             failure.peer,
             failure.request_id,

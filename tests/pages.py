@@ -17,7 +17,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from kvxfer import devices_cli
+from kvxfer import config_cli, devices_cli
 from tests.machines import make
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,10 @@ def devices(machine: str, *arguments: str) -> str:
     return f"```\n{result.stdout}{result.stderr}```\n"
 
 
-WRITERS: dict[str, Callable[..., str]] = {"devices": devices}
+WRITERS: dict[str, Callable[..., str]] = {
+    "devices": devices,
+    "options": config_cli.markdown,
+}
 
 
 def current(text: str) -> str:

@@ -51,6 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": set(),
     "outbound": {"positions", "requests"},
     "inbound": {"notify", "positions", "requests"},
+    "logs": set(),
+    "interfaces": set(),
     # Devices: what there is, and what is chosen.
     "gids": set(),
     "topology": set(),
@@ -70,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The public face.
     "notify": {"sharding"},
     "route": {"sharding", "wire"},
-    "link": {"adapter", "control", "notify", "route"},
+    "link": {"adapter", "control", "interfaces", "logs", "notify", "route"},
     "host": {"adapter", "route"},
     "peer": {"host", "link"},
     # Requests at work.
@@ -95,10 +97,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Programs: the public names and nothing behind them.
     "pattern": {"blocks"},
     "metrics": {"__init__"},
-    "command": {"__init__"},
+    "command": {"__init__", "logs"},
     "serve": {"command", "metrics", "pattern"},
     "push": {"command", "pattern"},
     "demo": {"push", "serve"},
+    "config_cli": {"command"},
     "devices_cli": {"command", "devices"},
     "doctor": {"devices"},
     "bench": {"command", "pattern"},
@@ -109,8 +112,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Loaded where a plan is measured on kvxfer itself, and nowhere else.
     "kvbench/transferengine": {"__init__", "kvbench", "pattern"},
     "keys": {"curve"},
-    "cli": {"bench", "demo", "devices_cli", "doctor", "keys", "kvbench"}
-    | {"push", "serve"},
+    "cli": {"bench", "config_cli", "demo", "devices_cli", "doctor", "keys"}
+    | {"kvbench", "push", "serve"},
     "__main__": {"cli"},
 }
 
