@@ -439,9 +439,10 @@ class Peer:
         """
         if self._breaking is not None:
             return
+        if self.state is PeerState.CONNECTED:
+            self._log().warning("the connection to %s broke: %s", self.address, reason)
         if self.state is not PeerState.CLOSED:
             self.state = PeerState.BROKEN
-            self._log().warning("the connection to %s broke: %s", self.address, reason)
         if self.error is None:
             self.error = error
         loop = asyncio.get_running_loop()
