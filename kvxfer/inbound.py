@@ -167,6 +167,9 @@ class Inbound:
         state = self._sources[source]
         state.present = True
         state.keys = frozenset(key for key in keys if key[0] in self.windows)
+        # Layers may have waited for nothing but the word who can write them.
+        for key in frozenset[Key]().union(*(s.done for s in self._sources.values())):
+            self._see(key)
 
     def leave(self, source: Hashable) -> None:
         """The connection of a source is gone, and nothing of it lands any more.

@@ -213,6 +213,7 @@ class Outbound:
         self._records = 0
         self._aux: bytes | None = None
         self._told_finished = False
+        self._complete = False
         self._actions: list[Action] = []
 
     # -- looks -----------------------------------------------------------------
@@ -405,12 +406,12 @@ class Outbound:
         # It may have been complete when the last connection broke.
         if complete and self._aux is not None and self.offer is not None:
             self._see(self._layers)
-            self._set_state(RequestState.DONE)
-            self._actions.append(Over())
+            self._complete = True
+            self._come_to_rest()
 
     def stop(self, end: End) -> None:
         """End it badly. Does nothing if it has ended, or is about to."""
-        if not self.is_live:
+        if not self.is_live or self._complete:
             return
         self.end = End(
             end.code,
@@ -433,7 +434,13 @@ class Outbound:
         self.state = state
 
     def _come_to_rest(self) -> None:
-        if self.state is RequestState.ENDING and not self.in_flight:
+        if self.in_flight:
+            # The other side may have all before the device here has said so.
+            return
+        if self._complete and self.is_live:
+            self._set_state(RequestState.DONE)
+            self._actions.append(Over())
+        elif self.state is RequestState.ENDING:
             assert self.end is not None
             given_up = self.end.given_up
             self._set_state(RequestState.ABORTED if given_up else RequestState.FAILED)
