@@ -173,7 +173,7 @@ def judge(
     elif verdicts:
         reason = "no NIC can be used"
     else:
-        reason = f"there is no NIC: {inventory.problem or 'no RDMA device is listed'}"
+        reason = "this machine has no RDMA device"
     software = _built_in(SOFTWARE_DEVICE, reason, chosen=not n_used)
     if options.require_rdma:
         software = replace(

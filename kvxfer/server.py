@@ -470,6 +470,27 @@ class Server:
         self._failures.append(failure)
         self._wake()
 
+    async def disconnect(self, peer: str, reason: str) -> int:
+        """Fence and disconnect a writer; returns when nothing of it can land.
+
+        Args:
+          peer: Its address, as in ``peers``; all its connections are meant.
+          reason: Reaches it with the goodbye.
+
+        Returns:
+          How many connections that were.
+        """
+        self._ensure_usable()
+        found = [
+            (conn_id, incoming)
+            for conn_id, incoming in self._connections.incoming.items()
+            if incoming.peer == peer
+        ]
+        for conn_id, incoming in found:
+            self._connections.drop_peer(conn_id, reason)
+            await incoming.link.fail()
+        return len(found)
+
     def _on_failed(self, adapter: Adapter, slot: int) -> None:
         found = self._connections.find(adapter, slot)
         if found is not None and not found[1].gone.done():

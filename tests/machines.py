@@ -1,8 +1,8 @@
-"""Machines that are not there: the /sys and /proc of servers with NICs, made up.
+"""Machines that are not there: the files by which servers with NICs tell what they are.
 
     python -m tests.machines dgx DIRECTORY
 
-makes one, to look at with ``kvxfer devices --sysfs DIRECTORY/sys``.
+makes one, to look at with ``kvxfer doctor --root DIRECTORY``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GIDs = Sequence[tuple[int, str, str, str | None]]
 
 
 class Machine:
-    """A directory with ``sys`` and ``proc`` in it."""
+    """A directory with ``sys``, ``proc``, ``dev``, ``etc`` and ``usr`` in it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -79,6 +79,57 @@ class Machine:
                     f"{address.ip.packed.hex()} 02 {length:02x} 00 80 {name}"
                 )
         self._write_networks()
+
+    def host(
+        self,
+        *,
+        kernel: str = "6.1.0-18-amd64",
+        memlock: str = "unlimited",
+        ptrace_scope: str = "0",
+        modules: Sequence[str] = ("ib_uverbs", "mlx5_ib", "nvidia_peermem"),
+        providers: Sequence[str] = ("mlx4", "mlx5", "rxe"),
+        device_files: bool = True,
+        **files: str,
+    ) -> None:
+        """Say what else the machine is; what is not said is well.
+
+        Args:
+          providers: Of rdma-core; none at all means that it is not installed.
+          device_files: Whether /dev/infiniband is there.
+          files: Contents by path, with ``__`` for the slashes.
+        """
+        limits = "Limit                     Soft Limit           Hard Limit   Units\n"
+        for name, value, unit in (
+            ("Max open files", "1048576", "files"),
+            ("Max locked memory", memlock, "bytes"),
+        ):
+            limits += f"{name:<26}{value:<21}{value:<13}{unit}\n"
+        texts = {
+            "proc/self/limits": limits,
+            "proc/self/status": "Name:\tkvxfer\nCapEff:\t0000000000000000",
+            "proc/sys/kernel/osrelease": kernel,
+            "proc/sys/kernel/yama/ptrace_scope": ptrace_scope,
+            "proc/meminfo": "HugePages_Total:       0",
+            "sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never",
+            "sys/devices/system/clocksource/clocksource0/current_clocksource": "tsc",
+            **{name.replace("__", "/"): text for name, text in files.items()},
+        }
+        for name, text in texts.items():
+            _put(self.root / name, text)
+        for module in modules:
+            (self.sys / "module" / module).mkdir(parents=True, exist_ok=True)
+        for provider in providers:
+            _put(
+                self.root / f"etc/libibverbs.d/{provider}.driver", f"driver {provider}"
+            )
+        if providers:
+            library = self.root / "usr/lib/x86_64-linux-gnu/libibverbs.so.1"
+            _put(library.with_name("libibverbs.so.1.14.44.0"), "")
+            library.symlink_to("libibverbs.so.1.14.44.0")
+        for i in range(len(list((self.sys / "class/infiniband").iterdir()))):
+            (self.sys / f"class/infiniband_verbs/uverbs{i}").mkdir(parents=True)
+            if device_files:
+                _put(self.root / f"dev/infiniband/uverbs{i}", "")
 
     def _write_networks(self) -> None:
         _put(self.proc / "net/route", "\n".join(self._routes))
@@ -196,6 +247,7 @@ def dgx(machine: Machine) -> None:
         rate="25 Gb/sec (1X EDR)",
         gids=roce_table("eno1", "192.168.1.10", "fe80::a"),
     )
+    machine.host()
 
 
 def dual_port(machine: Machine) -> None:
@@ -223,6 +275,7 @@ def dual_port(machine: Machine) -> None:
             (3, "10.4.0.7", V2, "ens2"),
         ],
     )
+    machine.host(modules=("ib_uverbs", "mlx4_ib"), memlock="8388608")
 
 
 def bonded(machine: Machine) -> None:
@@ -245,6 +298,7 @@ def bonded(machine: Machine) -> None:
             (5, "10.5.0.7", V2, "bond0"),
         ],
     )
+    machine.host(sys__devices__system__cpu__cpu0__cpufreq__scaling_governor="powersave")
 
 
 def infiniband(machine: Machine) -> None:
@@ -269,6 +323,7 @@ def infiniband(machine: Machine) -> None:
             lid=lid,
             gids=[(0, f"fe80::ec0d:9a03:{i:x}", V1, None)],
         )
+    machine.host(providers=("rxe",), ptrace_scope="3")
 
 
 def container(machine: Machine) -> None:
@@ -286,6 +341,15 @@ def container(machine: Machine) -> None:
     )
     other = machine.pci("pci0000:00", "0000:00:05.0", "0000:06:00.0", what=MELLANOX_NIC)
     machine.port(machine.device("mlx5_5", other), gids=[(1, "10.7.0.6", V2, None)])
+    machine.host(
+        memlock="65536",
+        device_files=False,
+        **{
+            ".dockerenv": "",
+            "sys/fs/cgroup/memory.max": str(64 << 30),
+            "sys/fs/cgroup/cpu.max": "50000 100000",
+        },
+    )
 
 
 def holes(machine: Machine) -> None:
@@ -304,6 +368,9 @@ def holes(machine: Machine) -> None:
         rate="200 Gb/sec (4X HDR)",
         gids=[(0, "fe80::8", V2, "ens4"), (7, "2001:db8:8::7", V2, "ens4")],
     )
+    machine.host(
+        sys__kernel__mm__transparent_hugepage__enabled="always madvise [never]"
+    )
 
 
 def virtual(machine: Machine) -> None:
@@ -318,12 +385,19 @@ def virtual(machine: Machine) -> None:
             rate="100 Gb/sec (4X EDR)",
             gids=roce_table(f"eth{i + 1}", f"10.20.{i}.5", f"fe80::20:{i}"),
         )
+    machine.host(
+        kernel="5.4.0-150-generic",
+        modules=("ib_uverbs", "mlx5_ib"),
+        proc__cmdline="BOOT_IMAGE=/vmlinuz intel_iommu=on quiet",
+        sys__devices__system__clocksource__clocksource0__current_clocksource="hpet",
+    )
 
 
 def bare(machine: Machine) -> None:
     """A server without any NIC for RDMA."""
     machine.cpus("0-7")
     machine.netdev("eth0", "192.168.1.5/24")
+    machine.host(modules=("nf_tables",), providers=())
 
 
 MACHINES: dict[str, Callable[[Machine], None]] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import current
+from tests.pages import RECORDED, current
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -78,3 +78,18 @@ def test_the_quickstart_prints_what_it_says() -> None:
     assert decode.returncode == 0
     assert f"decode.py\n{first}{rest}```" in said
     assert f"prefill.py\n{prefill.stdout}```" in said
+
+
+def test_what_machines_have_said_is_what_they_would_say() -> None:
+    """The words, not the values: every check that is shown is still one, and told."""
+    page = (ROOT / "docs" / "doctor.md").read_text()
+    table = {
+        word
+        for row in re.findall(r"^\| ([^|]+) \|", page, re.M)
+        for word in row.split(", ")
+    }
+    for _, name, text, _ in RECORDED.findall(page):
+        found = re.findall(r"^(?:ok|note|warning|PROBLEM) +(\w[\w ]*?)  ", text, re.M)
+        checks = {re.sub(r"^(device|MTU|write) \w+$", r"\1 NAME", f) for f in found}
+        assert checks >= {"kvxfer", "memlock", "write NAME"}, name
+        assert checks <= table, f"{name}: {checks - table}"

@@ -103,7 +103,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": {"push", "serve"},
     "config_cli": {"command"},
     "devices_cli": {"command", "devices"},
-    "doctor": {"devices"},
+    # What only reads works without the extensions.
+    "doctor": {"_engine", "devices"},
+    "doctor/transfer": {"__init__", "doctor", "pattern"},
+    "doctor/cli": {"command", "doctor", "doctor/transfer"},
     "bench": {"command", "pattern"},
     # These run in the Python of another engine as well, without our extensions.
     "bench/side": {"bench"},
@@ -112,7 +115,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Loaded where a plan is measured on kvxfer itself, and nowhere else.
     "kvbench/transferengine": {"__init__", "kvbench", "pattern"},
     "keys": {"curve"},
-    "cli": {"bench", "config_cli", "demo", "devices_cli", "doctor", "keys"}
+    "cli": {"bench", "config_cli", "demo", "devices_cli", "doctor/cli", "keys"}
     | {"kvbench", "push", "serve"},
     "__main__": {"cli"},
 }

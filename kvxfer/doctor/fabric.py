@@ -1,0 +1,264 @@
+"""RDMA as the kernel and rdma-core have it: libraries, files, devices, GPUs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from kvxfer import gids
+from kvxfer.doctor.checks import Check
+from kvxfer.doctor.machine import Machine
+from kvxfer.doctor.report import Finding, note, ok, problem, warning
+from kvxfer.errors import DeviceUnavailableError
+from kvxfer.options import Options
+from kvxfer.sysfs import Sysfs
+
+if TYPE_CHECKING:
+    from kvxfer.devices import Verdict
+
+_JUMBO_BYTES = 4200
+_DMABUF_KERNEL = (5, 12)
+
+
+def _has_nic(machine: Machine) -> bool:
+    return bool(machine.names("/sys/class/infiniband"))
+
+
+def libraries(machine: Machine, options: Options) -> Iterator[Finding]:
+    """libibverbs, and for each device the provider that drives it."""
+    path = machine.library("libibverbs.so.1")
+    if options.ibverbs_path is not None and machine.is_this:
+        yield note("rdma-core", f"ibverbs_path names {options.ibverbs_path}")
+    elif path is None:
+        report = problem if _has_nic(machine) else note
+        yield report(
+            "rdma-core",
+            "libibverbs.so.1 is not installed",
+            "Only the software device can be used.",
+            "apt install libibverbs1 ibverbs-providers; dnf install libibverbs",
+        )
+        return
+    else:
+        version = path.resolve().name.partition(".so.")[2]
+        yield ok("rdma-core", f"libibverbs {version}")
+    providers = {
+        name.partition(".")[0]
+        for name in machine.names("/etc/libibverbs.d", "*.driver")
+    }
+    wanted = {_provider(name) for name in machine.names("/sys/class/infiniband")}
+    missing = wanted - providers - {""}
+    if missing:
+        yield problem(
+            "providers",
+            f"none for {', '.join(sorted(missing))}",
+            "libibverbs does not list a device that it has no provider for.",
+            "apt install ibverbs-providers; dnf install libibverbs",
+        )
+    elif providers:
+        yield ok("providers", ", ".join(sorted(providers)))
+
+
+def _provider(device: str) -> str:
+    """Guess the provider by the usual name of a device: mlx5_0, rxe0, irdma1."""
+    match = re.match(r"(mlx4|mlx5|rxe|siw|bnxt_re|irdma|hns|efa|erdma|mana)", device)
+    return match[1] if match else ""
+
+
+def device_files(machine: Machine, options: Options) -> Iterator[Finding]:
+    """The files through which a process talks to a device."""
+    nodes = machine.names("/sys/class/infiniband_verbs", "uverbs*")
+    if not _has_nic(machine):
+        yield note("device files", "no RDMA device: none are needed")
+        return
+    if "ib_uverbs" not in machine.modules() and not nodes:
+        yield problem(
+            "device files",
+            "the kernel module ib_uverbs is not loaded",
+            "No program can use the devices.",
+            "modprobe ib_uverbs",
+        )
+        return
+    files = [f"/dev/infiniband/{node}" for node in nodes]
+    absent = [file for file in files if not machine.exists(file)]
+    if absent or not files:
+        yield problem(
+            "device files",
+            f"{', '.join(absent) or '/dev/infiniband'}: not there",
+            "The kernel has the devices, and this process may not reach them.",
+            "docker run --device=/dev/infiniband --ulimit memlock=-1 ...; in "
+            "Kubernetes a device plugin: resources: rdma/hca: 1",
+        )
+    elif not machine.may_use(files):
+        yield problem(
+            "device files",
+            f"{', '.join(files)}: no permission",
+            "They must be readable and writable.",
+            'usermod -aG rdma USER; or a rule for udev: KERNEL=="uverbs*", MODE="0666"',
+        )
+    else:
+        yield ok("device files", f"{', '.join(files)}")
+
+
+def ports(machine: Machine, options: Options) -> Iterator[Finding]:
+    """Each port of each device: what is chosen, and what is wrong with the others."""
+    from kvxfer import devices
+
+    verdicts = judged(machine, options)
+    for verdict in verdicts:
+        check = f"device {verdict.spec.label}"
+        if verdict.chosen and not verdict.is_software:
+            yield ok(check, f"chosen: {verdict.reason}; {_link(verdict)}")
+        elif verdict.usable:
+            yield ok(check, f"{verdict.reason}; {_link(verdict)}")
+        elif verdict.is_software:
+            yield note(check, verdict.reason)
+        else:
+            yield from _unusable(check, verdict)
+    try:
+        devices.check(options, verdicts)
+    except DeviceUnavailableError as error:
+        yield problem(
+            "choice",
+            str(error),
+            "Nothing can be transferred with these options.",
+            "kvxfer devices --gids; kvxfer config",
+        )
+
+
+def judged(machine: Machine, options: Options) -> list[Verdict]:
+    """Judge the ports of the machine.
+
+    Raises:
+      ImportError: The compiled part of kvxfer is missing.
+    """
+    from kvxfer import devices
+
+    return devices.look(options, open_devices=machine.is_this)
+
+
+def _link(verdict: Verdict) -> str:
+    port = verdict.port
+    if verdict.is_software:
+        return "needs no NIC"
+    words = [f"{port.link_layer}"]
+    if port.rate_gbps:
+        words.append(f"{port.rate_gbps:g} Gb/s")
+    if verdict.gid is not None:
+        words.append(f"GID {verdict.gid}")
+    return ", ".join(words)
+
+
+def _unusable(check: str, verdict: Verdict) -> Iterator[Finding]:
+    port = verdict.port
+    remedy = "kvxfer devices --gids"
+    if "management" in verdict.reason or "the option" in verdict.reason:
+        yield note(check, verdict.reason)
+        return
+    if port.state in ("DOWN", "UNKNOWN"):
+        remedy = (
+            f"ip link set {port.netdev} up; then the cable and the switch"
+            if port.netdev
+            else "the cable and the switch: ibstat, rdma link"
+        )
+    elif port.state in ("INIT", "ARMED"):
+        remedy = "start a subnet manager: opensm, or the switch's"
+    elif not port.gids:
+        remedy = f"give {port.netdev or 'its netdev'} an address: ip addr add ..."
+    elif all(gids.problem(entry, port.link_layer) for entry in port.gids):
+        remedy = (
+            "move its netdev into this network namespace: a CNI for RDMA (macvlan, "
+            "SR-IOV), or docker run --network=host"
+        )
+    yield warning(check, verdict.reason, "It is not used.", remedy)
+
+
+def mtu(machine: Machine, options: Options) -> Iterator[Finding]:
+    """The packets that fit: RoCE takes the largest power of two beneath the MTU."""
+    for verdict in judged(machine, options):
+        port = verdict.port
+        if not verdict.usable or verdict.is_software or port.link_layer != "ethernet":
+            continue
+        check = f"MTU {verdict.spec.label}"
+        size = port.netdev_mtu_bytes
+        if size and size < _JUMBO_BYTES:
+            yield warning(
+                check,
+                f"{port.netdev} has {size} bytes"
+                + (f", verbs use {port.mtu_bytes}" if port.mtu_bytes else ""),
+                "Packets of 4096 bytes need less of the NIC and of the network.",
+                f"ip link set {port.netdev} mtu 9000, on both sides and on all "
+                "switches between: a smaller MTU on the way swallows large packets",
+            )
+        elif size:
+            yield ok(check, f"{port.netdev} has {size} bytes")
+
+
+def gpu_memory(machine: Machine, options: Options) -> Iterator[Finding]:
+    """Whether a NIC can reach the memory of the GPUs."""
+    found = Sysfs(machine.path("/sys"), machine.path("/proc")).gpus()
+    if not found:
+        yield ok("GPU memory", "no GPU")
+        return
+    vendors = ", ".join(sorted({gpu.vendor for gpu in found}))
+    text = f"{len(found)} of {vendors}"
+    modules = machine.modules()
+    peer = next(
+        (n for n in ("nvidia_peermem", "nv_peer_mem", "amdgpu") if n in modules), None
+    )
+    kernel = machine.kernel()
+    dmabuf = kernel >= _DMABUF_KERNEL
+    if not _has_nic(machine):
+        yield note("GPU memory", f"{text}; no NIC that could reach it")
+    elif peer is None and not dmabuf:
+        yield problem(
+            "GPU memory",
+            f"{text}; neither dmabuf (kernel {kernel[0]}.{kernel[1]}) nor peer memory",
+            "A cache in GPU memory cannot be registered: ibv_reg_mr says EFAULT.",
+            "modprobe nvidia-peermem; or a kernel from 5.12 on with the open GPU "
+            "driver",
+        )
+    elif peer is None:
+        yield note(
+            "GPU memory",
+            f"{text}; dmabuf (kernel {kernel[0]}.{kernel[1]}), no peer memory",
+            "Raw pointers into GPU memory are registered by peer memory only.",
+            "modprobe nvidia-peermem",
+        )
+    else:
+        yield ok("GPU memory", f"{text}; {peer}{', dmabuf' if dmabuf else ''}")
+    if "iommu=on" in machine.text("/proc/cmdline") and "iommu=pt" not in machine.text(
+        "/proc/cmdline"
+    ):
+        yield warning(
+            "IOMMU",
+            "on, and not in pass-through",
+            "Transfers between NIC and GPU go by the root complex, if at all.",
+            "boot with iommu=pt; and look for ACS: lspci -vvv | grep ACSCtl",
+        )
+
+
+def relaxed_ordering(machine: Machine, options: Options) -> Iterator[Finding]:
+    """Whether a NIC may write in any order on the bus."""
+    if not _has_nic(machine):
+        yield ok("relaxed ordering", "no NIC that could use it")
+    elif options.relaxed_ordering:
+        yield ok("relaxed ordering", "on")
+    else:
+        yield note(
+            "relaxed ordering",
+            "off",
+            "It is faster on AMD processors, and where several GPUs share a NIC. "
+            "Arrivals are safe with it.",
+            "export KVXFER_RELAXED_ORDERING=1",
+        )
+
+
+CHECKS: tuple[Check, ...] = (
+    libraries,
+    device_files,
+    ports,
+    mtu,
+    gpu_memory,
+    relaxed_ordering,
+)

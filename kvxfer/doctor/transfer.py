@@ -1,0 +1,321 @@
+"""Bytes that are moved and compared: on each device of this host, and to another."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvxfer import Client, KVCache, Options, Peer, Server, pattern
+from kvxfer.devices import Verdict
+from kvxfer.doctor.report import Finding, note, ok, problem
+from kvxfer.errors import (
+    GeometryMismatchError,
+    KVXferError,
+    RetryExceededError,
+    WriteTimeoutError,
+)
+
+_LAYERS = 2
+_BLOCKS = 64
+_BLOCK_BYTES = 65536
+_LATENCY_ROUNDS = 64
+_BANDWIDTH_ROUNDS = 8
+# A path that works answers in microseconds; this is for one that does not.
+_PATIENCE = 15.0
+_VERIFY = "kvxfer-doctor/verify/"
+_VERDICT = "kvxfer doctor verified "
+
+
+def make_cache() -> KVCache:
+    """Make the cache that both sides of a test have: 16 MiB."""
+    return KVCache.allocate(
+        n_layers=_LAYERS, n_blocks=_BLOCKS, block_bytes=_BLOCK_BYTES, planes=("large",)
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a path showed.
+
+    Attributes:
+      latency_us: Median of a write of one block of one layer.
+      bytes_per_s: Of writes of all blocks.
+      device: That moved them.
+      wire: How they travelled.
+    """
+
+    latency_us: float
+    bytes_per_s: float
+    device: str
+    wire: str
+
+    def __str__(self) -> str:
+        return (
+            f"a block in {self.latency_us:.0f} us, {self.bytes_per_s / 1e9:.2f} GB/s, "
+            f"{self.device} by {self.wire}"
+        )
+
+
+async def measure(client: Client, peer: Peer) -> Measured:
+    """Write blocks one by one, then many at once."""
+    seconds = []
+    for i in range(_LATENCY_ROUNDS):
+        result = await client.write_cache(peer, [i % _BLOCKS], [i % _BLOCKS], 0)
+        seconds.append(result.seconds)
+    ids = np.arange(_BLOCKS)
+    start = time.monotonic()
+    moved = 0
+    for _ in range(_BANDWIDTH_ROUNDS):
+        moved += (await client.write_cache(peer, ids, ids)).bytes
+    rate = moved / (time.monotonic() - start)
+    return Measured(statistics.median(seconds) * 1e6, rate, peer.device, peer.wire)
+
+
+def fill(cache: KVCache, seed: int) -> None:
+    """Fill a cache with blocks that belong where they are, and nowhere else."""
+    ids = np.arange(_BLOCKS)
+    for layer in range(_LAYERS):
+        pattern.fill(cache.view(layer, "large"), ids, ids, 0, layer, seed)
+
+
+def wrong_blocks(cache: KVCache, seed: int) -> int:
+    """Count the blocks that do not hold what they should."""
+    ids = np.arange(_BLOCKS)
+    return sum(
+        len(pattern.wrong(cache.view(layer, "large"), ids, 0, layer, seed))
+        for layer in range(_LAYERS)
+    )
+
+
+# -- on this host -----------------------------------------------------------------
+
+
+async def loopback(verdict: Verdict, options: Options) -> list[Finding]:
+    """Write from one device to itself, and compare every byte."""
+    check = f"write {verdict.spec.label}"
+    name = verdict.spec.name
+    device = name if verdict.is_software else f"{name}:{verdict.spec.port_num}"
+    settings: dict[str, Any] = {
+        "device": device,
+        "require_rdma": False,
+        "host": "127.0.0.1",
+        "socket_ifname": options.socket_ifname,
+        "gid_index": None if verdict.is_software else options.gid_index,
+        "write_timeout": _PATIENCE,
+    }
+    try:
+        with make_cache() as source, make_cache() as target:
+            seed = secrets.randbelow(1 << 10) + 1
+            fill(source, seed)
+            async with (
+                Server(target, Options(**settings, port=0)) as server,
+                Client(source, Options(**settings)) as client,
+            ):
+                peer = await client.connect("127.0.0.1", server.port)
+                measured = await measure(client, peer)
+                wrong = wrong_blocks(target, seed)
+    except KVXferError as error:
+        return [
+            problem(
+                check,
+                f"{type(error).__name__}: {error}",
+                "The device cannot be used as it is.",
+                "kvxfer devices --gids; dmesg | tail",
+            )
+        ]
+    if wrong:
+        return [
+            problem(
+                check,
+                f"{wrong} of {_LAYERS * _BLOCKS} blocks are wrong",
+                "This device, or the memory of this machine, corrupts data.",
+                "do not use it; memtest, the NIC's firmware, dmesg",
+            )
+        ]
+    return [ok(check, f"{_LAYERS * _BLOCKS} blocks written and compared; {measured}")]
+
+
+# -- to another host --------------------------------------------------------------
+
+
+class Listener:
+    """The other side of :func:`probe`: compares what it is sent, and says so.
+
+    Use as an asynchronous context; it serves until that ends.
+    """
+
+    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+        self._cache = make_cache()
+        self._server = Server(self._cache, options)
+        self._say = say
+        self._follower: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Listener:
+        try:
+            await self._server.open()
+        except BaseException:
+            self._cache.close()
+            raise
+        self._follower = asyncio.get_running_loop().create_task(self._follow())
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        try:
+            await self._server.close()
+            assert self._follower is not None
+            await self._follower
+        finally:
+            self._cache.close()
+
+    @property
+    def endpoint(self) -> str:
+        """What the other side dials."""
+        return self._server.endpoint
+
+    async def _follow(self) -> None:
+        landed: dict[str, int] = {}
+        async for arrival in self._server.arrivals():
+            request = arrival.request_id or ""
+            if not request.startswith(_VERIFY):
+                continue
+            landed[request] = landed.get(request, 0) + 1
+            if landed[request] == _LAYERS:
+                del landed[request]
+                seed = int(request[len(_VERIFY) :])
+                wrong = await asyncio.to_thread(wrong_blocks, self._cache, seed)
+                self._say(f"{arrival.peer}: {wrong} of {_LAYERS * _BLOCKS} are wrong")
+                await self._server.disconnect(arrival.peer, f"{_VERDICT}{wrong}")
+
+
+@contextlib.asynccontextmanager
+async def _connected(
+    cache: KVCache, options: Options, host: str, port: int
+) -> AsyncIterator[tuple[Client, Peer]]:
+    async with Client(cache, options, write_timeout=_PATIENCE) as client:
+        yield client, await client.connect(host, port)
+
+
+async def probe(host: str, port: int, options: Options) -> list[Finding]:
+    """Try the whole path to ``kvxfer doctor --listen`` on another host."""
+    findings = await _control(host, port)
+    if findings[-1].remedy:
+        return findings
+    seed = secrets.randbelow(1 << 10) + 1
+    with make_cache() as cache:
+        fill(cache, seed)
+        try:
+            async with _connected(cache, options, host, port) as (client, peer):
+                findings.append(
+                    ok("negotiation", f"{peer.device}, from GID {peer.link.gid}")
+                )
+                findings += await _data(client, peer, seed)
+        except GeometryMismatchError:
+            findings.append(
+                note(
+                    "negotiation",
+                    "an endpoint answers that has a cache of its own",
+                    "It can be reached; nothing is written into it.",
+                    "for the rest, run there: kvxfer doctor --listen 0.0.0.0:7778",
+                )
+            )
+        except KVXferError as error:
+            findings.append(
+                problem(
+                    "negotiation",
+                    f"{type(error).__name__}: {error}",
+                    "The endpoint answers, but no connection can be made.",
+                    "kvxfer devices, on both sides; kvxfer config",
+                )
+            )
+    return findings
+
+
+async def _control(host: str, port: int) -> list[Finding]:
+    """Try the plain TCP connection beneath the control connection."""
+    where = f"{host} port {port}"
+    start = time.monotonic()
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 5)
+    except asyncio.TimeoutError:
+        return [
+            problem(
+                "control",
+                f"{where}: no answer within 5 s",
+                "Packets are dropped: a firewall, or the wrong address.",
+                f"open TCP port {port} there; ping {host}",
+            )
+        ]
+    except OSError as error:
+        return [
+            problem(
+                "control",
+                f"{where}: {os.strerror(error.errno) if error.errno else error}",
+                "Nothing listens there, or it cannot be reached.",
+                f"run there: kvxfer doctor --listen 0.0.0.0:{port}",
+            )
+        ]
+    micros = (time.monotonic() - start) * 1e6
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return [ok("control", f"{where} answers in {micros:.0f} us")]
+
+
+async def _data(client: Client, peer: Peer, seed: int) -> list[Finding]:
+    """Write small, then large, then all; have it compared there."""
+    findings = []
+    facts = f"{peer.device} by GID {peer.link.gid}"
+    try:
+        measured = await measure(client, peer)
+    except (RetryExceededError, WriteTimeoutError) as error:
+        return [
+            problem(
+                "data path",
+                f"{facts}: {error}",
+                "The control connection works and RDMA packets do not come through: a "
+                "firewall (UDP port 4791), another VLAN, or an MTU on the way that is "
+                "smaller than on both sides and swallows large packets.",
+                "ping -M do -s 8972 HOST, then -s 1472: if only the second is "
+                "answered, the MTU of the switch; kvxfer devices --gids on both sides",
+            )
+        ]
+    findings.append(ok("data path", str(measured)))
+    ids = np.arange(_BLOCKS)
+    await client.write_cache(peer, ids, ids, request_id=f"{_VERIFY}{seed}")
+    try:
+        await asyncio.wait_for(_gone(peer), _PATIENCE)
+    except asyncio.TimeoutError:
+        findings.append(
+            note("verified", "the other side did not say: is it kvxfer doctor?")
+        )
+        return findings
+    _, told, count = str(peer.error).partition(_VERDICT)
+    if told and count.split()[0].rstrip(".") == "0":
+        findings.append(
+            ok("verified", f"{_LAYERS * _BLOCKS} blocks compared at the other side")
+        )
+    else:
+        findings.append(
+            problem(
+                "verified",
+                str(peer.error),
+                "What arrived is not what was sent.",
+                "kvxfer doctor on both hosts; do not use this path",
+            )
+        )
+    return findings
+
+
+async def _gone(peer: Peer) -> None:
+    """Wait until the peer has taken its leave, with its verdict."""
+    while peer.connected:  # noqa: ASYNC110 - the peer has no event for it
+        await asyncio.sleep(0.01)

@@ -1,0 +1,276 @@
+"""``kvxfer doctor``: what it finds on machines that are made up, here, and afar."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kvxfer import KVCache, Server
+from kvxfer.doctor import cli, transfer
+from kvxfer.doctor.machine import Machine
+from kvxfer.doctor.report import Finding, Level, ok, problem, verdict, warning
+from kvxfer.options import Options
+from kvxfer.testing import set_faults
+from tests.endpoints import SOON
+from tests.machines import MACHINES, make
+
+
+@pytest.fixture(scope="module")
+def report(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., dict[str, Finding]]:
+    """Give the findings on a machine that is made up, by their checks."""
+    roots: dict[str, Path] = {}
+
+    def run(name: str, **options: object) -> dict[str, Finding]:
+        if name not in roots:
+            roots[name] = make(name, tmp_path_factory.mktemp(name) / "machine").root
+        root = roots[name]
+        settings = Options(sysfs=str(root / "sys"), **options)  # type: ignore[arg-type]
+        return {f.check: f for f in cli.look(Machine(root), settings)}
+
+    return run
+
+
+Report = Callable[..., dict[str, Finding]]
+
+
+def run(*arguments: str, **environ: str) -> tuple[int, str, str]:
+    result = CliRunner(env=environ).invoke(cli.main, arguments)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_healthy_server_has_no_problem(report: Report) -> None:
+    found = report("dgx", gpu_index=2)
+    assert not [f for f in found.values() if f.level is Level.PROBLEM]
+    assert found["device mlx5_2"].level is Level.OK
+    assert "PIX from the GPU" in found["device mlx5_2"].found
+    assert found["MTU mlx5_2"] == ok("MTU mlx5_2", "rdma2 has 9000 bytes")
+    assert found["GPU memory"].found == "8 of NVIDIA; nvidia_peermem, dmabuf"
+    assert found["rdma-core"].found == "libibverbs 1.14.44.0"
+
+
+@pytest.mark.parametrize(
+    ("machine", "check", "level", "words"),
+    [
+        ("bare", "rdma-core", Level.NOTE, "libibverbs.so.1 is not installed"),
+        ("bare", "firewall", Level.NOTE, "nf_tables"),
+        ("bare", "device soft0", Level.OK, "this machine has no RDMA device"),
+        ("bonded", "processors", Level.WARNING, "powersave"),
+        ("container", "device files", Level.PROBLEM, "/dev/infiniband/uverbs0"),
+        ("container", "memlock", Level.PROBLEM, "65536 bytes"),
+        (
+            "container",
+            "container",
+            Level.WARNING,
+            "Docker, 64.0 GiB of memory, 0.5 CPUs",
+        ),
+        ("container", "device mlx5_5", Level.WARNING, "another network namespace"),
+        ("dual_port", "device mlx4_0", Level.WARNING, "DOWN (Polling)"),
+        ("dual_port", "memlock", Level.PROBLEM, "8388608 bytes"),
+        ("dual_port", "MTU mlx4_0:2", Level.WARNING, "ens2 has 1500 bytes"),
+        ("holes", "huge pages", Level.WARNING, "transparent: never"),
+        ("infiniband", "providers", Level.PROBLEM, "none for mlx5"),
+        ("infiniband", "same host", Level.WARNING, "ptrace_scope is 3"),
+        ("infiniband", "device mlx5_1", Level.WARNING, "INIT"),
+        ("virtual", "GPU memory", Level.PROBLEM, "kernel 5.4"),
+        ("virtual", "IOMMU", Level.WARNING, "not in pass-through"),
+        ("virtual", "clock", Level.WARNING, "hpet"),
+    ],
+)
+def test_what_is_wrong_is_found(
+    report: Report, machine: str, check: str, level: Level, words: str
+) -> None:
+    finding = report(machine)[check]
+    assert (finding.level, words in finding.found) == (level, True), finding
+    if level in (Level.WARNING, Level.PROBLEM):
+        assert finding.meaning and finding.remedy
+
+
+def test_remedies_fit_what_is_wrong(report: Report) -> None:
+    assert "--device=/dev/infiniband" in report("container")["device files"].remedy
+    assert "CNI" in report("container")["device mlx5_5"].remedy
+    assert "opensm" in report("infiniband")["device mlx5_1"].remedy
+    assert "ulimit -l unlimited" in report("dual_port")["memlock"].remedy
+
+
+def test_options_that_leave_nothing_are_a_problem(report: Report) -> None:
+    finding = report("bare", require_rdma=True)["choice"]
+    assert finding.level is Level.PROBLEM
+    assert "require_rdma is set" in finding.found
+    assert "mlx5_7" in report("holes", device="mlx5_7")["choice"].found
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_exit_code_and_json_agree(machine: str, tmp_path: Path) -> None:
+    root = str(make(machine, tmp_path / "m").root)
+    code, out, _ = run("--root", root, "--json")
+    levels = [json.loads(line)["level"] for line in out.splitlines()]
+    assert code == int("problem" in levels)
+    code, out, _ = run("--root", root, "--quiet")
+    assert code == int("problem" in levels)
+    assert not [line for line in out.splitlines() if line.startswith("ok ")]
+    assert out.splitlines()[-1] == verdict(
+        cli.look(Machine(Path(root)), _options(root))
+    )
+
+
+def _options(root: str) -> Options:
+    return Options(sysfs=f"{root}/sys")
+
+
+def test_the_verdict_counts() -> None:
+    bad, poor = problem("a", "b", "c", "d"), warning("a", "b", "c", "d")
+    assert verdict([ok("a", "b")]) == "nothing to complain of"
+    assert verdict([bad, poor, poor]) == "1 problem, 2 warnings"
+    assert verdict([poor]) == "no problems, 1 warning"
+
+
+def test_wrong_use() -> None:
+    for arguments in (
+        ("--peer", "host"),
+        ("--peer", "a:1", "--listen", "b:2"),
+        ("--listen", "127.0.0.1:99999"),
+        ("--device", "a b"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2, arguments
+        assert "Traceback" not in err
+
+
+# -- this machine -----------------------------------------------------------------
+
+
+async def test_every_byte_is_compared_on_this_machine() -> None:
+    for finding in await cli.transfers(Machine(), Options(device="soft")):
+        assert finding.level is Level.OK, finding
+        assert "128 blocks written and compared" in finding.found
+
+
+async def test_a_device_that_corrupts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = transfer.fill
+    # The source is filled for another seed than is looked for.
+    monkeypatch.setattr(transfer, "fill", lambda cache, seed: real(cache, seed + 1))
+    (finding,) = await cli.transfers(Machine(), Options(device="soft"))
+    assert finding.level is Level.PROBLEM
+    assert "128 of 128 blocks are wrong" in finding.found
+
+
+async def test_a_device_that_fails_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVXFER_SOFT_FAULT", "nth=5,act=status:REM_OP_ERR,on=target")
+    (finding,) = await cli.transfers(Machine(), Options(device="soft"))
+    assert finding.level is Level.PROBLEM
+    assert "RemoteOperationError" in finding.found
+
+
+def test_the_command_on_this_machine() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kvxfer", "doctor", "--json", "--device", "soft"],
+        stdout=PIPE,
+        timeout=120,
+        check=False,
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == int(any(row["level"] == "problem" for row in rows))
+    checks = [row["check"] for row in rows]
+    for check in ("kvxfer", "memlock", "clock", "device soft0", "write soft0"):
+        assert check in checks
+
+
+def test_it_works_without_the_extensions(tmp_path: Path) -> None:
+    """As far as it can: what reads, reads, and the first line says what is missing."""
+    blocked = "\n".join(
+        f"sys.modules['kvxfer.{name}'] = None" for name in ("_verbs", "_engine")
+    )
+    program = (
+        f"import sys\n{blocked}\nfrom kvxfer.doctor.cli import main\nmain(['--json'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], stdout=PIPE, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    rows = {row["check"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert rows["kvxfer"]["level"] == "problem"
+    assert "memlock" in rows and "clock" in rows
+
+
+# -- the way to another host ------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def listening() -> AsyncIterator[int]:
+    """Run the other side in a process of its own."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "kvxfer", "doctor", "--listen", "127.0.0.1:0"),
+        *("--device", "soft"),
+        stdout=PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        line = await asyncio.wait_for(process.stdout.readline(), SOON)
+        yield int(line.rpartition(b":")[2])
+    finally:
+        process.send_signal(signal.SIGINT)
+        await asyncio.wait_for(process.communicate(), SOON)
+    assert process.returncode == 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+SOFT = Options(device="soft", ib_timeout=14, ping_timeout=2)
+
+
+async def test_the_whole_path() -> None:
+    async with listening() as port:
+        for _ in range(2):
+            found = await transfer.probe("127.0.0.1", port, SOFT)
+            assert [f.check for f in found] == [
+                *("control", "negotiation", "data path", "verified")
+            ]
+            assert not [f for f in found if f.level is not Level.OK], found
+    assert "128 blocks compared at the other side" in found[-1].found
+
+
+async def test_nobody_listens() -> None:
+    (found,) = await transfer.probe("127.0.0.1", free_port(), SOFT)
+    assert (found.check, found.level) == ("control", Level.PROBLEM)
+    assert "refused" in found.found
+    assert "kvxfer doctor --listen" in found.remedy
+
+
+async def test_an_endpoint_with_a_cache_of_its_own_is_left_alone() -> None:
+    with KVCache.allocate(n_blocks=2, block_bytes=64, n_layers=1) as cache:
+        cache.view(0, "k")[:] = 7
+        async with Server(cache, port=0, device="soft") as server:
+            found = await transfer.probe("127.0.0.1", server.port, SOFT)
+        assert (found[-1].check, found[-1].level) == ("negotiation", Level.NOTE)
+        assert (cache.view(0, "k") == 7).all()
+
+
+async def test_packets_that_do_not_come_through() -> None:
+    """The control connection works, and of the data nothing is acknowledged."""
+    said: list[str] = []
+    async with transfer.Listener(
+        Options(device="soft", port=0), said.append
+    ) as listener:
+        set_faults(listener._server, "act=port_down@t=0us")
+        port = int(listener.endpoint.rpartition(":")[2])
+        found = await transfer.probe("127.0.0.1", port, SOFT)
+    assert (found[-1].check, found[-1].level) == ("data path", Level.PROBLEM)
+    assert "4791" in found[-1].meaning and "MTU" in found[-1].meaning
