@@ -72,7 +72,7 @@ def stop(reason: str) -> None:
 def extension(name: str, sources: list[str]) -> Extension:
     return Extension(
         f"kvxfer.{name}",
-        [f"kvxfer/{name}.pyx", *sources],
+        [f"kvxfer/{name.replace('.', '/')}.pyx", *sources],
         include_dirs=[*PATHS, *filter(None, [VERBS_INCLUDE])],
         depends=[*glob("kvxfer/*.pxd"), *glob("kvxfer/*/*.h")],
         libraries=["dl", "rt"],
@@ -90,5 +90,6 @@ setup(
         extension("_verbs", verbs_c),
         extension("_core", []),
         extension("_engine", []),
+        extension("bench._limits", []),
     ],
 )

@@ -26,10 +26,12 @@ WANTED = [
     "kvxfer/py.typed",
     "kvxfer/client.py",
     "kvxfer/serve.py",
+    "kvxfer/bench/_limits.pyi",
     "kvxfer/kvbench/__init__.py",
     "rdma_comm.py",
 ]
 EXTENSIONS = ["kvxfer/_core.", "kvxfer/_engine.", "kvxfer/_verbs."]
+EXTENSIONS += ["kvxfer/bench/_limits."]
 UNWANTED = (".c", ".h", ".pyx", ".o", ".pyc")
 TOP_LEVEL = {"kvxfer", "rdma_comm.py"}
 
@@ -55,6 +57,7 @@ char *la_objsearch(const char *name, uintptr_t *cookie, unsigned int flag)
 TRIAL = r"""
 import ctypes
 import kvxfer, kvxfer._engine, kvxfer._verbs, kvxfer.kvbench
+import kvxfer.bench._limits
 from kvxfer.errors import DeviceUnavailableError
 
 try:

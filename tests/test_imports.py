@@ -110,7 +110,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {"command", "pattern"},
     # These run in the Python of another engine as well, without our extensions.
     "bench/side": {"bench"},
+    "bench/pair": {"bench"},
+    "bench/peers": {"bench"},
     "bench/workload": set(),
+    "bench/_limits": {"_verbs"},
+    # What the public API does not show: the path without asyncio.
+    "bench/direct": {"bench", "devices", "link"},
     "kvbench": set(),
     # Loaded where a plan is measured on kvxfer itself, and nowhere else.
     "kvbench/transferengine": {"__init__", "kvbench", "pattern"},
@@ -148,6 +153,9 @@ NOT_FOR: dict[str, set[str]] = {
     "agreement": IO | {"numpy"},
     "bench": {"torch", "zmq"},
     "bench/side": {"asyncio", "click", "msgspec", "rich", "zmq"},
+    "bench/pair": {"asyncio", "click", "msgspec", "rich", "zmq"},
+    "bench/peers": {"asyncio", "click", "msgspec", "rich", "zmq"},
+    "bench/_limits": {"asyncio", "msgspec", "zmq"},
     "bench/workload": IO | {"click", "msgspec", "rich"},
     "kvbench": {"asyncio", "msgspec", "numpy", "torch", "zmq"},
 }

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from rich.console import Console
@@ -15,157 +13,30 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvxfer import command
 from kvxfer.bench import contenders as who
-from kvxfer.bench import runner
+from kvxfer.bench import flags, runner, scale
+from kvxfer.bench.contenders import Contender
+from kvxfer.bench.flags import Outputs
+from kvxfer.bench.presets import PRESETS
 from kvxfer.bench.report import Report
 from kvxfer.bench.runner import Event, Outcome, Settings
-from kvxfer.bench.workload import Workload, format_size, parse_size, parse_sizes
-from kvxfer.errors import UsageError
+from kvxfer.bench.workload import Workload, format_size
 
-_F = TypeVar("_F", bound=Callable[..., Any])
-_T = TypeVar("_T")
-_MARGIN_BYTES = 512 << 20
-
-
-def _reading(
-    parse: Callable[[str], _T],
-) -> Callable[[click.Context, click.Parameter, str | None], _T | None]:
-    """Return a callback for click; what ``parse`` refuses is wrong use."""
-
-    def read(
-        context: click.Context, parameter: click.Parameter, text: str | None
-    ) -> _T | None:
-        try:
-            return None if text is None else parse(text)
-        except UsageError as error:
-            raise click.BadParameter(str(error)) from error
-
-    return read
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
-
-
-def _transfer_options(function: _F) -> _F:
-    """Add the options that say how kvxfer itself is run."""
-    positive = click.IntRange(min=1)
-    for option in (
-        click.option(
-            "--config",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="TOML file with options of kvxfer in [kvxfer].",
-        ),
-        click.option(
-            "--memory",
-            type=click.Choice(["shared", "ordinary"]),
-            default="shared",
-            show_default=True,
-            help="shared: as KVCache.allocate makes it. ordinary: private memory.",
-        ),
-        click.option("--progress", help="How completions are waited for."),
-        click.option("--chain", type=positive, help="WRs posted with one doorbell."),
-        click.option("--qps", type=positive, help="QPs of each connection."),
-        click.option("--wire", help="Wire of the software device: auto, cma, tcp, ..."),
-        click.option("--device", help="auto, soft, or a NIC as NAME[:PORT].  [auto]"),
-    ):
-        function = option(function)
-    return function
-
-
-def _output_options(function: _F) -> _F:
-    """Add the options that say where the figures go."""
-    path = click.Path(dir_okay=False, path_type=Path)
-    for option in (
-        click.option("--csv", "csv_path", type=path, help="Write a line a window."),
-        click.option("--json", "json_path", type=path, help="Write all of it as JSON."),
-    ):
-        function = option(function)
-    return function
-
-
-def collect_options(
-    *,
-    device: str | None,
-    wire: str | None,
-    qps: int | None,
-    chain: int | None,
-    progress: str | None,
-    config: Path | None,
-) -> dict[str, Any]:
-    """Return the options of kvxfer that were given, once they were found good."""
-    names = {"device": device, "soft_wire": wire, "qps": qps, "chain": chain}
-    names["progress"] = progress
-    given = {name: value for name, value in names.items() if value is not None}
-    options = command.load_options(config, **given)
-    if config is not None:  # the processes of a pair read no file
-        return {
-            name: value
-            for name, value in dataclasses.asdict(options).items()
-            if value is not None
-        }
-    return given
-
-
-def choose(against: Iterable[str], target: str | None) -> list[who.Contender]:
-    """Return the contenders, ours first.
-
-    Raises:
-      UsageError: There is none of a name, or the others cannot reach the target.
-    """
-    if target is None:
-        return [who.WRITE_CACHE, *(who.find(name) for name in against)]
-    if against:
-        raise UsageError("--against and --target: the others have no endpoint there")
-    return [who.REMOTE]
-
-
-def check(workload: Workload, settings: Settings) -> None:
-    """Refuse what cannot be measured, before anything is started.
-
-    Raises:
-      UsageError: With the value, the limit and what to change.
-    """
-    names = settings.extra["plane_names"]
-    if len(set(names)) < len(names) or not all(names):
-        raise UsageError(f"--planes {','.join(names)}: a name is empty or there twice")
-    remote = settings.extra["target"] is not None
-    if remote and len(workload.sizes) != 1:
-        raise UsageError(
-            "--target has blocks of one size: say which, for example --sizes 32K"
-        )
-    workload.check()
-    check_memory(workload, 1 if remote else 2)
-
-
-def check_memory(workload: Workload, sides: int) -> None:
-    """Refuse pools that this machine has no memory for.
-
-    Raises:
-      UsageError: With what there is and what would fit.
-    """
-    need = sides * workload.pool_bytes + _MARGIN_BYTES
-    available = command.available_bytes()
-    if need > available:
-        raise UsageError(
-            f"{sides} pools of {format_size(workload.pool_bytes)} take "
-            f"{need / 1e9:.1f} GB, and {available / 1e9:.1f} GB are available: a "
-            f"smaller --pool, {(available - _MARGIN_BYTES) // sides >> 20}M at most"
-        )
+_WIDTH = 150
 
 
 class Steps:
-    """A bar on stderr, where that is a terminal, and notes beside it."""
+    """A bar on stderr, where that is a terminal."""
 
     def __init__(self, total: int) -> None:
-        self.console = Console(stderr=True)
+        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed}/{task.total} windows"),
             TimeRemainingColumn(),
-            console=self.console,
+            console=console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("starting", total=total)
 
@@ -186,14 +57,17 @@ class Steps:
         self._progress.update(self._task, description=text)
 
 
-async def _measure(
+async def measure(
     stop: asyncio.Event,
-    contenders: list[who.Contender],
+    contenders: list[Contender],
     workload: Workload,
     settings: Settings,
 ) -> Outcome | None:
     """Run the rounds; None if that was interrupted."""
     found: list[Outcome] = []
+    seconds = runner.seconds_for(len(contenders), workload, settings)
+    if seconds > 60:
+        click.echo(f"kvxfer: this takes about {seconds / 60:.0f} minutes", err=True)
     total = settings.rounds * len(contenders) * len(workload.sizes)
     with Steps(total) as steps:
 
@@ -205,65 +79,70 @@ async def _measure(
     return found[0]
 
 
-def finish(report: Report, *, json_path: Path | None, csv_path: Path | None) -> int:
+def finish(report: Report, outputs: Outputs) -> int:
     """Print and write a report; return the exit code."""
-    report.print(Console(width=None if sys.stdout.isatty() else 140))
+    report.print(Console(width=None if sys.stdout.isatty() else _WIDTH))
     for failure in report.outcome.failures:
         click.echo(f"kvxfer: {failure['contender']}: {failure['error']}", err=True)
     for name, why in report.absent.items():
         click.echo(f"kvxfer: {name} was left out: {why}", err=True)
-    if json_path is not None:
-        report.write_json(json_path)
-    if csv_path is not None:
-        report.write_csv(csv_path)
     if report.wrong:
         click.echo(f"kvxfer: {report.wrong} blocks hold other bytes", err=True)
+    outputs.write(report)
     bad = report.wrong or report.outcome.failures
     return command.EXIT_FAILED if bad else 0
 
 
-@click.command()
+def _plan(
+    given: dict[str, Any], *, null: bool, remote: bool
+) -> tuple[Workload, Settings]:
+    """Make workload and settings of the options that a sweep was given."""
+    flags.quick(given)
+    planes = given.pop("planes") or (("k", "v") if remote else ("kv",))
+    threads, depth = given.pop("threads"), given.pop("depth")
+    workload = Workload(
+        given.pop("sizes"),
+        given.pop("batch"),
+        given.pop("pool"),
+        given.pop("pattern"),
+        len(planes),
+        threads * depth,
+        given.pop("seed"),
+    )
+    if null:
+        given["device"] = "null0"
+    settings = Settings(
+        rounds=given.pop("rounds"),
+        window=given.pop("window"),
+        depth=depth,
+        threads=threads,
+        memory=given.pop("memory"),
+        options=flags.collect_options(**given),
+        extra={
+            "plane_names": planes,
+            "verify": not null,
+            "by_time": null or workload.batch == 1,
+        },
+    )
+    return workload, settings
+
+
+@click.command("sweep")
 @click.option(
-    "--sizes",
-    metavar="SIZES",
-    callback=_reading(parse_sizes),
-    default="1K..256K",
-    show_default=True,
-    help="Bytes of a block: by commas; A..B is every power of two between.",
+    "--preset",
+    type=click.Choice(list(PRESETS)),
+    is_eager=True,
+    expose_value=False,
+    callback=flags.use_preset,
+    help="Defaults for the other options: one figure of the documentation.",
 )
+@flags.workload_options
 @click.option(
-    "--batch",
+    "--threads",
     type=click.IntRange(min=1),
-    default=1538,
+    default=1,
     show_default=True,
-    help="Blocks of a batch.",
-)
-@click.option(
-    "--planes",
-    metavar="NAMES",
-    callback=_reading(_names),
-    help="Names of the planes, by commas.  [kv; with --target k,v]",
-)
-@click.option("--dtype", help="With --target: tag of its element type.  [bf16]")
-@click.option(
-    "--target",
-    metavar="HOST:PORT",
-    callback=command.check_address,
-    help="Write into a kvxfer serve that runs there; --sizes is its block size.",
-)
-@click.option(
-    "--pattern",
-    default="random",
-    show_default=True,
-    help="How a batch lies: random, contiguous, or runs:N.",
-)
-@click.option(
-    "--pool",
-    metavar="SIZE",
-    callback=_reading(parse_size),
-    default="2G",
-    show_default=True,
-    help="Memory of each side; larger than the caches, so that it is cold.",
+    help="Threads that write, each with its connection.",
 )
 @click.option(
     "--depth",
@@ -273,79 +152,123 @@ def finish(report: Report, *, json_path: Path | None, csv_path: Path | None) -> 
     help="Batches in flight for each thread.",
 )
 @click.option(
-    "--threads",
-    type=click.IntRange(min=1),
-    default=1,
+    "--op",
+    type=click.Choice(["write", "read"]),
+    default="write",
     show_default=True,
-    help="Threads that write, each with its connection.",
+    help="read has no asyncio layer: a bare loop posts it.",
 )
-@click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="How often; ratios want 12.",
-)
-@click.option(
-    "--window",
-    type=click.FloatRange(min=0.001, max=60),
-    default=0.3,
-    show_default=True,
-    help="Seconds of a timed window.",
-)
+@click.option("--no-asyncio", is_flag=True, help="Poll the engine in a loop instead.")
+@click.option("--null", is_flag=True, help="A device that does nothing: our own cost.")
+@click.option("--contender", metavar="NAME", help="Whom to measure.  [kvxfer]")
 @click.option(
     "--against",
     metavar="NAMES",
-    callback=_reading(_names),
-    help="Others, by commas, in the same rounds.",
+    callback=flags.reading(flags.names),
+    help="Whom to compare with, by commas, in the same rounds.",
 )
-@click.option("--quick", is_flag=True, help="A look: small pools, short windows.")
-@click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True)
-@_transfer_options
-@_output_options
-def main(
-    sizes: tuple[int, ...],
-    batch: int,
-    planes: tuple[str, ...] | None,
-    dtype: str | None,
-    target: str | None,
-    pattern: str,
-    pool: int,
-    depth: int,
-    threads: int,
-    rounds: int,
-    window: float,
+@click.option(
+    "--peer-python",
+    metavar="PATH",
+    envvar="KVXFER_BENCH_PEER_PYTHON",
+    show_envvar=True,
+    help="A Python that has the other engines.  [this one]",
+)
+@click.option(
+    "--target",
+    metavar="HOST:PORT",
+    callback=command.check_address,
+    help="Write into a kvxfer serve that runs there; --sizes is its block size.",
+)
+@click.option("--dtype", help="With --target: tag of its element type.  [bf16]")
+@flags.transfer_options
+@flags.output_options
+def sweep(
+    *,
+    op: str,
+    no_asyncio: bool,
+    null: bool,
+    contender: str | None,
     against: tuple[str, ...] | None,
-    quick: bool,
-    seed: int,
-    memory: str,
-    json_path: Path | None,
-    csv_path: Path | None,
-    **ours: Any,
+    peer_python: str | None,
+    target: str | None,
+    dtype: str | None,
+    outputs: Outputs,
+    **given: Any,
 ) -> None:
-    """Measure writes of many small blocks, process to process."""
-    if quick:
-        pool, window = min(pool, 64 << 20), min(window, 0.05)
-    names = planes or (("k", "v") if target else ("kv",))
-    lanes = depth * threads
-    workload = Workload(sizes, batch, pool, pattern, len(names), lanes, seed)
-    settings = Settings(
-        rounds=rounds,
-        window=window,
-        depth=depth,
-        threads=threads,
-        memory=memory,
-        options=collect_options(**ours),
-        extra={"plane_names": names, "target": target, "dtype": dtype or "bf16"},
+    """Measure writes of many small blocks, process to process.
+
+    Every contender moves the same blocks, in pairs of processes that take turns, and
+    what was moved is checked. GB is 1e9 bytes.
+    """
+    workload, settings = _plan(given, null=null, remote=target is not None)
+    settings = dataclasses.replace(
+        settings,
+        peer_python=peer_python or sys.executable,
+        extra={**settings.extra, "target": target, "dtype": dtype or "bf16"},
     )
+    ours = contender or ("read" if op == "read" else "")
+    ours = ours or ("no-asyncio" if no_asyncio else who.OURS)
 
     async def until_stopped(stop: asyncio.Event) -> int:
-        contenders = choose(against or (), target)
-        check(workload, settings)
-        outcome = await _measure(stop, contenders, workload, settings)
+        outputs.check()
+        chosen = flags.choose(ours, against or (), target)
+        flags.check(workload, settings)
+        present, absent = await asyncio.to_thread(
+            flags.find_peers, chosen, settings.peer_python
+        )
+        outcome = await measure(stop, present, workload, settings)
         if outcome is None:
             return 130
-        report = Report(contenders, workload, settings, outcome, {})
-        return finish(report, json_path=json_path, csv_path=csv_path)
+        return finish(Report(present, workload, settings, outcome, absent), outputs)
 
     command.run(until_stopped)
+
+
+# -- the group ------------------------------------------------------------------------
+
+
+class _Bench(click.Group):
+    """Without a command it sweeps, and its help is that of the sweep."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in _HELP):
+            args = [sweep.name or "", *args]
+        return super().parse_args(ctx, args)
+
+    def format_options(
+        self, ctx: click.Context, formatter: click.HelpFormatter
+    ) -> None:
+        sweep.format_options(click.Context(sweep, parent=ctx), formatter)
+        with formatter.section("Presets"):
+            formatter.write_dl([(name, p.what) for name, p in PRESETS.items()])
+        with formatter.section("Contenders"):
+            formatter.write_dl(
+                [
+                    *((c.name, c.what) for c in (who.WRITE_CACHE, *who.OTHERS)),
+                    ("kvxfer:OPTION=VALUE+...", "write_cache by other options"),
+                    ("writes:COUNTxSIZE", "so many awaits of write_cache at once"),
+                ]
+            )
+        self.format_commands(ctx, formatter)
+
+
+_HELP = ("-h", "--help")
+
+
+@click.group(
+    cls=_Bench,
+    context_settings={"help_option_names": list(_HELP)},
+    subcommand_metavar="[sweep] [OPTIONS] | scale [OPTIONS]",
+)
+def main() -> None:
+    """Measure writes of many small blocks, process to process.
+
+    Every contender moves the same blocks, in pairs of processes that take turns, and
+    what was moved is checked. GB is 1e9 bytes. Without a command it sweeps over block
+    sizes.
+    """
+
+
+main.add_command(sweep)
+main.add_command(scale.main, "scale")

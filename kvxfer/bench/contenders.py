@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kvxfer.bench.workload import parse_size
 from kvxfer.errors import UsageError
 
 OURS = "kvxfer"
@@ -48,7 +49,67 @@ WRITE_CACHE = Contender(
 )
 REMOTE = Contender(OURS, "remote", "write_cache into a kvxfer serve elsewhere")
 
-OTHERS: tuple[Contender, ...] = ()
+_LOOPBACK = {"UCX_NET_DEVICES": "lo"}
+_MOONCAKE: dict[str, Any] = {
+    "module": "mooncake.engine",
+    "packages": "numpy mooncake-transfer-engine-non-cuda",
+}
+_NIXL: dict[str, Any] = {"module": "nixl", "packages": "numpy torch nixl"}
+
+OTHERS: tuple[Contender, ...] = (
+    Contender(
+        "no-asyncio", "engine", "kvxfer's engine, polled in a loop without asyncio"
+    ),
+    Contender("verbs", "verbs", "a bare C loop posts the table to the same device"),
+    Contender("read", "read", "the same with RDMA READ"),
+    Contender(
+        "memcpy", "memcpy", "memcpy in one process, private memory", memory="ordinary"
+    ),
+    Contender(
+        "shm-memcpy",
+        "memcpy",
+        "memcpy in one process, memory of KVCache.allocate",
+        memory="shared",
+    ),
+    Contender(
+        "pvm-readv",
+        "pvm-readv",
+        "process_vm_readv by the target, 1024 blocks a call",
+        memory="ordinary",
+    ),
+    Contender(
+        "tcp",
+        "tcp",
+        "sendmsg and readv on loopback, 4 MiB buffers",
+        memory="ordinary",
+    ),
+    Contender(
+        "mooncake",
+        "mooncake",
+        "Mooncake, batch_transfer_sync_write over TCP, its defaults",
+        **_MOONCAKE,
+    ),
+    Contender(
+        "mooncake-bench",
+        "mooncake-bench",
+        "Mooncake's transfer_engine_bench: its own, contiguous addresses, unchecked",
+        **_MOONCAKE,
+    ),
+    Contender(
+        "nixl",
+        "nixl",
+        "NIXL over UCX's choice, handles made before, no progress thread",
+        environ=_LOOPBACK,
+        **_NIXL,
+    ),
+    Contender(
+        "nixl-tcp",
+        "nixl",
+        "NIXL over UCX's TCP, handles made before, no progress thread",
+        environ={**_LOOPBACK, "UCX_TLS": "tcp"},
+        **_NIXL,
+    ),
+)
 
 
 def names() -> list[str]:
@@ -57,7 +118,10 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Contender:
-    """Find a contender by its name; ``kvxfer:option=value+...`` is kvxfer otherwise.
+    """Find a contender by its name.
+
+    ``kvxfer:option=value+...`` is kvxfer by other options, ``writes:1000x4M`` so many
+    writes of so many bytes at once.
 
     Raises:
       UsageError: There is none of this name.
@@ -70,17 +134,38 @@ def find(name: str) -> Contender:
             what="write_cache, by other options",
             options=options,
         )
+    if name.startswith("writes:"):
+        return _writes(name)
+    if name == OURS:
+        return WRITE_CACHE
     for contender in OTHERS:
         if contender.name == name:
             return contender
     raise UsageError(
-        f"--against {name!r}: there is only {', '.join(names())}, and "
-        "kvxfer:option=value+option=value"
+        f"no contender {name!r}: there is only {', '.join(names())}, "
+        "kvxfer:option=value+option=value, and writes:COUNTxSIZE"
+    )
+
+
+def _writes(name: str) -> Contender:
+    count, _, size = name[7:].partition("x")
+    if not count.isdecimal() or int(count) < 1:
+        raise UsageError(f"{name!r} is not writes:COUNTxSIZE, such as writes:1000x4M")
+    return Contender(
+        name,
+        "writes",
+        f"{count} awaits of write_cache at once, {size} each",
+        # Large batches: one of them is long enough.
+        parameters={
+            "writes": int(count),
+            "write_bytes": parse_size(size),
+            "at_least": 1,
+        },
     )
 
 
 def _setting(part: str, name: str) -> tuple[str, str]:
     option, equals, value = part.partition("=")
     if not equals:
-        raise UsageError(f"--against {name!r}: {part!r} is not option=value")
+        raise UsageError(f"{name!r}: {part!r} is not option=value")
     return option.strip(), value.strip()

@@ -8,7 +8,18 @@ from kvxfer.bench.side import Making
 
 KINDS = {
     "write_cache": ("kvxfer.bench.transfer", "Transfer", "serve"),
+    "writes": ("kvxfer.bench.transfer", "Writes", "serve"),
     "remote": ("kvxfer.bench.transfer", "Remote", ""),
+    "engine": ("kvxfer.bench.direct", "ByEngine", "serve"),
+    "verbs": ("kvxfer.bench.direct", "ByLoop", "serve"),
+    "read": ("kvxfer.bench.direct", "ByReading", "serve"),
+    "memcpy": ("kvxfer.bench.limits", "Copy", ""),
+    "pvm-readv": ("kvxfer.bench.limits", "ReadMemory", "serve"),
+    "tcp": ("kvxfer.bench.limits", "Stream", "serve"),
+    "scale": ("kvxfer.bench.scale", "Scale", "serve"),
+    "mooncake": ("kvxfer.bench.peers", "Mooncake", "serve_mooncake"),
+    "mooncake-bench": ("kvxfer.bench.peers", "MooncakeBench", ""),
+    "nixl": ("kvxfer.bench.peers", "Nixl", "serve_nixl"),
 }
 """Kind of contender -> module, initiator, target; a module is loaded where needed."""
 

@@ -7,6 +7,7 @@ as the median of all rounds with an interval.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -49,13 +50,11 @@ class Interval:
       low: Lower end; with at least 6 values the median of many more runs would lie
         between the ends in 95 of 100 cases, with fewer the ends are the extremes.
       high: Upper end.
-      count: Values.
     """
 
     median: float
     low: float
     high: float
-    count: int
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -71,7 +70,7 @@ def interval(values: Sequence[float]) -> Interval:
             break
         cut += 1
     cut = max(0, cut - 1) if cut else 0
-    return Interval(statistics.median(ordered), ordered[cut], ordered[n - 1 - cut], n)
+    return Interval(statistics.median(ordered), ordered[cut], ordered[n - 1 - cut])
 
 
 def _median(windows: Iterable[Event], key: str) -> float | None:
@@ -102,31 +101,33 @@ def summarize(windows: Sequence[Event]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["block_bytes"])
 
 
-def ratios(windows: Sequence[Event], ours: str) -> list[dict[str, Any]]:
-    """Return, for each other contender and size, ``ours`` over it in throughput."""
-    rates = {
-        (w["contender"], w["block_bytes"], w["round"]): w["gb_per_s"] for w in windows
-    }
-    found: dict[tuple[str, int], list[float]] = {}
-    for (name, size, number), rate in rates.items():
-        mine = rates.get((ours, size, number))
-        if name != ours and mine is not None and rate > 0:
-            found.setdefault((name, size), []).append(mine / rate)
-    lines = []
-    for (name, size), values in found.items():
-        of = interval(values)
-        lines.append(
-            {
-                "contender": ours,
-                "against": name,
-                "block_bytes": size,
-                "median": of.median,
-                "low": of.low,
-                "high": of.high,
-                "pairs": of.count,
-            }
+def compare(windows: Sequence[Event], ours: str) -> list[dict[str, Any]]:
+    """Compare ``ours`` with each other contender, by pairs of the same round.
+
+    Returns:
+      For each of them and each size three intervals: ``rate_ratio`` of throughput,
+      ``p50_ratio`` and ``p50_difference_us`` of the time of a batch.
+    """
+    places = {(w["contender"], w["block_bytes"], w["round"]): w for w in windows}
+    found: dict[tuple[str, int], list[tuple[Event, Event]]] = {}
+    for (name, size, number), other in places.items():
+        mine = places.get((ours, size, number))
+        if name != ours and mine is not None and other["gb_per_s"] > 0:
+            found.setdefault((name, size), []).append((mine, other))
+    rows: list[dict[str, Any]] = []
+    for (name, size), pairs in found.items():
+        row = {"contender": ours, "against": name, "block_bytes": size}
+        row["pairs"] = len(pairs)
+        values = {
+            "rate_ratio": [a["gb_per_s"] / b["gb_per_s"] for a, b in pairs],
+            "p50_ratio": [a["p50_us"] / b["p50_us"] for a, b in pairs],
+            "p50_difference_us": [a["p50_us"] - b["p50_us"] for a, b in pairs],
+        }
+        rows.append(
+            row
+            | {key: dataclasses.asdict(interval(each)) for key, each in values.items()}
         )
-    return sorted(lines, key=lambda row: (row["against"], row["block_bytes"]))
+    return sorted(rows, key=lambda row: (row["against"], row["block_bytes"]))
 
 
 def machine() -> dict[str, Any]:
@@ -162,6 +163,11 @@ class Report:
     def ours(self) -> str:
         """The contender that the others are compared with: the first."""
         return self.contenders[0].name
+
+    @property
+    def by_time(self) -> bool:
+        """Whether the time of a batch is what matters, not how much it moves."""
+        return bool(self.settings.extra.get("by_time"))
 
     @property
     def wrong(self) -> int:
@@ -201,14 +207,14 @@ class Report:
             ],
             "windows": windows,
             "summary": summarize(windows),
-            "ratios": ratios(windows, self.ours),
+            "comparisons": compare(windows, self.ours),
             "failures": self.outcome.failures,
             "absent": dict(self.absent),
         }
 
     def write_json(self, path: Path) -> None:
         """Write everything, one JSON document."""
-        _write(path, json.dumps(self.document(), indent=1) + "\n")
+        write_text(path, json.dumps(self.document(), indent=1) + "\n")
 
     def write_csv(self, path: Path) -> None:
         """Write one line a window."""
@@ -228,9 +234,9 @@ class Report:
             own = [row for row in rows if row["contender"] == contender.name]
             if own:
                 console.print(_table(contender, own))
-        found = ratios(self.outcome.windows, self.ours)
+        found = compare(self.outcome.windows, self.ours)
         if found:
-            console.print(_ratio_table(self.ours, found))
+            console.print(_comparison(self.ours, found, self.by_time))
         if any(str(row["device"]).startswith("soft") for row in rows):
             console.print(SOFTWARE)
         n_disturbed = sum(row["disturbed"] for row in rows)
@@ -241,7 +247,12 @@ class Report:
             )
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file.
+
+    Raises:
+      KVXferError: It cannot be written.
+    """
     try:
         path.write_text(text)
     except OSError as error:
@@ -282,44 +293,62 @@ def title_of(contender: Contender, row: Mapping[str, Any]) -> str:
 
 def _table(contender: Contender, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title_of(contender, rows[-1]), title_justify="left")
+    null = str(rows[-1]["device"]).startswith("null")
+    amounts = ("ns/block",) if null else ("GB/s", "low-high", "blocks/s")
     for name in (
-        *("block", "GB/s", "low-high", "blocks/s", "p50 us", "p99 us"),
+        *("block", *amounts, "p50 us", "p99 us"),
         *("CPU s/GB, from", "to", "WRs/block", "verified blocks"),
     ):
         table.add_column(name, justify="right")
     for row in rows:
+        if null:
+            amounts = (figure(1e9 / row["blocks_per_s"]),)
+        else:
+            amounts = (
+                figure(row["gb_per_s"]),
+                f"{figure(row['low_gb_per_s'])}-{figure(row['high_gb_per_s'])}",
+                f"{row['blocks_per_s']:,.0f}",
+            )
         table.add_row(
             format_size(row["block_bytes"]),
-            figure(row["gb_per_s"]),
-            f"{figure(row['low_gb_per_s'])}-{figure(row['high_gb_per_s'])}",
-            f"{row['blocks_per_s']:,.0f}",
+            *amounts,
             figure(row["p50_us"]),
             figure(row["p99_us"]),
-            figure(row["cpu_initiator_s_per_gb"]),
-            figure(row["cpu_target_s_per_gb"]),
+            "-" if null else figure(row["cpu_initiator_s_per_gb"]),
+            "-" if null else figure(row["cpu_target_s_per_gb"]),
             figure(row["wrs_per_block"]),
             _checked(row),
         )
     return table
 
 
-def _ratio_table(ours: str, rows: list[dict[str, Any]]) -> Table:
+def _with_ends(of: Mapping[str, float]) -> str:
+    return f"{figure(of['median'])} ({figure(of['low'])} to {figure(of['high'])})"
+
+
+def _comparison(ours: str, rows: list[dict[str, Any]], by_time: bool) -> Table:
     names = list(dict.fromkeys(row["against"] for row in rows))
-    pairs = min(row["pairs"] for row in rows)
+    what = "p50 of a batch" if by_time else "GB/s"
     table = Table(
-        title=f"GB/s of {ours} over the others: median [interval] of {pairs} or more "
-        "pairs of the same round",
+        title=f"{what}: {ours} over the others, median and interval of "
+        f"{min(row['pairs'] for row in rows)} pairs of the same round",
         title_justify="left",
     )
     table.add_column("block", justify="right")
     for name in names:
         table.add_column(f"/ {name}", justify="right")
+        if by_time:
+            table.add_column(f"- {name}, us", justify="right")
+    keys = ("p50_ratio", "p50_difference_us") if by_time else ("rate_ratio",)
     cells = {
-        (row["block_bytes"], row["against"]): f"{figure(row['median'])} "
-        f"[{figure(row['low'])}-{figure(row['high'])}]"
+        (row["block_bytes"], row["against"]): [_with_ends(row[key]) for key in keys]
         for row in rows
     }
     for size in sorted({row["block_bytes"] for row in rows}):
-        line = [cells.get((size, name), "-") for name in names]
+        line = [
+            cell
+            for name in names
+            for cell in cells.get((size, name), ["-"] * len(keys))
+        ]
         table.add_row(format_size(size), *line)
     return table

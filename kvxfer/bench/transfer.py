@@ -33,6 +33,7 @@ from kvxfer.errors import UsageError
 T = TypeVar("T")
 
 _CHUNK = 4096
+_LEAD = 2 << 20
 
 
 class Pool:
@@ -48,35 +49,36 @@ class Pool:
     def __init__(self, job: Job, *, shared: bool) -> None:
         workload = workload_of(job)
         names = job["plane_names"]
-        n_planes = len(names)
-        n_bytes = workload.pool_bytes // n_planes // _CHUNK * _CHUNK
-        self._memory: object
+        length = workload.plane_bytes
+        groups: dict[str, KVCache] = {}
         if shared:
+            # The whole of it is a group as well, and begins first: what peers can
+            # map is an allocation, and the groups lie inside it.
             whole = KVCache.allocate(
-                n_layers=1, n_blocks=n_bytes // _CHUNK, block_bytes=_CHUNK, planes=names
+                n_layers=1,
+                n_blocks=(length + _LEAD) // _CHUNK,
+                block_bytes=_CHUNK,
+                planes=names,
             )
-            views = [whole.view(0, name) for name in names]
-            words = [view.reshape(-1).view(np.uint64) for view in views]
-            self._memory = whole
+            groups["whole"] = whole
+            words = [
+                whole.view(0, name).reshape(-1)[_LEAD:].view(np.uint64)
+                for name in names
+            ]
         else:
-            pool = map_pool(n_bytes * n_planes)
-            words = np.split(pool, n_planes)
-            self._memory = pool
-        self.bases = [address_of(plane) for plane in words]
+            words = np.split(map_pool(length * len(names)), len(names))
         #: Words of each plane, and the index of the first in the pool.
         self.planes: list[tuple[NDArray[np.uint64], int]] = [
-            (plane, sum(len(w) for w in words[:i])) for i, plane in enumerate(words)
+            (plane, i * length // 8) for i, plane in enumerate(words)
         ]
-        self.cache = KVCache.grouped(
-            {
-                str(size): KVCache.from_pointers(
-                    dict(zip(names, ([base] for base in self.bases), strict=True)),
-                    n_blocks=n_bytes // size,
-                    block_bytes=size,
-                )
-                for size in workload.sizes
-            }
-        )
+        self.bases = [address_of(plane) for plane in words]
+        for size in workload.sizes:
+            groups[str(size)] = KVCache.from_pointers(
+                dict(zip(names, ([base] for base in self.bases), strict=True)),
+                n_blocks=workload.n_blocks(size),
+                block_bytes=size,
+            )
+        self.cache = KVCache.grouped(groups)
 
     def fill(self) -> None:
         """Give every word its index in the pool."""
@@ -199,11 +201,10 @@ class Transfer(Initiator):
         """Say which device moved the blocks, by which wire, in how many WRs."""
         last = self.lanes[0].last
         assert last is not None
-        n_blocks = self.workload.batch * self.workload.planes
         return {
             "device": last.device,
             "wire": last.wire,
-            "wrs_per_block": last.wrs / n_blocks,
+            "wrs_per_block": last.wrs / self.blocks_of_batch,
         }
 
     def close(self) -> None:
@@ -211,6 +212,59 @@ class Transfer(Initiator):
         for lane in self.lanes:
             lane.close()
         super().close()
+
+
+class Writes(Transfer):
+    """Writes so many pieces at once, each an await of its own.
+
+    A batch is all of them. They go through the blocks of the workload's batch, again
+    and again where they are more; a block always gets the same contents.
+    """
+
+    def prepare(self, tables: Tables) -> None:
+        """Cut the pieces.
+
+        Raises:
+          UsageError: They are no whole blocks, or a piece is more than a batch.
+        """
+        super().prepare(tables)
+        size, batch = tables.block_bytes, self.workload.batch
+        each, rest = divmod(self.job["write_bytes"], size * self.workload.planes)
+        if rest or not 0 < each <= batch:
+            raise UsageError(
+                f"a write of {self.job['write_bytes']} bytes is not 1 to {batch} "
+                f"blocks of {size} bytes: see --batch and --sizes"
+            )
+        self._pieces = [
+            np.arange(i * each, (i + 1) * each) % batch
+            for i in range(self.job["writes"])
+        ]
+
+    @property
+    def blocks_of_batch(self) -> int:
+        """How many blocks all pieces have."""
+        return sum(map(len, self._pieces)) * self.workload.planes
+
+    async def _write(self, lane: Lane, tables: Tables, flight: int, n: int) -> None:
+        source, target = tables.pick(flight, n)
+        results = await asyncio.gather(
+            *(
+                lane.client.write_cache(
+                    lane.peer,
+                    tables.source[source][piece],
+                    tables.target[target][piece],
+                    0,
+                    group=self.group,
+                )
+                for piece in self._pieces
+            )
+        )
+        lane.last = results[0]
+        self._wrs = sum(result.wrs for result in results)
+
+    def facts(self) -> dict[str, Any]:
+        """Say also how many WRs all of them took."""
+        return {**super().facts(), "wrs_per_block": self._wrs / self.blocks_of_batch}
 
 
 class Remote(Transfer):

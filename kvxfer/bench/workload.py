@@ -25,6 +25,7 @@ MAX_SETS = 64
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _SIZE = re.compile(r"(\d+)([KMG]?)(?:iB|B)?", re.IGNORECASE)
 _WORD = 8
+_PAGE = 4096
 
 
 def parse_size(text: str) -> int:
@@ -118,7 +119,7 @@ class Workload:
             if size % _WORD:
                 raise UsageError(f"blocks of {size} bytes: multiples of {_WORD} only")
             need = 2 * self.lanes * self.batch * size * self.planes
-            if need > self.pool_bytes:
+            if need > self.plane_bytes * self.planes:
                 raise UsageError(
                     f"a pool of {format_size(self.pool_bytes)} does not hold twice the "
                     f"{self.lanes} x {self.batch} blocks of {format_size(size)} in "
@@ -126,9 +127,14 @@ class Workload:
                     "--depth or --threads, or smaller --sizes"
                 )
 
+    @property
+    def plane_bytes(self) -> int:
+        """Return the bytes of each plane of the pool: whole pages."""
+        return self.pool_bytes // self.planes // _PAGE * _PAGE
+
     def n_blocks(self, size: int) -> int:
         """Return how many blocks of ``size`` bytes a plane of the pool has."""
-        return self.pool_bytes // self.planes // size
+        return self.plane_bytes // size
 
     def tables(self, size: int) -> Tables:
         """Make the tables for blocks of ``size`` bytes, the same in every process."""
@@ -186,10 +192,16 @@ class Tables:
         )
 
     def last(self, lane: int, n: int, at_most: int) -> Iterator[tuple[int, int]]:
-        """Give the sets of the last of ``n`` batches that no later one wrote over."""
+        """Give the sets of the last of ``n`` batches that no later one wrote over.
+
+        Args:
+          at_most: How many; there are as many if the lane has moved so many sets.
+        """
         seen: set[int] = set()
-        for i in range(n - 1, max(0, n - at_most) - 1, -1):
+        for i in range(n - 1, -1, -1):
             source, target = self.pick(lane, i)
+            if len(seen) == at_most:
+                return
             if target not in seen:
                 seen.add(target)
                 yield source, target

@@ -7,11 +7,17 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from kvxfer.bench import contenders
+from kvxfer.bench.cli import main, sweep
+from kvxfer.bench.presets import PRESETS
 from kvxfer.options import OPTIONS
 from tests.endpoints import SOON
 from tests.test_cli import result_of, running, serving
@@ -32,7 +38,7 @@ async def document(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     path = tmp_path / "out.json"
     code, out, err = await bench("--json", str(path), *arguments)
     assert (code, err) == (0, ""), err
-    assert "GB/s" in out
+    assert "block" in out
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -90,9 +96,107 @@ async def test_kvxfer_against_kvxfer(tmp_path: Path) -> None:
     )
     by_name = {w["contender"]: w for w in found["windows"]}
     assert by_name["kvxfer:chain=1+soft_wire=tcp"]["wire"] == "tcp"
-    (ratio,) = found["ratios"]
-    assert ratio["against"] == "kvxfer:chain=1+soft_wire=tcp"
-    assert ratio["pairs"] == 1 and ratio["median"] > 0
+    (compared,) = found["comparisons"]
+    assert compared["against"] == "kvxfer:chain=1+soft_wire=tcp"
+    assert compared["pairs"] == 1 and compared["rate_ratio"]["median"] > 0
+
+
+LIMITS = ["memcpy", "shm-memcpy", "pvm-readv", "tcp"]
+OURS = ["no-asyncio", "verbs", "read"]
+
+
+@pytest.mark.parametrize("name", [*LIMITS, *OURS])
+async def test_limits_and_ways_around_asyncio(name: str, tmp_path: Path) -> None:
+    """All move the same blocks, and every byte of them."""
+    found = await document(
+        tmp_path,
+        *("--sizes", "1K,4K", "--planes", "k,v", "--batch", "16"),
+        *("--contender", name),
+    )
+    assert [w["block_bytes"] for w in found["windows"]] == [1024, 4096]
+    for window in found["windows"]:
+        assert window["verified_blocks"] == 2 * 16 * 2
+        assert (window["wrong_blocks"], window["unseen_blocks"]) == (0, 0)
+        assert window.get("device") == (None if name in LIMITS else "soft0")
+
+
+async def test_a_device_that_does_nothing(tmp_path: Path) -> None:
+    found = await document(
+        tmp_path, "--preset", "null", "--rounds", "1", "--sizes", "1K", "--batch", "64"
+    )
+    assert [w["contender"] for w in found["windows"]].count("verbs") == 1
+    for window in found["windows"]:
+        assert (window["device"], window["wire"]) == ("null0", "null")
+        assert window["verified_blocks"] is None
+
+
+async def test_many_awaits_beside_few(tmp_path: Path) -> None:
+    found = await document(
+        tmp_path,
+        *("--sizes", "1K", "--contender", "writes:40x4K", "--against", "writes:5x32K"),
+    )
+    for window in found["windows"]:
+        assert window["bytes"] == window["batches"] * 160 * 1024
+        assert window["wrong_blocks"] == 0
+
+
+async def test_what_a_large_cache_costs(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    code, out, err = await result_of(
+        *("kvxfer", "bench", "scale", "--blocks", "50000", "--layers", "4"),
+        *("--rounds", "1", "--json", str(path)),
+    )
+    assert (code, err) == (0, "")
+    assert "50,000" in out and "1,000" in out
+    few, many = json.loads(path.read_text())["rows"]
+    assert (few["blocks"], many["blocks"]) == (1000, 50000)
+    # Whatever it keeps, it is not so much as a byte a block and layer more.
+    for side in ("initiator_bytes", "target_bytes"):
+        assert many[side] - few[side] < 4 * 49000
+
+
+async def test_other_engines_that_are_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    code, out, err = await bench(
+        *("--sizes", "1K", "--against", "nixl,mooncake", "--json", str(path)),
+        *("--peer-python", "/usr/bin/false"),
+    )
+    assert code == 0 and "GB/s" in out
+    assert "nixl was left out" in err and "mooncake was left out" in err
+    assert "/usr/bin/false -m pip install" in err
+    assert "mooncake-transfer-engine-non-cuda" in err
+    found = json.loads(path.read_text())
+    assert set(found["absent"]) == {"mooncake", "nixl"}
+    assert {w["contender"] for w in found["windows"]} == {"kvxfer"}
+
+
+def test_the_other_engines_python_needs_no_extension() -> None:
+    """What runs there is found without anything but numpy."""
+    code = (
+        "import sys; from kvxfer.bench import pair, peers, side; "
+        "print(*(m for m in sys.modules if m.split('.')[0] in "
+        "('click', 'msgspec', 'rich', 'zmq') or m.startswith('kvxfer._')))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == ["kvxfer._version"]
+
+
+def test_help_names_presets_and_contenders() -> None:
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0
+    words = [*PRESETS, *contenders.names(), "--against", "scale", "KVXFER_BENCH"]
+    assert [word for word in words if word not in result.output] == []
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_options_of_the_sweep(name: str) -> None:
+    names = {parameter.name for parameter in sweep.params}
+    assert set(PRESETS[name].defaults) <= names
+    for key in ("against", "contender"):
+        for contender in str(PRESETS[name].defaults.get(key, "kvxfer")).split(","):
+            contenders.find(contender)
 
 
 # -- what is refused ----------------------------------------------------------------
@@ -111,15 +215,21 @@ async def test_kvxfer_against_kvxfer(tmp_path: Path) -> None:
         (["--against", "kvxfer:chain"], ["chain", "option=value"]),
         (["--threads", "0"], ["--threads"]),
         (["--planes", "k,k"], ["k,k", "twice"]),
+        (["--contender", "writes:many"], ["writes:many", "writes:1000x4M"]),
+        (["--against", "memcpy,memcpy"], ["memcpy", "twice"]),
+        (["--plot", "out.pdf"], ["out.pdf", ".svg"]),
+        (["--json", "/nowhere/out.json"], ["/nowhere"]),
+        (["--target", "127.0.0.1:1", "--against", "tcp"], ["--target"]),
         (["--target", "nowhere"], ["nowhere", "HOST:PORT"]),
         (["--target", "127.0.0.1:1"], ["--target", "one size", "--sizes"]),
     ],
 )
-async def test_wrong_use(arguments: list[str], words: list[str]) -> None:
-    code, out, err = await bench(*arguments)
-    assert (code, out) == (2, "")
+def test_wrong_use(arguments: list[str], words: list[str]) -> None:
+    result = CliRunner().invoke(main, [*TINY, *arguments])
+    assert result.exit_code == 2, result.output
     for word in words:
-        assert word in err
+        assert word in result.output
+    assert "Traceback" not in result.output
 
 
 async def test_nobody_at_the_target(monkeypatch: pytest.MonkeyPatch) -> None:

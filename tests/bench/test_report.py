@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from kvxfer.bench.contenders import WRITE_CACHE, Contender
-from kvxfer.bench.report import SOFTWARE, Report, figure, interval, ratios, summarize
+from kvxfer.bench.report import SOFTWARE, Report, compare, figure, interval, summarize
 from kvxfer.bench.runner import Outcome, Settings
 from kvxfer.bench.workload import Workload
 from kvxfer.errors import KVXferError
@@ -44,13 +44,15 @@ def window(name: str, number: int, rate: float, **changes: Any) -> dict[str, Any
     }
 
 
-def report(windows: list[dict[str, Any]], **changes: Any) -> Report:
+def report(
+    windows: list[dict[str, Any]], by_time: bool = False, **absent: str
+) -> Report:
     return Report(
         contenders=[WRITE_CACHE, OTHER],
         workload=Workload((1024,), batch=10, pool_bytes=1 << 20),
-        settings=Settings(rounds=3),
+        settings=Settings(rounds=3, extra={"by_time": by_time}),
         outcome=Outcome(windows, complete=True),
-        absent=changes,
+        absent=absent,
     )
 
 
@@ -70,7 +72,7 @@ def printed(of: Report) -> str:
 )
 def test_the_interval_of_a_median(count: int, low: int, high: int) -> None:
     found = interval([float(i) for i in range(count, 0, -1)])
-    assert (found.low, found.high, found.count) == (low, high, count)
+    assert (found.low, found.high) == (low, high)
     assert found.median == (count + 1) / 2
 
 
@@ -89,18 +91,24 @@ def test_medians_over_rounds() -> None:
     assert row["verified_blocks"] == 60
 
 
-def test_ratios_are_of_the_same_round() -> None:
+def test_comparisons_are_of_the_same_round() -> None:
     windows = [window("kvxfer", i, rate) for i, rate in enumerate([2.0, 8.0, 3.0])]
-    windows += [window("memcpy", i, rate) for i, rate in enumerate([1.0, 4.0])]
-    (row,) = ratios(windows, "kvxfer")
+    windows += [
+        window("memcpy", i, rate, p50_us=80.0) for i, rate in enumerate([1.0, 4.0])
+    ]
+
+    def always(value: float) -> dict[str, float]:
+        return {"median": value, "low": value, "high": value}
+
+    (row,) = compare(windows, "kvxfer")
     assert row == {
         "contender": "kvxfer",
         "against": "memcpy",
         "block_bytes": 1024,
-        "median": 2.0,
-        "low": 2.0,
-        "high": 2.0,
         "pairs": 2,
+        "rate_ratio": always(2.0),
+        "p50_ratio": always(1.25),
+        "p50_difference_us": always(20.0),
     }
 
 
@@ -115,7 +123,7 @@ def test_the_table() -> None:
         *("1K", "1.50", "1.50-1.50", "1,500,000", "100", "200"),
         *("0.500", "0.250", "1.00", "20"),
     ]
-    assert "0.500 [0.500-0.500]" in text
+    assert "0.500 (0.500 to 0.500)" in text
     assert "memory copies" in text and SOFTWARE in text
 
 
@@ -123,6 +131,15 @@ def test_a_nic_is_not_called_a_memory_copy() -> None:
     text = printed(report([window("kvxfer", 0, 1.5, device="mlx5_0", wire="rdma")]))
     assert "mlx5_0 (rdma)" in text
     assert "memory cop" not in text and "soft0" not in text
+
+
+def test_the_null_device_has_no_bandwidth() -> None:
+    null = {"device": "null0", "wire": "null", "verified_blocks": None}
+    windows = [window("kvxfer", 0, 1.5, **null), window("memcpy", 0, 3.0, **null)]
+    text = printed(report(windows, by_time=True))
+    assert "GB/s" not in text.replace("s/GB", "") and "nothing moves" in text
+    assert "667" in text  # ns a block at 1,500,000 blocks a second
+    assert "p50 of a batch" in text and "1.00 (1.00 to 1.00)" in text
 
 
 def test_wrong_and_late_blocks_are_shown() -> None:
@@ -145,11 +162,11 @@ def test_json_holds_everything(tmp_path: Path) -> None:
     assert found["schema"] == 1
     assert set(found) == {
         *("schema", "kvxfer", "command", "machine", "method", "workload"),
-        *("contenders", "windows", "summary", "ratios", "failures", "absent"),
+        *("contenders", "windows", "summary", "comparisons", "failures", "absent"),
     }
     assert found["windows"] == windows
     assert found["absent"] == {"nixl": "not installed"}
-    assert found["ratios"][0]["median"] == 0.5
+    assert found["comparisons"][0]["rate_ratio"]["median"] == 0.5
     assert {row["contender"] for row in found["summary"]} == {"kvxfer", "memcpy"}
     assert found["machine"]["processors"] >= 1
     assert found["workload"]["block_bytes"] == [1024]

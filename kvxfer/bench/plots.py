@@ -1,0 +1,204 @@
+"""Bandwidth and latency by block size, drawn; and a page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib
+import importlib.util
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvxfer.bench.report import SOFTWARE, Report, figure, summarize
+from kvxfer.bench.workload import format_size
+from kvxfer.errors import KVXferError, UsageError
+
+_KINDS = (".png", ".svg")
+
+
+def check_plot(path: Path) -> None:
+    """Check that ``path`` can be drawn to, before anything is measured.
+
+    Raises:
+      UsageError: It is neither PNG nor SVG.
+      KVXferError: matplotlib is not installed.
+    """
+    if path.suffix.lower() not in _KINDS:
+        raise UsageError(f"--plot {str(path)!r}: expected a name in .png or .svg")
+    need_matplotlib("--plot")
+
+
+def need_matplotlib(option: str) -> None:
+    """Raise KVXferError unless matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise KVXferError(f"{option} needs matplotlib: pip install 'kvxfer[bench]'")
+
+
+def _figure(report: Report) -> Any:
+    rows = summarize(report.outcome.windows)
+    figures: Any = importlib.import_module("matplotlib.figure")
+    drawing = figures.Figure(figsize=(11, 4.5), layout="constrained")
+    rate, latency = drawing.subplots(1, 2)
+    for contender in report.contenders:
+        own = [row for row in rows if row["contender"] == contender.name]
+        if own:
+            _draw(rate, own, "gb_per_s", contender.name, ends=True)
+            _draw(latency, own, "p50_us", contender.name)
+    sizes = sorted({row["block_bytes"] for row in rows})
+    for axes, name in (
+        (rate, "GB/s (1e9 bytes)"),
+        (latency, f"us for a batch of {report.workload.batch} blocks, p50"),
+    ):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sizes, [format_size(size) for size in sizes])
+        axes.minorticks_off()
+        axes.set_xlabel("block")
+        axes.set_ylabel(name)
+        axes.grid(True, which="both", alpha=0.3)
+    rate.legend()
+    drawing.suptitle(caption(report))
+    return drawing
+
+
+def _draw(
+    axes: Any,
+    rows: Sequence[Mapping[str, Any]],
+    key: str,
+    name: str,
+    ends: bool = False,
+) -> None:
+    sizes = [row["block_bytes"] for row in rows]
+    (line,) = axes.plot(sizes, [row[key] for row in rows], marker="o", label=name)
+    if ends:
+        low = [row["low_gb_per_s"] for row in rows]
+        high = [row["high_gb_per_s"] for row in rows]
+        axes.fill_between(sizes, low, high, color=line.get_color(), alpha=0.15)
+
+
+def caption(report: Report) -> str:
+    """Say in one line what was measured, and what it is not."""
+    load = report.workload
+    ways = {
+        f"{w['device']} ({w['wire']})"
+        for w in report.outcome.windows
+        if w.get("device") is not None
+    }
+    text = f"{load.batch} {load.pattern} blocks a batch"
+    if ways:
+        text += f", {', '.join(sorted(ways))}"
+    if any(way.startswith("soft") for way in ways):
+        text += ": memory copies, not a NIC"
+    return text
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draw to a PNG or an SVG.
+
+    Raises:
+      KVXferError: It cannot be written.
+    """
+    try:
+        # No date in it: the same figures make the same file.
+        metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
+        _figure(report).savefig(path, metadata=metadata)
+    except OSError as error:
+        raise KVXferError(f"cannot write {path}: {error.strerror}") from error
+
+
+# -- the page -------------------------------------------------------------------------
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto;
+       padding: 0 1rem; color: #222; background: #fff; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ddd; }
+img { max-width: 100%; }
+caption { text-align: left; font-weight: 600; padding: .5rem 0; }
+"""
+_COLUMNS = {
+    "gb_per_s": "GB/s",
+    "low_gb_per_s": "low",
+    "high_gb_per_s": "high",
+    "blocks_per_s": "blocks/s",
+    "p50_us": "p50 us",
+    "p99_us": "p99 us",
+    "cpu_initiator_s_per_gb": "CPU s/GB, from",
+    "cpu_target_s_per_gb": "to",
+    "wrs_per_block": "WRs/block",
+    "verified_blocks": "verified blocks",
+    "wrong_blocks": "wrong",
+}
+
+
+def _table(caption_: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
+        inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{inside}</tr>"
+
+    body = "\n".join(row(line, "td") for line in lines)
+    return (
+        f"<table><caption>{html.escape(caption_)}</caption>\n{row(header, 'th')}\n"
+        f"{body}\n</table>"
+    )
+
+
+def _tables(report: Report) -> list[str]:
+    document = report.document()
+    found = []
+    for contender in report.contenders:
+        rows = [r for r in document["summary"] if r["contender"] == contender.name]
+        if rows:
+            lines = [
+                [format_size(r["block_bytes"]), *(figure(r[key]) for key in _COLUMNS)]
+                for r in rows
+            ]
+            title = f"{contender.name}: {contender.what}"
+            found.append(_table(title, ["block", *_COLUMNS.values()], lines))
+    lines = [
+        [
+            *(row["against"], format_size(row["block_bytes"])),
+            *(figure(row["rate_ratio"][key]) for key in ("median", "low", "high")),
+            str(row["pairs"]),
+        ]
+        for row in document["comparisons"]
+    ]
+    if lines:
+        title = f"GB/s of {report.ours} over the others, pairs of the same round"
+        header = ["against", "block", "median", "low", "high", "pairs"]
+        found.append(_table(title, header, lines))
+    return found
+
+
+def write_page(report: Report, path: Path) -> None:
+    """Write one HTML file with the drawing, the tables and the method in it.
+
+    Raises:
+      KVXferError: It cannot be written.
+    """
+    image = io.BytesIO()
+    _figure(report).savefig(image, format="png", dpi=110)
+    data = base64.b64encode(image.getvalue()).decode()
+    document = report.document()
+    facts = {**document["machine"], **document["method"], **document["workload"]}
+    soft = any(
+        str(w.get("device", "")).startswith("soft") for w in report.outcome.windows
+    )
+    page = [
+        "<!DOCTYPE html>",
+        '<html lang="en"><head><meta charset="utf-8"><title>kvxfer bench</title>',
+        f"<style>{_STYLE}</style></head><body>",
+        f"<h1>kvxfer bench</h1><p>{html.escape(caption(report))}</p>",
+        f"<p><strong>{SOFTWARE}</strong></p>" if soft else "",
+        f'<img alt="bandwidth and latency" src="data:image/png;base64,{data}">',
+        *_tables(report),
+        _table("How", ["", ""], [[key, str(value)] for key, value in facts.items()]),
+        f"<p><code>{html.escape(' '.join(document['command']))}</code></p>",
+        "</body></html>",
+    ]
+    try:
+        path.write_text("\n".join(page) + "\n")
+    except OSError as error:
+        raise KVXferError(f"cannot write {path}: {error.strerror}") from error

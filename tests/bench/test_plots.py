@@ -1,0 +1,61 @@
+"""Drawings and the page: made of figures, and saying what they are."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvxfer.bench import plots
+from kvxfer.errors import UsageError
+from tests.bench.test_report import report, window
+
+
+def drawing(test: Any) -> Any:
+    """Mark a test that needs matplotlib, which keeps its fonts' files open."""
+    missing = importlib.util.find_spec("matplotlib") is None
+    test = pytest.mark.skipif(missing, reason="matplotlib is not installed")(test)
+    return pytest.mark.leaky("matplotlib keeps its fonts open")(test)
+
+
+WINDOWS = [
+    window(name, number, rate * (number + 1), block_bytes=size)
+    for name, rate in (("kvxfer", 2.0), ("memcpy", 4.0))
+    for number in range(2)
+    for size in (1024, 4096)
+]
+
+
+@drawing
+@pytest.mark.parametrize(
+    ("name", "magic"), [("out.png", b"\x89PNG\r\n"), ("out.svg", b"<?xml")]
+)
+def test_a_drawing(name: str, magic: bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    plots.check_plot(path)
+    plots.draw(report(WINDOWS), path)
+    assert path.read_bytes().startswith(magic)
+
+
+@drawing
+def test_the_page_is_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.html"
+    plots.write_page(report(WINDOWS), path)
+    text = path.read_text()
+    assert "data:image/png;base64," in text
+    assert "http" not in text and "<script" not in text
+    assert "memory copies, not a NIC" in text
+    for cell in ("kvxfer", "memcpy", "0.500", "3.00", "1K", "4K"):
+        assert f">{cell}" in text
+
+
+def test_a_nic_is_not_called_a_memory_copy() -> None:
+    nic = [window("kvxfer", 0, 40.0, device="mlx5_0", wire="rdma")]
+    assert plots.caption(report(nic)) == "10 random blocks a batch, mlx5_0 (rdma)"
+
+
+def test_what_cannot_be_drawn() -> None:
+    with pytest.raises(UsageError, match="png"):
+        plots.check_plot(Path("out.pdf"))
