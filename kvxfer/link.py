@@ -170,6 +170,14 @@ class Link:
         return {"qpn": qpn, "gid": self.gid.text}
 
     @property
+    def _mtu(self) -> int:
+        """The largest MTU this side takes, as enum ibv_mtu; both use the smaller."""
+        active: int = self.adapter.port.active_mtu
+        limit = self.adapter.options.path_mtu
+        # 1 is 256 bytes, 5 is 4096.
+        return active if limit is None else min(active, limit.bit_length() - 8)
+
+    @property
     def info(self) -> QPInfo:
         """Our half of what the two QPs must know of each other."""
         adapter = self.adapter
@@ -178,7 +186,7 @@ class Link:
             psn=self._psn,
             gid=self.gid.gid,
             lid=adapter.port.lid,
-            mtu=adapter.port.active_mtu,
+            mtu=self._mtu,
             port_num=adapter.spec.port_num,
             address=self._address,
             token=self._token,
@@ -205,7 +213,7 @@ class Link:
             psn=remote.psn,
             gid=remote.gid,
             lid=remote.lid,
-            mtu=min(remote.mtu, adapter.port.active_mtu),
+            mtu=min(remote.mtu, self._mtu),
             own_psn=self._psn,
             port_num=adapter.spec.port_num,
             gid_index=self.gid.index,

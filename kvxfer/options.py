@@ -317,6 +317,14 @@ class Options:
     service_level: int = _option(
         0, "Service level of the packets.", low=0, high=15, also=("KVXFER_SL",)
     )
+    path_mtu: int | None = _option(
+        None,
+        "Largest packet payload, a power of two; auto: what both ports can.",
+        kind=int,
+        unit="bytes",
+        low=256,
+        high=4096,
+    )
     relaxed_ordering: bool = _option(
         False,
         "Let the device write cache memory in any order on the bus.",
@@ -457,6 +465,11 @@ class Options:
                     f"option nics = {self.nics!r} is not permitted: {name!r} is no "
                     "device name with an optional port, such as mlx5_0:1"
                 )
+        if self.path_mtu is not None and self.path_mtu & (self.path_mtu - 1):
+            raise OptionError(
+                f"option path_mtu = {self.path_mtu} is not permitted: expected 256, "
+                "512, 1024, 2048 or 4096 bytes, or auto"
+            )
         if self.gpu_pci is not None and not _PCI.fullmatch(self.gpu_pci):
             raise OptionError(
                 f"option gpu_pci = {self.gpu_pci!r} is not permitted: expected an "

@@ -92,7 +92,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"client", "server"},
     "loop_thread": set(),
     "blocking": {"__init__", "loop_thread"},
-    "fastdeploy": {"blocking", "devices"},
+    "fastdeploy": {"blocking", "devices", "interfaces", "logs"},
     "testing": {"__init__"},
     # Programs: the public names and nothing behind them.
     "pattern": {"blocks"},

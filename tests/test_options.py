@@ -57,6 +57,15 @@ def test_seed_names_are_read_and_ours_win() -> None:
     assert options.ib_timeout == 20
 
 
+def test_a_path_mtu_is_a_power_of_two() -> None:
+    assert Options().path_mtu is None
+    assert Options(path_mtu=1024).path_mtu == 1024
+    assert Options.load(environ={"KVXFER_PATH_MTU": "auto"}).path_mtu is None
+    for bad, text in ((1500, "512, 1024, 2048 or 4096"), (128, "256 to 4096")):
+        with pytest.raises(OptionError, match=text):
+            Options(path_mtu=bad)
+
+
 def test_environment_is_read_at_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVXFER_PORT", "4321")
     assert Options.load().port == 4321

@@ -261,3 +261,13 @@ async def test_blocks_of_a_megabyte(wire: str) -> None:
     target = arena(planes=planes, seed=2, n_blocks=7, layers=2)
     async with connected(source, target) as pair:
         await pair.check_write([5, 0, 3, 1], [0, 6, 2, 4])
+
+
+async def test_both_sides_use_the_smaller_path_mtu() -> None:
+    async with connected(server_options={"path_mtu": 1024}) as pair:
+        (incoming,) = pair.server._connections.incoming.values()
+        assert incoming.link.info.mtu == 3  # enum ibv_mtu has 1 for 256 bytes
+        await pair.check_write(range(32), range(31, -1, -1))
+    async with connected(path_mtu=256) as pair:
+        assert pair.peer.link.info.mtu == 1
+        await pair.check_write(range(32), range(31, -1, -1))

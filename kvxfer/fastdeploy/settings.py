@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import ipaddress
-import logging
 import os
 import socket
-import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from kvxfer import devices
-from kvxfer.errors import OptionError
+from kvxfer import devices, logs
+from kvxfer.interfaces import address_of
 from kvxfer.options import Options
 
-__all__ = ["Settings", "configure_logging"]
+__all__ = ["Settings"]
 
 _GID_INDEX = "KVCACHE_RDMA_GID_INDEX"
-_TRUE = frozenset({"1", "true", "on", "yes"})
-_SIOCGIFADDR = 0x8915
-_FORMAT = "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"
 
 
 @dataclass(frozen=True)
@@ -58,10 +50,10 @@ class Settings:
         if environ.get("KVXFER_HOST"):
             host = options.host
         elif options.socket_ifname is not None:
-            host = _address_of(options.socket_ifname)
+            host = address_of(options.socket_ifname)
         else:
             host = _any_address()
-        configure_logging(environ)
+        _configure_logging(options)
         return cls(options, host, environ.get("SET_RDMA_DEST_PORT") or None)
 
 
@@ -88,68 +80,20 @@ def _any_address() -> str:
     return "::"
 
 
-def _address_of(interface: str) -> str:
-    """Return an address of an interface, IPv4 before IPv6.
-
-    Raises:
-      OptionError: There is no such interface, or it has no address.
-    """
-    known = sorted(name for _, name in socket.if_nameindex())
-    if interface not in known:
-        raise OptionError(
-            f"KVCACHE_SOCKET_IFNAME is {interface!r}, and there are: {', '.join(known)}"
-        )
-    request = struct.pack("256s", interface.encode())
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        try:
-            answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, request)
-            return socket.inet_ntoa(answer[20:24])
-        except OSError:
-            pass  # no IPv4 address; perhaps one of IPv6
-    for line in Path("/proc/net/if_inet6").read_text().splitlines():
-        words = line.split()
-        address = ipaddress.IPv6Address(bytes.fromhex(words[0]))
-        if words[5] == interface and not address.is_link_local:
-            return str(address)
-    raise OptionError(f"KVCACHE_SOCKET_IFNAME is {interface!r}, which has no address")
+_configured: tuple[bool, str | None, str | None] | None = None
+_configure_lock = threading.Lock()
 
 
-_handlers: dict[str, logging.Handler] = {}
-_handlers_lock = threading.Lock()
-
-
-def configure_logging(environ: Mapping[str, str]) -> None:
-    """Log as the original's variables say, once for each file of the process.
-
-    ``KVCACHE_DEBUG`` and ``KV_IS_DEBUG_ENABLED`` turn debug messages on, into
-    ``KVCACHE_DEBUG_FILE`` or standard error; ``KVCACHE_ERROR_FILE`` gets warnings and
-    errors. ``%h`` and ``%p`` in a name are host and process. Without any of them
-    logging is the program's own.
+def _configure_logging(options: Options) -> None:
+    """Log as the original's variables say; without them as the program has it.
 
     Raises:
       OptionError: A file cannot be written.
     """
-    logger = logging.getLogger("kvxfer")
-    words = (environ.get(n, "") for n in ("KVCACHE_DEBUG", "KV_IS_DEBUG_ENABLED"))
-    if any(word.strip().lower() in _TRUE for word in words):
-        logger.setLevel(logging.DEBUG)
-        _add(logger, environ.get("KVCACHE_DEBUG_FILE", ""), logging.DEBUG)
-    if environ.get("KVCACHE_ERROR_FILE"):
-        _add(logger, environ["KVCACHE_ERROR_FILE"], logging.WARNING)
-
-
-def _add(logger: logging.Logger, name: str, level: int) -> None:
-    path = name.replace("%h", socket.gethostname()).replace("%p", str(os.getpid()))
-    with _handlers_lock:
-        if path in _handlers:
-            return
-        try:
-            handler: logging.Handler = logging.StreamHandler()
-            if path:
-                handler = logging.FileHandler(path, "w")
-        except OSError as error:
-            raise OptionError(f"log file {path}: {error.strerror}") from error
-        handler.setLevel(level)
-        handler.setFormatter(logging.Formatter(_FORMAT))
-        logger.addHandler(handler)
-        _handlers[path] = handler
+    global _configured
+    wanted = (options.debug, options.debug_file, options.error_file)
+    with _configure_lock:
+        # Not for each communicator: it would empty the files.
+        if wanted != (False, None, None) and wanted != _configured:
+            logs.configure(options)
+            _configured = wanted

@@ -1,0 +1,502 @@
+"""Defects known of the original, one test each, that this does not have.
+
+Each docstring says what the original does. The tests go through FastDeploy's
+interface; what it cannot cause is caused in the software device.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvxfer.memory import map_memory
+from kvxfer.testing import live_objects, set_faults
+from rdma_comm import RDMACommunicator
+from tests.communicators import (
+    BLOCK_BYTES,
+    HOST,
+    N_BLOCKS,
+    N_LAYERS,
+    Memory,
+    Nodes,
+    communicator,
+    free_port,
+    memory,
+    nodes,
+)
+from tests.endpoints import SOON
+from tests.leaks import take_census
+
+OURS, THEIRS = list(range(24)), list(range(31, 7, -1))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines for tests that meet one of them."""
+    for name, value in (
+        ("CONNECT_TIMEOUT", "10"),
+        ("DRAIN_TIMEOUT", "1"),
+        ("FENCE_TIMEOUT", "1"),
+        ("PING_INTERVAL", "0.2"),
+        ("PING_TIMEOUT", "2"),
+        ("IB_TIMEOUT", "14"),
+    ):
+        monkeypatch.setenv(f"KVXFER_{name}", value)
+
+
+def initiator_faults(pair: Nodes, plan: str) -> None:
+    set_faults(pair.prefill._ends.client()._endpoint, plan)
+
+
+def target_faults(pair: Nodes, plan: str) -> None:
+    server = pair.decode._ends._server
+    assert server is not None
+    set_faults(server._endpoint, plan)
+
+
+def writers(pair: Nodes) -> int:
+    """How many writers the decode node knows."""
+    server = pair.decode._ends._server
+    assert server is not None
+    return len(server.peers)
+
+
+def check_again(pair: Nodes) -> None:
+    """The connection is gone; a new one carries writes."""
+    assert not pair.prefill.is_connected(pair.host, pair.port)
+    assert pair.write([1], [2]) == -1
+    assert pair.prefill.connect(pair.host, pair.port) == 0
+    assert pair.prefill.is_connected(pair.host, pair.port)
+    pair.check_write(OURS, THEIRS, 1)
+
+
+# -- silent corruption ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "plan", ["nth=3,act=status:LOC_PROT_ERR", "nth=2,act=ack_lost", "nth=1,act=drop"]
+)
+def test_an_error_completion_is_no_success(plan: str) -> None:
+    """The original ignores the status: -1 is never returned, and the connection
+    stays up while the device flushes all that comes later."""
+    with nodes() as pair:
+        pair.check_write(OURS, THEIRS)
+        initiator_faults(pair, plan)
+        assert pair.write(OURS, THEIRS) == -1
+        check_again(pair)
+
+
+def test_an_error_of_the_target_is_no_success() -> None:
+    with nodes() as pair:
+        target_faults(pair, "nth=2,act=status:REM_OP_ERR")
+        assert pair.write(OURS, THEIRS) == -1
+        check_again(pair)
+
+
+def test_32_threads_on_one_peer_get_their_own_completions() -> None:
+    """The original's threads share a CQ and take each other's completions, so that a
+    call returns before its bytes are there."""
+    source = memory(1, n_blocks=64, n_layers=8, block_bytes=4096)
+    target = memory(2, n_blocks=64, n_layers=8, block_bytes=4096)
+    with nodes(source, target) as pair:
+
+        def work(i: int) -> list[str]:
+            wrong = []
+            assert pair.prefill.connect(HOST, pair.port) == 0
+            for layer in range(8):
+                ours, theirs = [i, 63 - i], [63 - i, i]
+                if pair.write(ours, theirs, layer) != 0:
+                    wrong.append(f"thread {i} layer {layer} failed")
+                for name, of in target.planes.items():
+                    found = of[layer][theirs]
+                    if not (found == source.planes[name][layer][ours]).all():
+                        wrong.append(f"thread {i}: {name} {layer} told too soon")
+            return wrong
+
+        with ThreadPoolExecutor(32) as pool:
+            assert [text for found in pool.map(work, range(32)) for text in found] == []
+        assert writers(pair) == 1
+
+
+def test_a_post_that_is_refused_goes_on_where_it_was() -> None:
+    """The original drains the CQ and begins anew: it takes the completions of other
+    calls with it, hides their errors, and writes twice what it had posted."""
+    with nodes() as pair:
+        for nth in (1, 3, 20):
+            initiator_faults(pair, f"act=enomem@post={nth}")
+            assert pair.write(OURS, THEIRS) in (0, -1)
+            assert pair.prefill.connect(HOST, pair.port) == 0
+            pair.check_write(OURS, THEIRS, 1)
+
+
+def test_more_blocks_than_the_queue_has_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its own accounting keeps the send queue from running over, for all threads."""
+    monkeypatch.setenv("KVXFER_SQ_DEPTH", "16")
+    monkeypatch.setenv("KVXFER_MAX_SGE", "1")
+    with nodes() as pair:
+        wanted = pair.target.copy()
+        for name, of in wanted.items():
+            for layer in range(N_LAYERS):
+                of[layer][THEIRS] = pair.source.planes[name][layer][OURS]
+        with ThreadPoolExecutor(8) as pool:
+            layers = [*range(N_LAYERS)] * 8
+            codes = list(pool.map(lambda x: pair.write(OURS, THEIRS, x), layers))
+        assert codes == [0] * len(layers)
+        assert pair.target.differs(wanted) == []
+
+
+def test_nothing_lands_after_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original returns -1 with WRs in flight: they land in blocks that belong to
+    another request by then, and their completions end the next call early."""
+    monkeypatch.setenv("KVXFER_WRITE_TIMEOUT", "0.3")
+    monkeypatch.setenv("KVXFER_DRAIN_TIMEOUT", "0.3")
+    with nodes() as pair:
+        target_before = pair.target.copy()
+        initiator_faults(pair, "act=late_write,us=500000,nth=1")
+        assert pair.write(OURS, THEIRS) == -1
+        assert pair.prefill.connect(pair.host, pair.port) == 0
+        # The same blocks, another request: three writes, so that time passes.
+        for name, of in target_before.items():
+            of[0][THEIRS] = pair.source.planes[name][0][list(reversed(OURS))]
+        deadline = time.monotonic() + 1.0
+        while time.monotonic() < deadline:
+            assert pair.write(list(reversed(OURS)), THEIRS) == 0
+            assert pair.target.differs(target_before) == []
+
+
+def test_a_revoked_rkey_is_an_error() -> None:
+    """A decode node that has registered anew: the original goes on and reports
+    success for bytes that went nowhere."""
+    with nodes() as pair:
+        pair.check_write(OURS, THEIRS)
+        server = pair.decode._ends._server
+        assert server is not None
+        (adapter,) = server._endpoint._host.adapters
+        for region in adapter._regions:
+            region.close()
+        before = pair.target.copy()
+        assert pair.write(OURS, THEIRS) == -1
+        assert pair.target.differs(before) == []
+        assert not pair.prefill.is_connected(HOST, pair.port)
+
+
+@pytest.mark.parametrize(
+    "bad", [-1, N_BLOCKS, 2**31 - 1, 2**31, -(2**31), 2**63 - 1, 2**63, 2**64]
+)
+def test_ids_out_of_range_touch_nothing(bad: int) -> None:
+    """The original reads beyond its table of pointers and writes where that leads;
+    FastDeploy pads lists with -1."""
+    with nodes() as pair:
+        before = pair.target.copy()
+        assert pair.write([1, bad], [2, 3]) == -1
+        assert pair.write([1, 2], [3, bad]) == -1
+        assert pair.target.differs(before) == []
+        pair.check_write(OURS, THEIRS)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "text"),
+    [
+        # In the words of the decode node, which refuses.
+        ({}, {"block_bytes": 512}, "block_bytes is 512 here, 256 at the peer"),
+        ({"planes": ("k",)}, {}, "plane is present here, missing at the peer"),
+        ({}, {"planes": ("k", "v", "v_scale")}, "v_scale"),
+        (
+            {"planes": ("k", "v", "k_scale")},
+            {"planes": ("k", "v", "k_scale"), "scale_bytes": 8},
+            "block_bytes is 8 here, 24 at the peer",
+        ),
+    ],
+)
+def test_caches_that_do_not_fit_are_refused_with_figures(
+    ours: dict[str, Any],
+    theirs: dict[str, Any],
+    text: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The original compares nothing: garbage, or a wait of 30 seconds."""
+    port = free_port()
+    with (
+        communicator("decode", port, memory(2, **theirs)),
+        communicator("prefill", "0", memory(1, **ours)) as prefill,
+    ):
+        assert prefill.connect(HOST, port) == 2
+        assert text in caplog.text
+        assert not prefill.is_connected(HOST, port)
+
+
+def test_a_layer_that_the_decode_node_has_not() -> None:
+    with nodes(memory(1, n_layers=3), memory(2, n_layers=2)) as pair:
+        assert pair.write([1], [2], 2) == -1
+        pair.check_write([1], [2], 1)
+
+
+def sparse(block_bytes: int, n_blocks: int) -> Memory:
+    """Address space that takes memory only where it is touched."""
+    owner, base = map_memory(block_bytes * n_blocks)
+    start = base - owner.ctypes.data
+    plane = owner[start : start + block_bytes * n_blocks].reshape(n_blocks, block_bytes)
+    return Memory({"k": [plane]}, block_bytes, 0)
+
+
+def test_offsets_beyond_2_gib() -> None:
+    """The original multiplies block id and size as 32-bit numbers."""
+    block_bytes, n_blocks = 128 << 10, 20_000
+    source, target = sparse(block_bytes, n_blocks), sparse(block_bytes, n_blocks)
+    ids = np.array([0, 16_383, 16_384, 16_385, n_blocks - 1])
+    for i, block in enumerate(ids):
+        source.planes["k"][0][block] = i + 1
+    with nodes(source, target) as pair:
+        assert pair.write(ids, ids[::-1].copy()) == 0
+        for i, block in enumerate(ids[::-1]):
+            assert (target.planes["k"][0][block] == i + 1).all()
+        assert not target.planes["k"][0][[1, 16_382, 16_386]].any()
+
+
+def test_a_registration_that_fails_is_tried_again() -> None:
+    """The original keeps half a list of regions; the first write then follows a null
+    pointer."""
+    held, port = memory(1), free_port()
+    arguments = held.arguments()
+    arguments["value_cache_ptrs"] = [1 << 46, 2 << 46, 3 << 46]  # nothing is mapped
+    with (
+        communicator("decode", port, memory(2)),
+        communicator("prefill", "0", held, **arguments) as prefill,
+    ):
+        for _ in range(2):
+            assert prefill.connect(HOST, port) == 2
+            assert prefill.write_cache(HOST, port, [1], [2], 0) == -1
+
+
+# -- crashes, hangs, lifetime ---------------------------------------------------------
+
+
+def test_connects_at_the_same_time_share_one_connection() -> None:
+    """The original makes a QP for each, and forgets all but one."""
+    with nodes() as pair, communicator("prefill", "0", memory(3)) as other:
+        with ThreadPoolExecutor(16) as pool:
+            codes = list(pool.map(lambda _: other.connect(HOST, pair.port), range(64)))
+        assert codes == [0] * 64
+        assert writers(pair) == 2
+
+
+@contextmanager
+def silent_clients(port: int) -> Iterator[None]:
+    """Connect and say nothing, half of a hello, or nonsense; and stay."""
+    noise = [b"", b"\xff" * 7, bytes(32), b"GET / HTTP/1.1\r\n\r\n", b"\0" * 5000]
+    open_sockets = []
+    try:
+        for i in range(50):
+            client = socket.create_connection((HOST, port))
+            open_sockets.append(client)
+            client.sendall(noise[i % len(noise)])
+        yield
+    finally:
+        for client in open_sockets:
+            client.close()
+
+
+def test_slow_and_wrong_clients_delay_nobody() -> None:
+    """The original's one thread serves one client at a time, up to 30 seconds a
+    message, and ends for good at the first that fails."""
+    with nodes() as pair, silent_clients(int(pair.port)):
+        with communicator("prefill", "0", memory(3, block_bytes=8)) as misfit:
+            assert misfit.connect(HOST, pair.port) == 2
+        with communicator("prefill", "0", memory(4)) as other:
+            assert other.connect(HOST, pair.port) == 0
+            assert other.write_cache(HOST, pair.port, [1], [2], 0) == 0
+        pair.check_write(OURS, THEIRS)
+
+
+PROGRAM = """
+    import os, sys
+    from tests.communicators import memory
+    from rdma_comm import RDMACommunicator
+    held = memory(2)
+    node = RDMACommunicator("decode", 0, sys.argv[1], **held.arguments())
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def decode_process(port: int) -> Iterator[subprocess.Popen[str]]:
+    """Run a decode node in a process of its own."""
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_node_that_is_killed_is_not_connected() -> None:
+    """Whoever asks is told, without having to write first; and the node that takes
+    its place is another one, which takes a new connection."""
+    port = free_port()
+    with communicator("prefill", "0", memory(1)) as prefill:
+        for _ in range(2):
+            with decode_process(port) as process:
+                assert prefill.connect(HOST, port) == 0
+                assert prefill.write_cache(HOST, port, OURS, THEIRS, 0) == 0
+                process.send_signal(signal.SIGKILL)
+                process.wait(SOON)
+                deadline = time.monotonic() + SOON
+                while prefill.is_connected(HOST, port):
+                    assert time.monotonic() < deadline
+                assert prefill.write_cache(HOST, port, OURS, THEIRS, 0) == -1
+
+
+def test_threads_that_write_to_a_node_that_is_killed_get_codes() -> None:
+    """The original destroys the QP under threads that use it."""
+    port = free_port()
+    with (
+        decode_process(port) as process,
+        communicator("prefill", "0", memory(1)) as prefill,
+    ):
+        assert prefill.connect(HOST, port) == 0
+        writing = threading.Barrier(9)
+
+        def work(i: int) -> int:
+            writing.wait(SOON)
+            while prefill.write_cache(HOST, port, OURS, THEIRS, i % N_LAYERS) == 0:
+                continue
+            return prefill.write_cache(HOST, port, OURS, THEIRS, 0)
+
+        with ThreadPoolExecutor(8) as pool:
+            results = [pool.submit(work, i) for i in range(8)]
+            writing.wait(SOON)
+            process.kill()
+            assert [result.result(SOON) for result in results] == [-1] * 8
+        assert not prefill.is_connected(HOST, port)
+
+
+def test_connections_do_not_grow_with_blocks() -> None:
+    """The original makes a region for each block with each connection, flush or not."""
+    counts = []
+    for n_blocks in (8, 4096):
+        held = memory(1, n_blocks=n_blocks), memory(2, n_blocks=n_blocks)
+        with nodes(*held) as pair:
+            pair.check_write([1], [2])
+            counts.append(live_objects()["MemoryRegion"])
+    assert counts[0] == counts[1]
+
+
+def reconnect(pair: Nodes, times: int) -> None:
+    """Connect, write, break: by an error here, there, a refusal, or in peace."""
+    plans = (
+        (initiator_faults, "nth=1,act=status:LOC_PROT_ERR"),
+        (target_faults, "nth=1,act=status:REM_ACCESS_ERR"),
+        (initiator_faults, "nth=1,act=qp_fatal"),
+    )
+    with communicator("prefill", "0", memory(3, block_bytes=8)) as misfit:
+        for i in range(times):
+            set_plan, plan = plans[i % len(plans)]
+            set_plan(pair, plan)
+            assert pair.write([1, 2], [3, 4]) == -1
+            set_plan(pair, "")
+            assert pair.prefill.connect(HOST, pair.port) == 0
+            assert pair.write([1, 2], [3, 4]) == 0
+            if i % 10 == 0:
+                assert misfit.connect(HOST, pair.port) == 2
+
+
+def held() -> dict[str, int]:
+    """Count what the process has: one connection is as good as another."""
+    census = take_census()
+    counts = {"fds": len(census.fds), "threads": len(census.threads)}
+    return {**counts, **live_objects()}
+
+
+@pytest.mark.parametrize("times", [6, pytest.param(1000, marks=pytest.mark.slow)])
+def test_reconnects_leave_nothing(times: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The original loses QP, CQ and socket with each failed connect, and regions on
+    the decode node with each that does not fail."""
+    caplog.set_level(100, "kvxfer")
+    with nodes() as pair:
+        reconnect(pair, 6)  # whatever is made once
+        before = held()
+        reconnect(pair, times)
+        deadline = time.monotonic() + SOON
+        while held() != before:  # the last of the broken ones may be closing still
+            assert time.monotonic() < deadline, (before, held())
+
+
+IDLE = """
+    import os, time
+    from tests.communicators import nodes
+    def used():
+        times = os.times()
+        return times.user + times.system
+    with nodes() as pair:
+        pair.check_write([1, 2], [3, 4])
+        before = used()
+        time.sleep(2.0)
+        print((used() - before) / 2.0)
+        pair.check_write([5], [6])
+"""
+
+
+def test_idle_nodes_take_no_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original's prefill thread spins from its first connection on."""
+    monkeypatch.setenv("KVXFER_PING_INTERVAL", "1")
+    monkeypatch.setenv("KVXFER_PING_TIMEOUT", "5")
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(IDLE)],
+        capture_output=True,
+        text=True,
+        timeout=SOON,
+        check=True,
+        env=dict(os.environ),
+    )
+    assert float(run.stdout) < 0.02
+
+
+def test_a_wrong_nic_name_is_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original divides by the number of NICs found, which is zero."""
+    monkeypatch.setenv("KVCACHE_RDMA_NICS", "mlx5_77,mlx5_78")
+    for role in ("prefill", "decode"):
+        held = memory(1).arguments()
+        with pytest.raises(RuntimeError, match="no device 'mlx5_78'"):
+            RDMACommunicator(role, 3, free_port(), **held)
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_ipv6(host: str) -> None:
+    """The original's listener is one of IPv4, its keys are of one colon."""
+    with nodes(host=host) as pair:
+        pair.check_write(OURS, THEIRS)
+        assert pair.prefill.is_connected("::1", pair.port)
+        assert pair.prefill.connect(HOST, pair.port) == 0
+        assert pair.prefill.write_cache(HOST, pair.port, [1], [2], 0) == 0
+
+
+def test_unequal_parallelism_with_a_latent() -> None:
+    """The original slices what every rank holds whole: a wrong address."""
+    source, target = memory(1, ("k",)), memory(2, ("k",))
+    with nodes(
+        source, target, dst_tp_size=1, prefill_tp_size=4, prefill_tp_idx=3
+    ) as pair:
+        pair.check_write(OURS, THEIRS, 2)
+        assert len(target.planes["k"][0][0]) == BLOCK_BYTES
