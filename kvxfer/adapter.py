@@ -48,7 +48,7 @@ _OF_THE_PORT = (
     EventType.CLIENT_REREGISTER,
     EventType.GID_CHANGE,
 )
-# A device may hold millions; this bounds the memory of one engine's CQ.
+# WCs of writes that one engine may have in flight, beside the receives.
 _CQ_DEPTH = 65535
 
 
@@ -143,7 +143,10 @@ class Adapter:
             )
         self._engine = Engine(
             device,
-            cq_depth=min(_CQ_DEPTH, limits.max_cqe),
+            cq_depth=min(
+                max(_CQ_DEPTH, options.max_connections * (options.notify_receives + 8)),
+                limits.max_cqe,
+            ),
             chain=options.chain,
             max_sge=self.max_sge,
             merge_bytes=options.merge_bytes,

@@ -12,6 +12,7 @@ from typing import Any, overload
 from kvxfer._engine import RingArrival
 from kvxfer.adapter import Adapter, finish
 from kvxfer.arguments import request_bytes, request_name, seconds_of
+from kvxfer.backoff import Backoffs
 from kvxfer.blocks import as_ids
 from kvxfer.cache import KVCache
 from kvxfer.curve import CurveKeys, client_keys
@@ -21,6 +22,7 @@ from kvxfer.errors import (
     ConnectTimeoutError,
     InternalError,
     LayoutError,
+    RefusedError,
     UsageError,
 )
 from kvxfer.host import Host
@@ -74,6 +76,7 @@ class Client:
         self._streams: Streams | None = None
         self._connecting: dict[str, _Attempt] = {}
         self._attempts: set[asyncio.Task[Peer]] = set()
+        self._backoffs = Backoffs()
         self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._state = "new"
@@ -283,14 +286,25 @@ class Client:
         old = self._peers.get(address)
         if old is not None:
             await old.close()
-        peer = Peer(self._host, address, shards, keys)
-        try:
-            await peer.connect(timeout)
-        except BaseException:
-            await peer.close()
-            raise
-        self._peers[address] = peer
-        return peer
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        while True:
+            # Whoever tries again at once, in a loop of their own, waits here.
+            pause = self._backoffs.wait(address, loop.time())
+            await asyncio.sleep(min(pause, max(0.0, deadline - loop.time())))
+            peer = Peer(self._host, address, shards, keys)
+            try:
+                await peer.connect(max(0.001, deadline - loop.time()))
+            except BaseException as error:
+                await peer.close()
+                pause = self._backoffs.failed(address, loop.time())
+                busy = isinstance(error, RefusedError) and error.code == "busy"
+                if busy and loop.time() + pause < deadline:
+                    continue
+                raise
+            self._backoffs.worked(address)
+            self._peers[address] = peer
+            return peer
 
     def is_connected(self, host: str, port: int | None = None) -> bool:
         """Say whether writes to a server are possible, as far as is known here.

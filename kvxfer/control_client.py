@@ -30,6 +30,7 @@ from kvxfer.control_link import (
     FRAMES_A_TURN,
     Link,
     end_error,
+    lost_text,
     run_closing,
     timing,
 )
@@ -147,7 +148,8 @@ class ControlClient:
 
     Args:
       delegate: Makes and releases this side's end.
-      options: ``ping_interval``, ``ping_timeout`` and ``connect_timeout`` are used.
+      options: ``ping_interval``, ``ping_timeout``, ``loop_timeout`` and
+        ``connect_timeout`` are used.
       keys: This side's and the listener's; ``None`` dials in the clear.
     """
 
@@ -212,7 +214,7 @@ class ControlClient:
         loop = asyncio.get_running_loop()
         core = DialerProtocol(self._delegate.hello(), timing(self._options, timeout))
         self._ready = loop.create_future()
-        self._sockets = Sockets()
+        self._sockets = Sockets(self._options)
         try:
             start = loop.time()
             await self._open(parsed, timeout)
@@ -439,7 +441,7 @@ class ControlClient:
                 break
             self._take(pending.result())
         if self._link is not None:
-            self._link.apply(self._link.core.lost("the listener closed the link"))
+            self._link.apply(self._link.core.lost(lost_text(self._options)))
 
     # -- LinkOwner ---------------------------------------------------------
 

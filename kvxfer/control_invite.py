@@ -76,6 +76,12 @@ class InviteListener:
         except BaseException:
             await self.close()
             raise
+        if not self._address.is_local:
+            _log.warning(
+                "control: whoever reaches %s can have this side dial an address; see "
+                "docs/security.md",
+                self._address,
+            )
         self._reader = asyncio.get_running_loop().create_task(self._read(router))
 
     async def close(self) -> None:

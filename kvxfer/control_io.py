@@ -30,6 +30,7 @@ from kvxfer.errors import (
     ControlError,
     UsageError,
 )
+from kvxfer.options import Options
 
 __all__ = [
     "Address",
@@ -44,15 +45,15 @@ __all__ = [
 
 T = TypeVar("T")
 
-# A ZMTP greeting takes a round trip; who needs longer is no peer of ours.
-_HANDSHAKE_MS = 5_000
-# ZMTP's own heartbeat only reaps connections that never became ours, or whose
-# process is gone while a fork keeps the descriptor; so it may be slow.
-_HEARTBEAT_MS = 10_000
-_HEARTBEAT_TIMEOUT_MS = 30_000
+# A ZMTP greeting takes a few round trips; who needs longer is no peer of ours.
+_HANDSHAKE_MS = (1_000, 5_000)
+# While nobody listens: a first try after this, then less often, with ZMQ's jitter.
+_RECONNECT_MS = 50
+_RECONNECT_MAX_MS = 1_000
 _SEND_QUEUE = 1000
-# Small, since this many messages of 4 MiB a peer may wait before we look at one.
-_RECEIVE_QUEUE = 64
+# Messages of a peer that wait while the loop is busy; behind a full queue ZMQ reads
+# no signs of life either.
+_RECEIVE_QUEUE = 256
 _MAX_SOCKETS = 16_384
 #: How long a closing socket may go on sending its farewell, in milliseconds.
 LINGER_MS = 200
@@ -234,12 +235,20 @@ _shared = _SharedContext()
 class Sockets:
     """Sockets of one owner, closed together.
 
+    ZMQ's own thread sends and answers the signs of life on each link, so a process
+    whose event loop is busy is still alive; one that is frozen or gone is not. Within
+    ``ping_timeout`` after that the link is closed, and the monitor says so.
+
     Args:
+      options: ``ping_interval`` and ``ping_timeout`` are used.
       private: On a context of their own, which costs two more threads. ZMQ asks one
         doorkeeper a context, so a server with keys does not share.
     """
 
-    def __init__(self, *, private: bool = False) -> None:
+    def __init__(
+        self, options: Options | None = None, *, private: bool = False
+    ) -> None:
+        self._options = Options() if options is None else options
         self._private = private
         self._context: zmq.asyncio.Context | None = (
             _new_context() if private else _shared.acquire()
@@ -255,9 +264,17 @@ class Sockets:
         self._sockets.append(made)
         made.set(zmq.LINGER, 0)
         made.set(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-        made.set(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
-        made.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-        made.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+        low, high = _HANDSHAKE_MS
+        deadline_ms = round(self._options.connect_timeout * 1000)
+        made.set(zmq.HANDSHAKE_IVL, min(high, max(low, deadline_ms)))
+        options = self._options
+        made.set(zmq.HEARTBEAT_IVL, max(1, round(options.ping_interval * 1000)))
+        # The clock of the timeout starts with a question, an interval after the
+        # peer's last moment at most.
+        silence = options.ping_timeout - options.ping_interval
+        made.set(zmq.HEARTBEAT_TIMEOUT, max(1, round(silence * 1000)))
+        made.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        made.set(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
         made.set(zmq.SNDHWM, _SEND_QUEUE)
         made.set(zmq.RCVHWM, _RECEIVE_QUEUE)
         return made

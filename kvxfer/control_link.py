@@ -49,6 +49,7 @@ __all__ = [
     "Link",
     "LinkOwner",
     "end_error",
+    "lost_text",
     "refuse_of",
     "run_closing",
     "timing",
@@ -128,9 +129,18 @@ def end_error(where: str, reason: CloseReason, note: str = "") -> KVXferError:
 def timing(options: Options, handshake_timeout: float) -> Timing:
     """Take a connection's deadlines out of the options."""
     return Timing(
-        ping_interval=options.ping_interval,
-        ping_timeout=options.ping_timeout,
+        # Whether the process lives is ZMQ's to find out; here it is the loop.
+        ping_interval=options.loop_timeout / 4,
+        ping_timeout=options.loop_timeout,
         handshake_timeout=handshake_timeout,
+    )
+
+
+def lost_text(options: Options) -> str:
+    """Say that a link is gone; ZMQ does not tell which of the two it was."""
+    return (
+        "the link broke: the peer's process ended, or nothing of it was heard for "
+        f"{options.ping_timeout:g} s"
     )
 
 
@@ -157,10 +167,15 @@ class Link:
       core: The protocol's state machine.
       owned: Set by the owner's job once there is something to release.
       peer_address: Where the peer is, as text.
+      client: At a listener, whose connection it counts as: a key's name, or the
+        address.
     """
 
-    def __init__(self, core: Connection, owner: LinkOwner, peer_address: str) -> None:
+    def __init__(
+        self, core: Connection, owner: LinkOwner, peer_address: str, client: str = ""
+    ) -> None:
         self.core = core
+        self.client = client
         self.owned = False
         self.peer_address = peer_address
         self.failure: BaseException | None = None

@@ -29,10 +29,12 @@ from kvxfer.control_io import (
 from kvxfer.control_link import (
     FRAMES_A_TURN,
     Link,
+    lost_text,
     refuse_of,
     run_closing,
     timing,
 )
+from kvxfer.control_watch import MONITORED, LinkWatch
 from kvxfer.curve import server_keys
 from kvxfer.errors import (
     ClosedResourceError,
@@ -117,6 +119,9 @@ class ControlStatistics:
       garbage: Frames that were no valid message.
       strangers: Messages of peers without a connection.
       denied: Links that were not let in, since their key is not known.
+      links: TCP or Unix connections taken.
+      links_ready: Of them, those that got through ZMQ's handshake and its keys.
+      links_open: Of them, those that are open now.
     """
 
     connections: int
@@ -126,6 +131,9 @@ class ControlStatistics:
     garbage: int
     strangers: int
     denied: int
+    links: int
+    links_ready: int
+    links_open: int
 
 
 class ControlServer:
@@ -138,8 +146,9 @@ class ControlServer:
       incarnation: 16 random bytes, made once in this process.
       versions: Lowest and highest protocol version to speak.
       features: Feature bits to offer.
-      options: ``ping_interval``, ``ping_timeout``, ``connect_timeout`` (a
-        handshake's deadline here), ``max_handshakes`` and the keys are used.
+      options: ``ping_interval``, ``ping_timeout``, ``loop_timeout``,
+        ``connect_timeout`` (a handshake's deadline here), the limits ``max_*`` and
+        the keys are used.
     """
 
     # For __del__ of an object whose __init__ refused its arguments.
@@ -171,6 +180,9 @@ class ControlServer:
         self._by_conn_id: dict[int, Link] = {}
         self._identities: dict[Link, bytes] = {}
         self._pending: set[Link] = set()
+        self._doors = LinkWatch()
+        self._monitor: zmq.asyncio.Socket | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._accepted = self._refused = self._garbage = self._strangers = 0
 
     # -- life --------------------------------------------------------------
@@ -190,7 +202,7 @@ class ControlServer:
         if self._sockets is not None:
             raise UsageError("the control server runs already")
         keys = server_keys(self._options)
-        self._sockets = Sockets(private=keys is not None)
+        self._sockets = Sockets(self._options, private=keys is not None)
         try:
             address = await resolve(self._address)
             if keys is not None and keys.clients is not None:
@@ -199,6 +211,7 @@ class ControlServer:
             router = self._sockets.socket(zmq.ROUTER)
             router.set(zmq.ROUTER_MANDATORY, 1)
             router.set(zmq.BACKLOG, 1024)
+            self._monitor = self._sockets.monitor(router, MONITORED)
             self._address = bind(router, address, keys)
         except BaseException:
             sockets, self._sockets = self._sockets, None
@@ -207,7 +220,9 @@ class ControlServer:
             await sockets.close()
             raise
         self._router = router
-        self._reader = asyncio.get_running_loop().create_task(self._read(router))
+        loop = asyncio.get_running_loop()
+        self._reader = loop.create_task(self._read(router))
+        self._watcher = loop.create_task(self._watch(self._monitor))
         _log.info("control: listening on %s", self._address)
         if keys is None and not self._address.is_local:
             _log.warning(_PLAIN, self._address)
@@ -270,9 +285,10 @@ class ControlServer:
             link.apply(link.core.close(reason))
         if links:
             await asyncio.gather(*(link.wait_over() for link in links))
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait({self._reader})
+        for task in (self._reader, self._watcher):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
         if self._doorkeeper is not None:
             await self._doorkeeper.close()
         if self._sockets is not None:
@@ -333,6 +349,9 @@ class ControlServer:
             garbage=self._garbage,
             strangers=self._strangers,
             denied=0 if self._doorkeeper is None else self._doorkeeper.denied,
+            links=self._doors.accepted,
+            links_ready=self._doors.ready,
+            links_open=self._doors.accepted - self._doors.closed,
         )
 
     # -- what comes in -----------------------------------------------------
@@ -367,9 +386,9 @@ class ControlServer:
             core = link.core
             assert isinstance(core, ListenerConnection)
             if core.was_superseded and isinstance(message, wire.Hello):
-                self._greet(identity, message, self._peer_address(frames[1]))
+                self._greet(identity, message, frames[1])
         elif isinstance(message, wire.Hello):
-            self._greet(identity, message, self._peer_address(frames[1]))
+            self._greet(identity, message, frames[1])
         else:
             self._stranger(identity, message)
 
@@ -387,14 +406,57 @@ class ControlServer:
         code = wire.RefuseCode.UNKNOWN_CONNECTION.value
         self._answer(identity, wire.Refuse(code=code, message=text))
 
-    def _greet(self, identity: bytes, hello: wire.Hello, peer_address: str) -> None:
+    async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
+        while True:
+            for _ in range(FRAMES_A_TURN):
+                self._link_event(await monitor.recv_multipart())
+            await asyncio.sleep(0)
+
+    def _link_event(self, frames: list[bytes]) -> None:
+        for link in self._doors.take(frames):
+            link.apply(link.core.lost(lost_text(self._options)))
+
+    def _catch_up(self) -> None:
+        """Take what the monitor has to say now: a descriptor may have a new owner."""
+        while self._monitor is not None:
+            waiting = asyncio.ensure_future(
+                self._monitor.recv_multipart(flags=zmq.NOBLOCK)
+            )
+            if not waiting.done() or waiting.exception() is not None:
+                return
+            self._link_event(waiting.result())
+
+    def _too_many(self, client: str) -> str:
+        """Return why one more connection with ``client`` is too many, or nothing."""
+        options = self._options
+        ours = [link for link in self._identities if link.client == client]
+        pending = sum(link in self._pending for link in ours)
+        if len(self._pending) >= options.max_handshakes:
+            return f"{len(self._pending)} handshakes are pending (max_handshakes)"
+        # Nobody fills the waiting room alone.
+        if pending > options.max_handshakes // 2:
+            return f"{pending} of {client}'s handshakes are pending"
+        if len(self._identities) >= options.max_connections:
+            return f"{len(self._identities)} connections (max_connections)"
+        if len(ours) >= options.max_client_connections:
+            return (
+                f"{len(ours)} connections with {client or 'local processes'} "
+                "(max_client_connections)"
+            )
+        return ""
+
+    def _greet(self, identity: bytes, hello: wire.Hello, frame: zmq.Frame) -> None:
         if self._closing is not None:
             self._refuse(identity, wire.RefuseCode.CLOSING, "the listener is closing")
             return
-        if len(self._pending) >= self._options.max_handshakes:
-            text = f"{len(self._pending)} handshakes are pending; try again later"
+        peer_address = self._peer_address(frame)
+        client = peer_address if self._doorkeeper is None else str(frame.get("User-Id"))
+        reason = self._too_many(client)
+        if reason:
+            text = f"{reason}; try again later"
             self._refuse(identity, wire.RefuseCode.BUSY, text)
             return
+        self._catch_up()
         conn_id = secrets.randbits(64)
         while conn_id in self._by_conn_id:
             conn_id = secrets.randbits(64)
@@ -405,7 +467,8 @@ class ControlServer:
             versions=self._versions,
             features=self._features,
         )
-        link = Link(core, self, peer_address)
+        link = Link(core, self, peer_address, client)
+        self._doors.add(frame.get(zmq.SRCFD), link)
         self._identities[link] = identity
         self._by_identity[identity] = link
         self._by_conn_id[conn_id] = link
@@ -424,6 +487,7 @@ class ControlServer:
                 _log.debug("control: answer not sent: %s", problem)
 
     def _forget(self, link: Link) -> None:
+        self._doors.remove(link)
         self._identities.pop(link, None)
         self._pending.discard(link)
 

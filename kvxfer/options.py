@@ -410,7 +410,25 @@ class Options:
     fence_timeout: float = _seconds(
         2.0, "Time for the peer to confirm that late bytes are excluded."
     )
-    ping_interval: float = _seconds(1.0, "Time between signs of life.", low=0.01)
+    ping_interval: float = _seconds(
+        1.0, "Time between signs of life of the peer's process.", low=0.01
+    )
+    loop_timeout: float = _seconds(
+        60.0,
+        "Time that a peer's event loop may be busy with something else before it "
+        "counts as gone.",
+        low=0.02,
+    )
+    max_connections: int = _option(
+        512, "Connections that a server keeps at once.", low=1, high=4096
+    )
+    max_client_connections: int = _option(
+        256,
+        "Connections that a server keeps with one key at once, or without keys with "
+        "one address.",
+        low=1,
+        high=4096,
+    )
     ping_timeout: float = _seconds(
         5.0, "Silence after which a peer counts as gone.", low=0.02
     )
@@ -479,6 +497,11 @@ class Options:
             raise OptionError(
                 f"option ping_timeout = {self.ping_timeout:g} seconds must be longer "
                 f"than ping_interval = {self.ping_interval:g} seconds"
+            )
+        if self.loop_timeout < self.ping_timeout:
+            raise OptionError(
+                f"option loop_timeout = {self.loop_timeout:g} seconds must not be "
+                f"shorter than ping_timeout = {self.ping_timeout:g} seconds"
             )
 
     @classmethod
