@@ -234,6 +234,10 @@ class Client:
         peer = self._peers.get(address)
         if peer is not None and peer.connected:
             _same_shards(address, peer.shards, wanted)
+            if peer.draining:
+                raise RefusedError(
+                    f"{address} is about to leave: {peer.draining}", code="closing"
+                )
             return peer
         seconds = self._timeout(timeout, "connect_timeout")
         attempt = self._connecting.get(address)
@@ -461,8 +465,11 @@ class Client:
 
     # -- the end ---------------------------------------------------------------
 
-    async def close(self) -> None:
+    async def close(self, *, grace: float = 0.0) -> None:
         """Close all connections, then the devices. Twice is fine.
+
+        With ``grace`` nothing new may begin, and this waits up to so many seconds
+        until no write is in flight; then it closes.
 
         Writes in flight end with BrokenPeerError, connects with
         ClosedResourceError. When this returns no thread, task, file descriptor or
@@ -473,11 +480,33 @@ class Client:
           UsageError: In another event loop. Nothing was closed.
 
         Cancellation:
-          Raised when all is closed.
+          Ends the grace; raised when all is closed.
         """
         if self._state == "opening" and self._opening is not None:
             await asyncio.wait({self._opening})
-        if self._state == "open":
+        try:
+            if self._state == "open" and grace > 0:
+                self._host.check("client")
+                self._state = "draining"
+                await self._drain(grace)
+        finally:
+            await self._close_now()
+
+    async def _drain(self, grace: float) -> None:
+        assert self._streams is not None
+        peers = [*self._peers.values(), *self._streams.remotes.peers()]
+        waiting = {asyncio.ensure_future(peer.wait_idle()) for peer in peers}
+        if not waiting:
+            return
+        try:
+            await asyncio.wait(waiting, timeout=grace)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.wait(waiting)
+
+    async def _close_now(self) -> None:
+        if self._state in ("open", "draining"):
             self._host.check("client")
             self._state = "closing"
             self._closing = asyncio.get_running_loop().create_task(self._close())

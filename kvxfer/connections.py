@@ -55,6 +55,7 @@ class Incoming:
         self.told_records = 0
         self.gone = asyncio.get_running_loop().create_future()
         self.released = asyncio.Event()
+        self.drained = asyncio.Event()
         self.ending: asyncio.Task[None] | None = None
         self.admitting: asyncio.Task[None] | None = None
 
@@ -241,11 +242,25 @@ class Connections:
         """A writer says something about a request."""
         self.offers.message(conn_id, message)
 
+    def drained(self, conn_id: int) -> None:
+        """A writer has nothing under way that the server does not know of."""
+        self.incoming[conn_id].drained.set()
+
+    async def drain(self, reason: str) -> None:
+        """Admit no writer any more, and wait until those that are here are done.
+
+        A writer of a release that cannot be told is waited for until it has gone.
+        """
+        self.control.drain(reason)
+        for incoming in list(self.incoming.values()):
+            await incoming.drained.wait()
+
     async def closed(self, conn_id: int, reason: CloseReason) -> None:
         """A connection is over: release its end."""
         incoming = self.incoming[conn_id]
         incoming.log.info("%s disconnected: %s", incoming.peer, reason)
         incoming.gone.set_result(None)
+        incoming.drained.set()
         quiet = False
         try:
             if incoming.admitting is not None:

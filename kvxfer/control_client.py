@@ -51,6 +51,7 @@ from kvxfer.protocol import (
     CloseReason,
     CreditReceived,
     DialerProtocol,
+    DrainReceived,
     Established,
     FailedReceived,
     FenceWanted,
@@ -86,6 +87,9 @@ class DialerDelegate(Protocol):
 
     def request(self, conn_id: int, message: wire.RequestMessage) -> None:
         """The peer says something about a request."""
+
+    def drain(self, conn_id: int, reason: str) -> None:
+        """The listener is about to leave: answer by ``send_drained``."""
 
     async def closed(self, reason: CloseReason) -> None:
         """The connection is over; release its end."""
@@ -344,6 +348,10 @@ class ControlClient:
             consumed_bytes, consumed_records
         )
 
+    def send_drained(self) -> bool:
+        """Answer a listener that is about to leave; false if it is gone."""
+        return self._link is not None and self._link.send_drained()
+
     def send_failed(self, request_id: bytes, layers: list[int], reason: str) -> bool:
         """Tell the peer which layers will not come; false if it is gone."""
         return self._link is not None and self._link.send_failed(
@@ -479,6 +487,8 @@ class ControlClient:
             self._delegate.credit(conn_id, event.consumed_bytes, event.consumed_records)
         elif isinstance(event, RequestReceived):
             self._delegate.request(conn_id, event.message)
+        elif isinstance(event, DrainReceived):
+            self._delegate.drain(conn_id, event.reason)
 
     def _settle(self, link: Link, reason: CloseReason) -> None:
         _log.info("control: %s: %s", self._address, reason.text)

@@ -34,6 +34,8 @@ from kvxfer.protocol import (
     Closed,
     CloseReason,
     CreditReceived,
+    DrainedReceived,
+    DrainReceived,
     Established,
     FailedReceived,
     FenceConfirmed,
@@ -63,7 +65,14 @@ CLOSE_GRACE = 5.0
 
 _log = logging.getLogger("kvxfer.control")
 
-_NEWS = (Established, FailedReceived, CreditReceived, RequestReceived)
+_NEWS = (
+    Established,
+    FailedReceived,
+    CreditReceived,
+    RequestReceived,
+    DrainReceived,
+    DrainedReceived,
+)
 
 _REFUSALS: dict[wire.RefuseCode, type[KVXferError]] = {
     wire.RefuseCode.VERSION: VersionMismatchError,
@@ -292,6 +301,10 @@ class Link:
           UsageError: An argument is beyond the protocol's limits.
         """
         return self._tell(self.core.send_failed(request_id, layers, reason))
+
+    def send_drained(self) -> bool:
+        """Say that nothing is under way any more; false if the peer is gone."""
+        return self._tell(self.core.drained())
 
     def send_credit(self, consumed_bytes: int, consumed_records: int) -> bool:
         """Give credit; false if the connection is over.

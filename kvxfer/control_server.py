@@ -51,6 +51,7 @@ from kvxfer.protocol import (
     CloseReason,
     ConfirmWanted,
     CreditReceived,
+    DrainedReceived,
     Established,
     FailedReceived,
     FenceWanted,
@@ -102,6 +103,9 @@ class ListenerDelegate(Protocol):
 
     def request(self, conn_id: int, message: wire.RequestMessage) -> None:
         """The peer says something about a request."""
+
+    def drained(self, conn_id: int) -> None:
+        """The peer answers ``drain``: it has nothing under way any more."""
 
     async def closed(self, conn_id: int, reason: CloseReason) -> None:
         """The connection is over; release its end."""
@@ -181,6 +185,7 @@ class ControlServer:
         self._identities: dict[Link, bytes] = {}
         self._pending: set[Link] = set()
         self._doors = LinkWatch()
+        self._draining = ""
         self._monitor: zmq.asyncio.Socket | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._accepted = self._refused = self._garbage = self._strangers = 0
@@ -331,6 +336,18 @@ class ControlServer:
         link = self._by_conn_id.get(conn_id)
         return link is not None and await link.fence(reason, timeout)
 
+    def drain(self, reason: str) -> None:
+        """Admit nobody any more, and tell the peers; what is under way goes on.
+
+        Each peer answers by ``drained``, if its release knows how. Twice is fine.
+        """
+        if self._draining:
+            return
+        self._draining = reason
+        for link in list(self._identities):
+            if link.core.is_established:
+                link.apply(link.core.drain(reason))
+
     def drop(self, conn_id: int, reason: str) -> bool:
         """Say goodbye; the delegate's ``closed`` follows. False if unknown."""
         link = self._by_conn_id.get(conn_id)
@@ -446,8 +463,9 @@ class ControlServer:
         return ""
 
     def _greet(self, identity: bytes, hello: wire.Hello, frame: zmq.Frame) -> None:
-        if self._closing is not None:
-            self._refuse(identity, wire.RefuseCode.CLOSING, "the listener is closing")
+        if self._closing is not None or self._draining:
+            text = self._draining or "the listener is closing"
+            self._refuse(identity, wire.RefuseCode.CLOSING, text)
             return
         peer_address = self._peer_address(frame)
         client = peer_address if self._doorkeeper is None else str(frame.get("User-Id"))
@@ -532,12 +550,16 @@ class ControlServer:
             self._pending.discard(link)
             self._accepted += 1
             self._delegate.established(conn_id)
+            if self._draining:
+                link.apply(link.core.drain(self._draining))
         elif isinstance(event, FailedReceived):
             self._delegate.failed(conn_id, event.message)
         elif isinstance(event, CreditReceived):
             self._delegate.credit(conn_id, event.consumed_bytes, event.consumed_records)
         elif isinstance(event, RequestReceived):
             self._delegate.request(conn_id, event.message)
+        elif isinstance(event, DrainedReceived):
+            self._delegate.drained(conn_id)
         elif isinstance(event, Closed):
             if event.reason.cause is CloseCause.REFUSED:
                 self._refused += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import logging
 import secrets
 import threading
@@ -338,6 +339,14 @@ class Offers:
     def _patience(self) -> float:
         options = self._options
         return 2 * (options.fence_timeout + options.drain_timeout) + 5.0
+
+    async def wait_idle(self) -> None:
+        """Wait until every request that is offered now is over, well or badly."""
+        with self._lock:
+            tickets = list(self._live.values())
+        for ticket in tickets:
+            with contextlib.suppress(KVXferError):
+                await ticket.wait()
 
     def finished(self) -> list[Ticket]:
         """Take the tickets that are over; see ``Server.finished``."""

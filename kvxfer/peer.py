@@ -96,6 +96,8 @@ class Peer:
         self.state = PeerState.CONNECTING
         self.error: KVXferError | None = None
         """Why it is broken."""
+        self.draining = ""
+        """Why the server is about to leave, once it has said so."""
         self.host = host
         self._control = ControlClient(self, options=host.options, keys=keys)
         self._link: Link | None = None
@@ -242,6 +244,12 @@ class Peer:
         loop = asyncio.get_running_loop()
         start = loop.time()
         self._ensure_connected()
+        if self.draining:
+            raise BrokenPeerError(
+                f"{self.address} is about to leave and takes no new writes: "
+                f"{self.draining}",
+                hint="Connect to another server.",
+            )
         link = self.link
         scheduler = link.adapter.scheduler
         request = request_id.encode()
@@ -332,6 +340,17 @@ class Peer:
         """Say something about a request; false if the peer is gone."""
         return self._control.send_request(message)
 
+    def drain(self, conn_id: int, reason: str) -> None:
+        """The peer is about to leave (for the control connection)."""
+        _log.info("%s is about to leave: %s", self.address, reason)
+        self.draining = reason or "no reason given"
+        if self._writes == 0:
+            self._control.send_drained()
+
+    async def wait_idle(self) -> None:
+        """Wait until no write is under way."""
+        await self._idle.wait()
+
     def request(self, conn_id: int, message: messages.RequestMessage) -> None:
         """The peer says something about a request (for the control connection)."""
         if self._on_request is not None:
@@ -345,6 +364,8 @@ class Peer:
         self._writes -= 1
         if self._writes == 0:
             self._idle.set()
+            if self.draining:
+                self._control.send_drained()
 
     def _ensure_connected(self) -> None:
         if self.state is PeerState.CONNECTED:

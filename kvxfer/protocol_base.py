@@ -30,6 +30,8 @@ __all__ = [
     "ConfirmWanted",
     "Connection",
     "CreditReceived",
+    "DrainReceived",
+    "DrainedReceived",
     "Established",
     "FailedReceived",
     "FenceConfirmed",
@@ -171,6 +173,18 @@ class RequestReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainReceived:
+    """The peer is about to leave."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainedReceived:
+    """The peer has nothing under way any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
     """The connection is over; it comes once, as the last of a list."""
 
@@ -187,6 +201,8 @@ Action = (
     | FenceConfirmed
     | FailedReceived
     | CreditReceived
+    | DrainReceived
+    | DrainedReceived
     | RequestReceived
     | Closed
 )
@@ -423,6 +439,23 @@ class Connection:
         return [Send(message)]
 
     @property
+    def knows_drain(self) -> bool:
+        """Whether the peer can be told that this side is about to leave."""
+        return self.is_established and bool(self.features & wire.FEATURE_DRAIN)
+
+    def drain(self, reason: str) -> list[Action]:
+        """Tell the peer that this side is about to leave, if it knows what that is."""
+        if not self.knows_drain:
+            return []
+        return [Send(wire.Drain(conn_id=self._id, reason=reason[:2000]))]
+
+    def drained(self) -> list[Action]:
+        """Tell the peer that nothing is under way any more."""
+        if not self.knows_drain:
+            return []
+        return [Send(wire.Drained(conn_id=self._id))]
+
+    @property
     def _id(self) -> int:
         if self.conn_id is None:
             raise InternalError("control: a connection without an id")
@@ -457,6 +490,16 @@ class Connection:
     def _on_failed(self, message: wire.Failed, now: float) -> list[Action]:
         return [FailedReceived(message)]
 
+    def _on_drain(self, message: wire.Drain, now: float) -> list[Action]:
+        if not self.knows_drain:
+            return self._violation("Drain without its feature")
+        return [DrainReceived(wire.printable(message.reason))]
+
+    def _on_drained(self, message: wire.Drained, now: float) -> list[Action]:
+        if not self.knows_drain:
+            return self._violation("Drained without its feature")
+        return [DrainedReceived()]
+
     def _on_request(self, message: wire.RequestMessage, now: float) -> list[Action]:
         theirs = _FROM_INITIATOR if self.role == "target" else _FROM_TARGET
         if not isinstance(message, theirs):
@@ -486,5 +529,7 @@ WHILE_ESTABLISHED: dict[type, str] = {
     wire.Failed: "_on_failed",
     wire.Credit: "_on_credit",
     wire.Bye: "_on_bye",
+    wire.Drain: "_on_drain",
+    wire.Drained: "_on_drained",
     **dict.fromkeys((*_FROM_TARGET, *_FROM_INITIATOR), "_on_request"),
 }

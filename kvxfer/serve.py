@@ -59,12 +59,25 @@ def _event(arrival: Arrival) -> dict[str, Any]:
     }
 
 
+async def _leave(server: Server, stop: asyncio.Event, grace: float) -> None:
+    """Close when what is under way is done, after ``grace`` s, or a second signal."""
+    stop.clear()
+    leaving = asyncio.ensure_future(server.close(grace=grace))
+    again = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({leaving, again}, return_when=asyncio.FIRST_COMPLETED)
+    again.cancel()
+    if not leaving.done():
+        leaving.cancel()
+        await asyncio.wait({leaving})
+
+
 async def _serve(
     stop: asyncio.Event,
     shape: command.CacheShape,
     options: Options,
     verify: bool,
     machine: bool,
+    grace: float,
 ) -> int:
     n_wrong = 0
     with shape.allocate() as cache:
@@ -88,6 +101,7 @@ async def _serve(
                 {follower, stopping}, return_when=asyncio.FIRST_COMPLETED
             )
             stopping.cancel()
+            await _leave(server, stop, grace)
         # Closed by now: the arrivals end, and with them the follower.
         n_wrong = await follower
     command.say(machine, "closed", event="closed", wrong_blocks=n_wrong)
@@ -102,6 +116,14 @@ async def _serve(
 @click.option("--device", help="auto, soft, or a NIC as NAME[:PORT].  [auto]")
 @click.option("--require-rdma", is_flag=True, default=None, help="Refuse software.")
 @click.option("--verify", is_flag=True, help="Check every byte that kvxfer push sent.")
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time for what is under way after the first signal; a second one ends it.",
+)
 @click.option("--json", "machine", is_flag=True, help="One JSON object a line.")
 @click.option("-v", "--verbose", is_flag=True, help="Log everything to stderr.")
 @command.geometry_options
@@ -110,6 +132,7 @@ def main(
     config: Path | None,
     verify: bool,
     machine: bool,
+    grace: float,
     verbose: bool,
     **overrides: Any,
 ) -> None:
@@ -119,7 +142,7 @@ def main(
     """
     options = command.load_options(config, **overrides)
     command.log(options, verbose=verbose)
-    command.run(lambda stop: _serve(stop, shape, options, verify, machine))
+    command.run(lambda stop: _serve(stop, shape, options, verify, machine, grace))
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ class Server:
         self._news: set[asyncio.Future[None]] = set()
         self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._draining = False
         self._state = "new"
 
     # -- life ------------------------------------------------------------------
@@ -192,8 +193,12 @@ class Server:
     ) -> None:
         await self.close()
 
-    async def close(self) -> None:
+    async def close(self, *, grace: float = 0.0) -> None:
         """Fence and disconnect all writers, then close the devices. Twice is fine.
+
+        With ``grace`` nobody is admitted any more, the writers are told, and what is
+        under way goes on: this waits until no write and no offered request is, for
+        up to so many seconds, and then closes. Arrivals come until then.
 
         When this returns no byte of any writer lands any more, and no thread,
         task, file descriptor or QP is left. ``arrivals()`` ends.
@@ -203,10 +208,40 @@ class Server:
           UsageError: In another event loop. Nothing was closed.
 
         Cancellation:
-          Raised when all is closed.
+          Ends the grace; raised when all is closed.
         """
         if self._state == "opening" and self._opening is not None:
             await asyncio.wait({self._opening})
+        try:
+            if self._state == "open" and grace > 0:
+                self._host.check("server")
+                await self._drain(grace)
+        finally:
+            await self._close_now()
+
+    async def _drain(self, grace: float) -> None:
+        """Wait for what is under way, up to ``grace`` seconds, and admit no more."""
+        assert self._offers is not None
+        self._draining = True
+        under_way = asyncio.ensure_future(
+            asyncio.wait_for(
+                asyncio.gather(
+                    self._connections.drain("the server is closing"),
+                    self._offers.wait_idle(),
+                ),
+                grace,
+            )
+        )
+        try:
+            await asyncio.wait({under_way})
+        finally:
+            if not under_way.done():
+                under_way.cancel()
+                await asyncio.wait({under_way})
+        if not under_way.cancelled() and under_way.exception() is not None:
+            _log.warning("writes are under way after %g s, and are ended", grace)
+
+    async def _close_now(self) -> None:
         if self._state == "open":
             self._host.check("server")
             self._state = "closing"
@@ -310,6 +345,8 @@ class Server:
           UsageError: A block, or the request, is offered already; an address is none.
           ClosedResourceError: The server is not open.
         """
+        if self._draining:
+            raise ClosedResourceError("the server is closing")
         return self._offers_now().offer(
             peer,
             request_name(request_id),

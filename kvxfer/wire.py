@@ -26,6 +26,7 @@ from kvxfer.errors import ProtocolError, VersionMismatchError
 
 __all__ = [
     "FEATURES",
+    "FEATURE_DRAIN",
     "FEATURE_REQUESTS",
     "FEATURE_SHARDS",
     "HANDSHAKE_VERSION",
@@ -42,6 +43,8 @@ __all__ = [
     "Credit",
     "DeviceCandidate",
     "Ended",
+    "Drain",
+    "Drained",
     "Endpoint",
     "Failed",
     "Fence",
@@ -87,7 +90,9 @@ FEATURE_SHARDS = 1 << 0
 #: Feature bit: requests, whose blocks are offered by the side that is written to.
 FEATURE_REQUESTS = 1 << 1
 #: Feature bits that this release knows.
-FEATURES = FEATURE_SHARDS | FEATURE_REQUESTS
+#: Drain and Drained.
+FEATURE_DRAIN = 1 << 2
+FEATURES = FEATURE_SHARDS | FEATURE_REQUESTS | FEATURE_DRAIN
 
 MAX_MESSAGE_BYTES = 4 << 20
 #: Blocks in one offer, all groups together.
@@ -531,6 +536,19 @@ class Bye(_Part, frozen=True, kw_only=True, tag="bye"):
     reason: Text = ""
 
 
+class Drain(_Part, frozen=True, kw_only=True, tag="drain"):
+    """Listener: I am about to leave; begin nothing new with me. FEATURE_DRAIN."""
+
+    conn_id: U64
+    reason: Text = ""
+
+
+class Drained(_Part, frozen=True, kw_only=True, tag="drained"):
+    """Dialer: nothing that I began on my own account is under way. FEATURE_DRAIN."""
+
+    conn_id: U64
+
+
 class Invite(_Part, frozen=True, kw_only=True, tag="invite"):
     """Target to a prefill side that listens: dial me, I have blocks to offer.
 
@@ -697,6 +715,8 @@ Message = (
     | Fenced
     | Failed
     | Bye
+    | Drain
+    | Drained
     | Invite
     | OfferBlocks
     | Resume

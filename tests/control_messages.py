@@ -140,6 +140,8 @@ def one_of_each() -> list[wire.Message]:
         wire.Fenced(conn_id=CONN_ID),
         wire.Failed(conn_id=CONN_ID, request_id=b"r1", layers=[0, 1], reason="x"),
         wire.Bye(conn_id=CONN_ID, reason="done"),
+        wire.Drain(conn_id=CONN_ID, reason="an update"),
+        wire.Drained(conn_id=CONN_ID),
         wire.Invite(incarnation=INCARNATION, invite=NONCE, host="::1", port=7777),
         *requests_from_target(),
         *requests_from_initiator(),

@@ -317,6 +317,8 @@ class Intruder:
 
     def request(self, conn_id: int, message: wire.RequestMessage) -> None: ...
 
+    def drain(self, conn_id: int, reason: str) -> None: ...
+
     def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
         return
 

@@ -123,6 +123,12 @@ class Listener(Recorder):
     def request(self, conn_id: int, message: wire.RequestMessage) -> None:
         self.note("request", message)
 
+    def drain(self, conn_id: int, reason: str) -> None:
+        self.note("drain", reason)
+
+    def drained(self, conn_id: int) -> None:
+        self.note("drained")
+
     def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
         self.note("credit", (consumed_bytes, consumed_records))
 
@@ -157,6 +163,12 @@ class Dialer(Recorder):
 
     def request(self, conn_id: int, message: wire.RequestMessage) -> None:
         self.note("request", message)
+
+    def drain(self, conn_id: int, reason: str) -> None:
+        self.note("drain", reason)
+
+    def drained(self, conn_id: int) -> None:
+        self.note("drained")
 
     def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
         self.note("credit", (consumed_bytes, consumed_records))
