@@ -75,6 +75,8 @@ class _Source:
     done: set[Key] = field(default_factory=set)
     total: int | None = None
     finished: bool = False
+    last: int | None = None
+    """It has ended, with so many records: until they are here its bytes may land."""
     aux: bytes = b""
 
 
@@ -147,6 +149,10 @@ class Inbound:
         """Whether a source is connected and knows of the offer."""
         return self._sources[source].present
 
+    def has_ended(self, source: Hashable) -> bool:
+        """Whether a source has said that it will not write any more."""
+        return self._sources[source].last is not None
+
     def announced_to(self, source: Hashable) -> set[Key]:
         """The layers that a source need not, and must not, write again."""
         return set(self._sources[source].done)
@@ -166,6 +172,7 @@ class Inbound:
         """A source is connected and is told; ``keys`` is what it can write."""
         state = self._sources[source]
         state.present = True
+        state.last = None
         state.keys = frozenset(key for key in keys if key[0] in self.windows)
         # Layers may have waited for nothing but the word who can write them.
         for key in frozenset[Key]().union(*(s.done for s in self._sources.values())):
@@ -188,10 +195,19 @@ class Inbound:
             state.total = None
         self._come_to_rest()
 
-    def quiet(self, source: Hashable) -> None:
-        """A source has nothing in flight and will not write any more."""
-        self._sources[source].present = False
-        self._come_to_rest()
+    def quiet(self, source: Hashable, records: int) -> None:
+        """A source has nothing in flight and will not write any more.
+
+        What it has written is in place once ``records`` records of it are here.
+        """
+        state = self._sources[source]
+        state.last = max(records, state.last or 0)
+        self._see_quiet(state)
+
+    def _see_quiet(self, state: _Source) -> None:
+        if state.last is not None and state.records >= state.last:
+            state.present = False
+            self._come_to_rest()
 
     # -- what they say -------------------------------------------------------------
 
@@ -202,9 +218,11 @@ class Inbound:
           ProtocolError: It names blocks that are not its own, or a layer that was
             announced: whoever wrote that has written where it must not.
         """
-        if not self.is_live:
-            return
         state = self._sources[source]
+        if not self.is_live:
+            state.records += 1
+            self._see_quiet(state)
+            return
         key = (record.group, record.layer)
         window = self.windows.get(record.group)
         if window is None:
@@ -232,6 +250,7 @@ class Inbound:
             self.final(source, key, record.total, record.digest)
         self._settle(source, key)
         self._finish(source)
+        self._see_quiet(state)
 
     def final(self, source: Hashable, key: Key, total: int, digest: int) -> None:
         """A source says that a layer is complete with ``total`` records.

@@ -508,17 +508,18 @@ class Offers:
         assert isinstance(writer, _Writer) and end is not None
         if writer.conn_id is None or not ticket._core.present(writer):
             return
-        self._send(
-            writer,
-            wire.Abort(
-                conn_id=writer.conn_id,
-                generation=ticket._generation,
-                code=end.code.value,
-                reason=end.reason[:2000],
-                layer=end.layer,
-                bytes_done=end.bytes_done,
-            ),
-        )
+        if not ticket._core.has_ended(writer):
+            self._send(
+                writer,
+                wire.Abort(
+                    conn_id=writer.conn_id,
+                    generation=ticket._generation,
+                    code=end.code.value,
+                    reason=end.reason[:2000],
+                    layer=end.layer,
+                    bytes_done=end.bytes_done,
+                ),
+            )
         loop = asyncio.get_running_loop()
         ticket._fences.append(
             loop.call_later(
@@ -758,7 +759,7 @@ class Offers:
             core.finish(writer, message.total, message.aux)
         elif isinstance(message, wire.Ended):
             reason = wire.printable(message.reason)
-            core.quiet(writer)
+            core.quiet(writer, message.records)
             core.stop(End(end_code(message.code), reason, message.layer, by_peer=True))
 
     def _resume(self, writer: _Writer, message: wire.Resume) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "Action",
     "Chunk",
     "Finished",
+    "Flush",
     "LayerFinal",
     "Offered",
     "Outbound",
@@ -134,6 +135,17 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Flush:
+    """Write a block of this chunk again, with a record, then call ``flushed``.
+
+    A chunk was stopped in its middle, and no record follows what was written of it:
+    acknowledged is not yet visible. A record behind it on the same connection is.
+    """
+
+    chunk: Chunk
+
+
+@dataclass(frozen=True)
 class Stop:
     """Post nothing further; tell when what is posted has ended."""
 
@@ -143,7 +155,7 @@ class Over:
     """Nothing of the request is in flight any more: its last action."""
 
 
-Action = Write | LayerFinal | Finished | Stop | Over
+Action = Write | LayerFinal | Finished | Flush | Stop | Over
 
 
 @dataclass(eq=False)
@@ -214,7 +226,13 @@ class Outbound:
         self._aux: bytes | None = None
         self._told_finished = False
         self._complete = False
+        self._unflushed: Chunk | None = None
         self._actions: list[Action] = []
+
+    @property
+    def records(self) -> int:
+        """Records that the present connection has carried, or will."""
+        return self._records
 
     # -- looks -----------------------------------------------------------------
 
@@ -356,6 +374,7 @@ class Outbound:
         self._epoch += 1
         self._records = 0
         self._told_finished = False
+        self._unflushed = None
         for layer in self._layers.values():
             layer.records = 0
             layer.closed = layer.visible
@@ -382,9 +401,18 @@ class Outbound:
         self._finish()
         return tag
 
-    def written(self, chunk: Chunk, *, ok: bool) -> None:
-        """A posted chunk has ended: the device is done with its blocks."""
+    def written(self, chunk: Chunk, *, ok: bool, stopped: bool = False) -> None:
+        """A posted chunk has ended: the device is done with its blocks.
+
+        Args:
+          ok: All of it is acknowledged, and its record.
+          stopped: It was stopped: some of it may have been acknowledged, and there
+            is no record of it. Neither: its connection is broken.
+        """
         self.in_flight -= 1
+        if stopped and chunk.epoch == self._epoch:
+            self._records -= 1
+            self._unflushed = chunk
         if ok:
             self.bytes_done += chunk.n_bytes
         if ok and chunk.epoch == self._epoch:
@@ -395,6 +423,13 @@ class Outbound:
                 layer.acknowledged_at = self._now()
             self._go_on(chunk.key)
             self._finish()
+        self._come_to_rest()
+
+    def flushed(self, chunk: Chunk, *, ok: bool) -> None:
+        """What Flush asked for has ended."""
+        self.in_flight -= 1
+        if not ok and chunk.epoch == self._epoch:
+            self._records -= 1
         self._come_to_rest()
 
     def announced(self, keys: Iterable[Key], *, complete: bool) -> None:
@@ -440,6 +475,11 @@ class Outbound:
         if self._complete and self.is_live:
             self._set_state(RequestState.DONE)
             self._actions.append(Over())
+        elif self.state is RequestState.ENDING and self._unflushed is not None:
+            chunk, self._unflushed = self._unflushed, None
+            self.in_flight += 1
+            self._records += 1
+            self._actions.append(Flush(chunk))
         elif self.state is RequestState.ENDING:
             assert self.end is not None
             given_up = self.end.given_up

@@ -88,6 +88,8 @@ class Remote:
         self.incarnation = incarnation
         self.is_direct = is_direct
         self.peer: Peer | None = None
+        self.dialing: Peer | None = None
+        """The connection that is being made; what it says already waits."""
         self.requests: dict[int, Stream] = {}
         """Generation to request, of those that it has offered."""
         self.early: list[wire.RequestMessage] = []
@@ -114,8 +116,13 @@ class Remote:
         return self.peer.conn_id if self.peer is not None else 0
 
     def send(self, message: wire.RequestMessage) -> bool:
-        """Say something about a request; false if nobody is there."""
-        return self.peer is not None and self.peer.send_request(message)
+        """Say something about a request; false if nobody is there.
+
+        A connection that has begun to break says no more: its end, which is a fence,
+        says it all.
+        """
+        peer = self.peer
+        return peer is not None and peer.connected and peer.send_request(message)
 
 
 class Remotes:
@@ -221,9 +228,10 @@ class Remotes:
             remote.address,
             keys=self._keys,
             invite=invite,
-            on_request=lambda message: self._on_message(remote, message),
+            on_request=lambda message: self._on_message(remote, peer, message),
             on_broken=lambda: self._on_broken(remote, peer),
         )
+        remote.dialing, remote.early = peer, []
         try:
             try:
                 await peer.connect(self._options.connect_timeout)
@@ -235,7 +243,7 @@ class Remotes:
             _log.warning("%s invites, but: %s", remote.address, error)
             return
         finally:
-            remote.connecting = None
+            remote.connecting = remote.dialing = None
         remote.peer = peer
         if remote.losing is not None:
             remote.losing.cancel()
@@ -247,14 +255,13 @@ class Remotes:
             )
         early, remote.early = remote.early, []
         for message in early:
-            self._on_message(remote, message)
+            self._on_message(remote, peer, message)
         if not peer.connected:
             self._on_broken(remote, peer)
 
     def _on_broken(self, remote: Remote, peer: Peer) -> None:
         """A connection has begun to end."""
         if remote.peer is not peer:
-            remote.early.clear()
             return
         remote.peer = None
         for request in list(remote.requests.values()):
@@ -299,9 +306,11 @@ class Remotes:
         generation = offer.generation if offer is not None else 0
         remote.requests.pop(generation, None)
         if end is not None and generation:
-            self._say_ended(remote, generation, end)
+            self._say_ended(remote, generation, end, request._core.records)
 
-    def _say_ended(self, remote: Remote, generation: int, end: End) -> None:
+    def _say_ended(
+        self, remote: Remote, generation: int, end: End, records: int = 0
+    ) -> None:
         remote.send(
             wire.Ended(
                 conn_id=remote.conn_id,
@@ -310,12 +319,17 @@ class Remotes:
                 reason=end.reason[:2000],
                 layer=end.layer,
                 bytes_done=end.bytes_done,
+                records=records,
             )
         )
 
-    def _on_message(self, remote: Remote, message: wire.RequestMessage) -> None:
-        if remote.peer is None:
+    def _on_message(
+        self, remote: Remote, peer: Peer, message: wire.RequestMessage
+    ) -> None:
+        if remote.dialing is peer:
             remote.early.append(message)
+        elif remote.peer is not peer:
+            return  # of a connection that has begun to end: what it says is past
         elif isinstance(message, wire.OfferBlocks):
             self._on_offer(remote, message)
         elif isinstance(message, wire.Announced):

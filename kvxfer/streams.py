@@ -34,6 +34,7 @@ from kvxfer.host import Host
 from kvxfer.outbound import (
     Chunk,
     Finished,
+    Flush,
     LayerFinal,
     Offered,
     Piece,
@@ -361,6 +362,8 @@ class Streams:
                     self._say_final(request, action)
                 elif isinstance(action, Finished):
                     self._say_finished(request, action)
+                elif isinstance(action, Flush):
+                    self._flush(request, action.chunk)
                 elif isinstance(action, Stop):
                     self._cancel(request)
                 else:
@@ -460,11 +463,58 @@ class Streams:
         if transfer.abandoned:
             request.abandoned = True
         ok = not transfer.abandoned and transfer.outcome is Outcome.DONE
+        if not ok and transfer.outcome is Outcome.FAILED and remote.peer is not None:
+            # Whether the peer has executed it is not known: before it has been fenced
+            # nobody may be told that nothing can land any more.
+            remote.peer.break_("a write failed")
         if not ok and request._core.is_live and remote.is_direct:
             assert remote.peer is not None
             layer, error = remote.peer.error_of(transfer)
             request._core.stop(End(EndCode.FAILED, str(error), layer, cause=error))
-        request._core.written(chunk, ok=ok)
+        stopped = not transfer.abandoned and transfer.outcome is Outcome.EXPIRED
+        request._core.written(chunk, ok=ok, stopped=stopped)
+        self.drive(request)
+
+    def _flush(self, request: Stream, chunk: Chunk) -> None:
+        """Write a block again, so that a record follows what was stopped."""
+        remote = request.remote
+        offer = request._core.offer
+        if remote is None or remote.peer is None or remote.is_direct or offer is None:
+            request._core.flushed(chunk, ok=False)
+            return
+        try:
+            transfer = remote.peer.start(
+                chunk.key[0],
+                chunk.key[1],
+                chunk.local_ids[:1],
+                chunk.remote_ids[:1],
+                request.request_id,
+                (offer.generation, 0, 0),
+                0.0,
+                functools.partial(self._flushed, request, remote, chunk),
+            )
+        except KVXferError:
+            request._core.flushed(chunk, ok=False)
+            return
+        request.timers.append(
+            asyncio.get_running_loop().call_later(
+                self._options.drain_timeout, self._unflushed, remote, transfer
+            )
+        )
+
+    def _unflushed(self, remote: Remote, transfer: Transfer) -> None:
+        if not transfer.ended and remote.peer is not None:
+            remote.peer.break_("a write could not be drained")
+
+    def _flushed(
+        self, request: Stream, remote: Remote, chunk: Chunk, transfer: Transfer
+    ) -> None:
+        if transfer.abandoned:
+            request.abandoned = True
+        ok = not transfer.abandoned and transfer.outcome is Outcome.DONE
+        if not ok and remote.peer is not None:
+            remote.peer.break_("a write failed")
+        request._core.flushed(chunk, ok=ok)
         self.drive(request)
 
     def _cancel(self, request: Stream) -> None:

@@ -689,7 +689,11 @@ class Abort(_Part, frozen=True, kw_only=True, tag="abort"):
 
 
 class Ended(_Part, frozen=True, kw_only=True, tag="ended"):
-    """Initiator: nothing of this offer is in flight any more, and nothing will be."""
+    """Initiator: nothing of this offer is in flight any more, and nothing will be.
+
+    All that was written on this connection was acknowledged, which is not yet to be
+    in place: it is when ``records`` records of the offer have been taken.
+    """
 
     conn_id: U64
     generation: Generation
@@ -697,6 +701,7 @@ class Ended(_Part, frozen=True, kw_only=True, tag="ended"):
     reason: Text = ""
     layer: Layer | None = None
     bytes_done: U64 = 0
+    records: U64 = 0
 
 
 #: What travels under FEATURE_REQUESTS: from the target, from the initiator.

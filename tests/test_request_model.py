@@ -24,6 +24,7 @@ from kvxfer.notify import Record
 from kvxfer.outbound import (
     Chunk,
     Finished,
+    Flush,
     LayerFinal,
     Offered,
     Outbound,
@@ -189,7 +190,7 @@ class World:
                 self.inbound.finish("p", message.total, message.aux)
             else:
                 assert message == "ended"
-                self.inbound.quiet("p")
+                self.inbound.quiet("p", 0)
 
     def hear_writer(self) -> None:
         if self.to_writer:
@@ -312,11 +313,11 @@ def test_an_abort_leaves_nothing_in_flight(seed: int, by_writer: bool) -> None:
         world.drive_out()
         world.drive_in()
         if world.over["out"] and by_writer and world.inbound.is_live:
-            world.inbound.quiet("p")
+            world.inbound.quiet("p", 0)
             world.inbound.stop(End(EndCode.ABORTED, "enough", by_peer=True))
             continue
         if world.over["out"] and not by_writer and not world.over["in"]:
-            world.inbound.quiet("p")
+            world.inbound.quiet("p", 0)
         if world.over["in"] and (world.over["out"] or not world.connected):
             break
         world.step(may_break=False)
@@ -493,3 +494,32 @@ def test_the_three_states_of_a_layer() -> None:
     assert outbound.layer_state(key) is LayerState.ACKNOWLEDGED
     outbound.announced([key], complete=False)
     assert outbound.layer_state(key) is LayerState.VISIBLE
+
+
+def test_what_was_stopped_in_its_middle_is_flushed_before_the_end() -> None:
+    outbound, offered = writer()
+    outbound.attach(offered)
+    outbound.ready((GROUP, 0), 2, ids([1, 2, 3]), final=False, is_open=True)
+    (chunk,) = chunks(outbound)
+    outbound.posting(chunk)
+    outbound.stop(End(EndCode.ABORTED, "enough"))
+    assert outbound.take() == [Stop()]
+    outbound.written(chunk, ok=False, stopped=True)
+    assert outbound.take() == [Flush(chunk)]
+    assert outbound.state is RequestState.ENDING
+    outbound.flushed(chunk, ok=True)
+    assert outbound.take() == [Over()]
+    assert outbound.records == 1
+
+
+def test_a_source_is_quiet_when_its_records_are_here() -> None:
+    inbound = reader()
+    inbound.record(0, record(0, [7]))
+    inbound.stop(End(EndCode.ABORTED, "enough"))
+    inbound.quiet(0, 2)
+    assert inbound.state is TicketState.ENDING and inbound.has_ended(0)
+    inbound.quiet(0, 0)  # a second word, of one who knows nothing of it any more
+    assert inbound.state is TicketState.ENDING
+    assert InOver() not in inbound.take()
+    inbound.record(0, record(0, [5]))
+    assert InOver() in inbound.take()

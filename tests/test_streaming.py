@@ -601,3 +601,49 @@ async def test_a_broken_connection_is_rebuilt_and_others_never_notice() -> None:
             pair.source, pair.target, pair.target.memory, ids, range(32, 64)
         )
         assert (pair.target.memory == after).all()
+
+
+async def test_acknowledged_is_not_yet_visible_and_an_abort_waits_for_that() -> None:
+    """A device that acknowledges at once and puts bytes in place a second later."""
+    async with streamed(big(1), big(2), peer_window_bytes=1 << 20) as pair:
+        ids = list(range(60))
+        ticket = pair.server.offer(pair.prefill, "r", {"main": ids})
+        request = pair.client.open("r")
+        await until(lambda: request.state is RequestState.STREAMING)
+        set_faults(pair.server, "act=posted_write_delay,us=1000000")
+        request.ready(None, ids)
+        await until(lambda: request.metrics.bytes > 0)
+        await request.abort()
+        await over(ticket)
+        before = pair.target.memory.copy()
+        set_faults(pair.server, "")
+        # What follows on the same connection pushes everything into its place.
+        again = pair.server.offer(pair.prefill, "r2", {"main": range(60, 64)})
+        other = pair.client.open("r2")
+        other.ready(None, range(4))
+        other.finish()
+        await asyncio.wait_for(again.wait(), SOON)
+        after = expected(pair.source, pair.target, before, range(4), range(60, 64))
+        assert (pair.target.memory == after).all()
+
+
+async def test_a_broken_connection_gives_no_word_that_nothing_can_land() -> None:
+    """The write is dropped, and arrives when its queue pair has failed."""
+    async with streamed(ib_timeout=14, retry_cnt=2) as pair:
+        ticket = pair.server.offer(pair.prefill, "r", {"main": [5, 6]})
+        request = pair.client.open("r")
+        await until(lambda: request.state is RequestState.STREAMING)
+        set_faults(pair.client, "act=late_write,nth=1,us=50000")
+        request.ready(0, [1, 2])
+        await until(lambda: request.layer_state(0) is LayerState.POSTED)
+        await asyncio.wait_for(pair.server.fence("r"), SOON)
+        before = pair.target.memory.copy()
+        await over(request)
+        again = pair.server.offer(pair.prefill, "r2", {"main": [7]})
+        other = pair.client.open("r2")
+        other.ready(None, [3])
+        other.finish()
+        await asyncio.wait_for(again.wait(), SOON)
+        after = expected(pair.source, pair.target, before, [3], [7])
+        assert (pair.target.memory == after).all()
+        assert ticket.state is TicketState.ABORTED
