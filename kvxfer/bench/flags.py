@@ -265,6 +265,12 @@ def choose(ours: str, against: Iterable[str], target: str | None) -> list[Conten
         twice = {c.name for c in found if found.count(c) > 1}
         if twice:
             raise UsageError(f"{', '.join(twice)} is there twice")
+        for contender in found:
+            if "device" in contender.options:
+                # Copies of memory and a NIC do not belong into one table.
+                raise UsageError(
+                    f"{contender.name}: a run has one device, see --device"
+                )
         return found
     if against or ours != who.OURS:
         raise UsageError("--target takes write_cache only: nobody else has an endpoint")

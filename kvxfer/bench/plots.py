@@ -38,19 +38,19 @@ def need_matplotlib(option: str) -> None:
 
 def _figure(report: Report) -> Any:
     rows = summarize(report.outcome.windows)
+    latency = f"us for a batch of {report.workload.batch} blocks, p50"
+    shown = {"gb_per_s": "GB/s (1e9 bytes)", "p50_us": latency}
+    if all(str(row["device"]).startswith("null") for row in rows):
+        del shown["gb_per_s"]  # nothing has moved
     figures: Any = importlib.import_module("matplotlib.figure")
-    drawing = figures.Figure(figsize=(11, 4.5), layout="constrained")
-    rate, latency = drawing.subplots(1, 2)
-    for contender in report.contenders:
-        own = [row for row in rows if row["contender"] == contender.name]
-        if own:
-            _draw(rate, own, "gb_per_s", contender.name, ends=True)
-            _draw(latency, own, "p50_us", contender.name)
+    drawing = figures.Figure(figsize=(5.5 * len(shown), 4.5), layout="constrained")
     sizes = sorted({row["block_bytes"] for row in rows})
-    for axes, name in (
-        (rate, "GB/s (1e9 bytes)"),
-        (latency, f"us for a batch of {report.workload.batch} blocks, p50"),
-    ):
+    all_axes = drawing.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (key, name) in zip(all_axes, shown.items(), strict=True):
+        for contender in report.contenders:
+            own = [row for row in rows if row["contender"] == contender.name]
+            if own:
+                _draw(axes, own, key, contender.name, ends=key == "gb_per_s")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(sizes, [format_size(size) for size in sizes])
@@ -58,7 +58,7 @@ def _figure(report: Report) -> Any:
         axes.set_xlabel("block")
         axes.set_ylabel(name)
         axes.grid(True, which="both", alpha=0.3)
-    rate.legend()
+    all_axes[0].legend()
     drawing.suptitle(caption(report))
     return drawing
 
@@ -91,6 +91,8 @@ def caption(report: Report) -> str:
         text += f", {', '.join(sorted(ways))}"
     if any(way.startswith("soft") for way in ways):
         text += ": memory copies, not a NIC"
+    if any(way.startswith("null") for way in ways):
+        text += ": nothing moves"
     return text
 
 

@@ -20,7 +20,8 @@ from kvxfer.bench.cli import main, sweep
 from kvxfer.bench.presets import PRESETS
 from kvxfer.options import OPTIONS
 from tests.endpoints import SOON
-from tests.test_cli import result_of, running, serving
+from tests.patience import patient
+from tests.test_cli import running, serving
 
 WIRES = sorted(
     {*next(option for option in OPTIONS if option.name == "soft_wire").choices}
@@ -30,13 +31,21 @@ WIRES = sorted(
 TINY = ["--pool", "1M", "--batch", "32", "--window", "0.001"]
 
 
+#: Some of these start a dozen processes, one after the other.
+LONG = patient(120.0)
+
+
 async def bench(*arguments: str) -> tuple[int, str, str]:
-    return await result_of("kvxfer", "bench", *TINY, *arguments)
+    async with running("kvxfer", "bench", *arguments) as command:
+        out, err = await asyncio.wait_for(command.process.communicate(), LONG)
+        assert "Traceback" not in err.decode(), err.decode()
+        assert command.process.returncode is not None
+        return command.process.returncode, out.decode(), err.decode()
 
 
 async def document(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     path = tmp_path / "out.json"
-    code, out, err = await bench("--json", str(path), *arguments)
+    code, out, err = await bench(*TINY, "--json", str(path), *arguments)
     assert (code, err) == (0, ""), err
     assert "block" in out
     found: dict[str, Any] = json.loads(path.read_text())
@@ -142,8 +151,8 @@ async def test_many_awaits_beside_few(tmp_path: Path) -> None:
 
 async def test_what_a_large_cache_costs(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
-    code, out, err = await result_of(
-        *("kvxfer", "bench", "scale", "--blocks", "50000", "--layers", "4"),
+    code, out, err = await bench(
+        *("scale", "--blocks", "50000", "--layers", "4"),
         *("--rounds", "1", "--json", str(path)),
     )
     assert (code, err) == (0, "")
@@ -158,6 +167,7 @@ async def test_what_a_large_cache_costs(tmp_path: Path) -> None:
 async def test_other_engines_that_are_not_there(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     code, out, err = await bench(
+        *TINY,
         *("--sizes", "1K", "--against", "nixl,mooncake", "--json", str(path)),
         *("--peer-python", "/usr/bin/false"),
     )
@@ -216,6 +226,7 @@ def test_presets_are_options_of_the_sweep(name: str) -> None:
         (["--threads", "0"], ["--threads"]),
         (["--planes", "k,k"], ["k,k", "twice"]),
         (["--contender", "writes:many"], ["writes:many", "writes:1000x4M"]),
+        (["--against", "kvxfer:device=soft0"], ["one device", "--device"]),
         (["--against", "memcpy,memcpy"], ["memcpy", "twice"]),
         (["--plot", "out.pdf"], ["out.pdf", ".svg"]),
         (["--json", "/nowhere/out.json"], ["/nowhere"]),
@@ -234,13 +245,13 @@ def test_wrong_use(arguments: list[str], words: list[str]) -> None:
 
 async def test_nobody_at_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVXFER_CONNECT_TIMEOUT", "0.2")
-    code, _, err = await bench("--sizes", "512", "--target", "127.0.0.1:1")
+    code, _, err = await bench(*TINY, "--sizes", "512", "--target", "127.0.0.1:1")
     assert code == 1
     assert "127.0.0.1:1" in err
 
 
 async def test_a_device_that_is_not_there() -> None:
-    code, _, err = await bench("--sizes", "1K", "--device", "mlx5_77")
+    code, _, err = await bench(*TINY, "--sizes", "1K", "--device", "mlx5_77")
     assert code == 1
     assert err.startswith("kvxfer: kvxfer: ")
     assert "mlx5_77" in err or "ibv_get_device_list" in err
@@ -297,8 +308,8 @@ async def test_no_process_outlives_it(number: int) -> None:
 async def test_a_target_that_somebody_else_runs(tmp_path: Path) -> None:
     async with serving("--verify") as (serve, endpoint):
         path = tmp_path / "out.json"
-        code, _, err = await result_of(
-            *("kvxfer", "bench", "--target", endpoint, "--json", str(path)),
+        code, _, err = await bench(
+            *("--target", endpoint, "--json", str(path)),
             *("--sizes", "512", "--batch", "8", "--window", "0.001", "--pool", "64K"),
             *("--planes", "k,v"),
         )

@@ -51,6 +51,18 @@ def test_the_page_is_one_file(tmp_path: Path) -> None:
         assert f">{cell}" in text
 
 
+@drawing
+def test_the_null_device_has_no_bandwidth(tmp_path: Path) -> None:
+    null = {"device": "null0", "wire": "null"}
+    windows = [window("kvxfer", 0, 1.0, block_bytes=size, **null) for size in (8, 64)]
+    path = tmp_path / "out.svg"
+    plots.draw(report(windows), path)
+    assert path.stat().st_size
+    assert plots.caption(report(windows)).endswith("null0 (null): nothing moves")
+    assert len(plots._figure(report(windows)).axes) == 1
+    assert len(plots._figure(report(WINDOWS)).axes) == 2
+
+
 def test_a_nic_is_not_called_a_memory_copy() -> None:
     nic = [window("kvxfer", 0, 40.0, device="mlx5_0", wire="rdma")]
     assert plots.caption(report(nic)) == "10 random blocks a batch, mlx5_0 (rdma)"
