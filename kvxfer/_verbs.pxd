@@ -50,6 +50,8 @@ cdef class MemoryRegion(Handle):
         readonly object addr
         readonly object length
 
+    cdef int _registered(self, ProtectionDomain pd, addr, length) except -1
+
 
 cdef class CompletionQueue(Handle):
     cdef:

@@ -78,6 +78,15 @@ class MemoryRegion(Handle):
         length: int,
         access: Access = Access.LOCAL_WRITE,
     ) -> None: ...
+    @staticmethod
+    def from_dmabuf(
+        pd: ProtectionDomain,
+        fd: int,
+        offset: int,
+        addr: int,
+        length: int,
+        access: Access = Access.LOCAL_WRITE,
+    ) -> MemoryRegion: ...
     @property
     def pd(self) -> ProtectionDomain: ...
     @property

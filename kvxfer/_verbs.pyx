@@ -517,10 +517,48 @@ cdef class MemoryRegion(Handle):
         if self.mr is NULL:
             raise verbs_error(
                 err, "ibv_reg_mr", f"{length} bytes at {addr:#x}")
+        self._registered(pd, addr, length)
+
+    @staticmethod
+    def from_dmabuf(ProtectionDomain pd not None, int fd, uint64_t offset, addr, length,
+                    access=Access.LOCAL_WRITE):
+        """Register memory by its dma-buf: ibv_reg_dmabuf_mr(3).
+
+        Args:
+          fd: The dma-buf; may be closed afterwards.
+          offset: Where the region begins in it.
+          addr: The address that WRs of both sides name its first byte by.
+          length: Bytes, at least 1.
+
+        Raises:
+          VerbsError: EOPNOTSUPP where library, driver or device know no dma-buf.
+        """
+        cdef:
+            MemoryRegion self = MemoryRegion.__new__(MemoryRegion)
+            uint64_t iova = addr
+            size_t c_length = length
+            unsigned int c_access = access
+            kvx_verbs_table *table
+            int err = 0
+        pd._ensure_open()
+        table = pd.device.table
+        with nogil:
+            self.mr = table.reg_dmabuf_mr(
+                pd.pd, offset, c_length, iova, fd, c_access)
+            if self.mr is NULL:
+                err = errno
+        if self.mr is NULL:
+            raise verbs_error(
+                err, "ibv_reg_dmabuf_mr", f"{length} bytes at {addr:#x}")
+        self._registered(pd, addr, length)
+        return self
+
+    cdef int _registered(self, ProtectionDomain pd, addr, length) except -1:
         self.pd = pd
         self.addr = addr
         self.length = length
         self._opened(pd)
+        return 0
 
     cdef int _destroy(self) except? -1:
         cdef int err

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from kvxfer import agreement, devices, gids
+from kvxfer import agreement, devices, gids, registration
 from kvxfer._engine import Engine, RingArrival
 from kvxfer._verbs import Device, MemoryRegion, ProtectionDomain
 from kvxfer.cache import KVCache
@@ -75,6 +75,8 @@ class Adapter:
         self._looking: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvxfer-verbs")
         self._regions: list[MemoryRegion] = []
+        self.ways: set[str] = set()
+        """How the cache was registered: ``host``, ``dmabuf`` or ``peermem``."""
         self._device: Device | None = None
         self._engine: Engine | None = None
         self.completions: Completions | None = None
@@ -138,9 +140,9 @@ class Adapter:
         if options.relaxed_ordering:
             access |= Access.RELAXED_ORDERING
         for region in cache.regions:
-            self._regions.append(
-                MemoryRegion(self.pd, region.addr, region.length, access)
-            )
+            mr, way = registration.register(self.pd, region, access)
+            self._regions.append(mr)
+            self.ways.add(way)
         self._engine = Engine(
             device,
             cq_depth=min(

@@ -77,6 +77,11 @@ class _Face(Generic[_Endpoint]):
         """The options in force."""
         return self._endpoint.options
 
+    @property
+    def memory(self) -> dict[str, str]:
+        """How the cache is registered, by the name of the device."""
+        return self._endpoint.memory
+
     def open(self) -> None:
         """Open the devices and register the cache; a server listens, too.
 

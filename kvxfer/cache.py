@@ -346,6 +346,8 @@ class KVCache:
         - they touch and lie in host memory. On a GPU, allocations that happen
           to touch cannot be registered together.
 
+        GPU memory is cut between entries into regions of at most 3.5 GiB.
+
         Raises:
           ClosedResourceError: The cache is closed.
         """

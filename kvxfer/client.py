@@ -187,6 +187,14 @@ class Client:
             raise ClosedResourceError(f"the client is {self._state}, not open")
         self._host.check("client")
 
+    @property
+    def memory(self) -> dict[str, str]:
+        """How the cache is registered, by the name of the device.
+
+        ``host`` memory; on GPUs ``dmabuf``, or ``peermem`` where that failed.
+        """
+        return self._host.memory
+
     # -- peers -----------------------------------------------------------------
 
     async def connect(

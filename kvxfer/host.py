@@ -83,6 +83,8 @@ class Host:
             for verdict in verdicts:
                 _log.info("%s: %s", verdict.spec.label, verdict.reason)
             self._usable = [verdict for verdict in verdicts if verdict.usable]
+            if not all(region.on_host for region in self.cache.regions):
+                self._usable = _for_gpu_memory(self._usable)
             for i, verdict in enumerate(self._usable):
                 if i == 0 or verdict.is_software:
                     await self._open_adapter(verdict.spec)
@@ -144,6 +146,13 @@ class Host:
     def rkey_of(self, adapter: Adapter) -> Callable[[PlaneLayer], int]:
         """Return what gives the rkey of a plane's layer on a device."""
         return lambda place: adapter.region(self.cache.region_index(place)).rkey
+
+    @property
+    def memory(self) -> dict[str, str]:
+        """How the cache is registered, by device: ``host``, ``dmabuf``, ``peermem``."""
+        return {
+            adapter.name: "+".join(sorted(adapter.ways)) for adapter in self.adapters
+        }
 
     @property
     def candidates(self) -> list[wire.DeviceCandidate]:
@@ -228,3 +237,20 @@ class Host:
                 await (self.adapters or self._retired).pop().close()
         finally:
             self.cache._unpin()
+
+
+def _for_gpu_memory(usable: list[devices.Verdict]) -> list[devices.Verdict]:
+    """Leave out what moves bytes by the processor.
+
+    Raises:
+      DeviceUnavailableError: Nothing is left.
+    """
+    nics = [verdict for verdict in usable if not verdict.is_software]
+    if not nics:
+        raise DeviceUnavailableError(
+            "the cache lies in GPU memory, which the software device cannot reach, and "
+            "there is no NIC that can be used",
+            hint="Use a machine with a NIC, or move blocks through a cache in host "
+            "memory: KVCache.allocate and a copy on either side.",
+        )
+    return nics

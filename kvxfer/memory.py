@@ -17,7 +17,18 @@ import numpy.typing as npt
 from kvxfer.errors import LayoutError
 from kvxfer.layout import PlaneLayer
 
-__all__ = ["Region", "Span", "address_range", "map_memory", "merge_regions", "round_up"]
+__all__ = [
+    "MAX_DEVICE_REGION",
+    "Region",
+    "Span",
+    "address_range",
+    "map_memory",
+    "merge_regions",
+    "round_up",
+]
+
+#: Bytes of GPU memory in one region: drivers give out no dma-buf of 4 GiB.
+MAX_DEVICE_REGION = 7 << 29
 
 _PLANE_ALIGN = 4096
 _HUGE_PAGE = 2 << 20
@@ -30,6 +41,7 @@ class Region(NamedTuple):
 
     addr: int
     length: int
+    on_host: bool = True
 
 
 class Span(NamedTuple):
@@ -46,6 +58,7 @@ class Span(NamedTuple):
 
 def merge_regions(found: Iterable[tuple[PlaneLayer, Span]]) -> list[Region]:
     """Join ranges to regions; the rule is in :attr:`KVCache.regions`."""
+    found = list(found)
     hulls: dict[object, tuple[int, int, bool]] = {}
     for place, span in found:
         key = span.allocation or place
@@ -60,7 +73,30 @@ def merge_regions(found: Iterable[tuple[PlaneLayer, Span]]) -> list[Region]:
                 joined[-1] = (start, max(end, high), on_host and before_on_host)
                 continue
         joined.append((low, high, on_host))
-    return [Region(low, high - low) for low, high, _ in joined]
+    regions: list[Region] = []
+    for low, high, on_host in joined:
+        if on_host or high - low <= MAX_DEVICE_REGION:
+            regions.append(Region(low, high - low, on_host))
+        else:
+            regions += _slices([p for p, _ in found if low <= p.base < high])
+    return regions
+
+
+def _slices(places: list[PlaneLayer]) -> list[Region]:
+    """Cut device memory between entries, so that each lies in one region.
+
+    An entry that is longer than a region may be is one by itself.
+    """
+    regions: list[Region] = []
+    for place in sorted(places, key=lambda p: p.base):
+        if regions:
+            start, length, _ = regions[-1]
+            end = max(start + length, place.end)
+            if end - start <= MAX_DEVICE_REGION:
+                regions[-1] = Region(start, end - start, on_host=False)
+                continue
+        regions.append(Region(place.base, place.length, on_host=False))
+    return regions
 
 
 def round_up(n: int) -> int:

@@ -289,6 +289,14 @@ class Server:
         return [adapter.name for adapter in self._host.adapters]
 
     @property
+    def memory(self) -> dict[str, str]:
+        """How the cache is registered, by the name of the device.
+
+        ``host`` memory; on GPUs ``dmabuf``, or ``peermem`` where that failed.
+        """
+        return self._host.memory
+
+    @property
     def peers(self) -> list[str]:
         """Addresses of the connected writers."""
         return [incoming.peer for incoming in self._connections.incoming.values()]

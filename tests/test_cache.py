@@ -187,7 +187,7 @@ def test_device_memory_is_described_and_never_read() -> None:
     cache = KVCache.from_tensors({"k": [OnDevice(a, 4, 8), OnDevice(b, 4, 8)]})
     assert cache.entries()[0].place == PlaneLayer(a, 4, 16, 16, "f16")
     # They touch, but may be two allocations.
-    assert cache.regions == [Region(a, 64), Region(b, 64)]
+    assert cache.regions == [Region(a, 64, False), Region(b, 64, False)]
     with pytest.raises(LayoutError, match="host memory"):
         cache.view(0, "k")
 

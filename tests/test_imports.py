@@ -69,8 +69,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_engine": {"_core", "_verbs"},
     "completions": {"_engine"},
     "scheduler": {"cache", "completions"},
+    "cuda": set(),
+    "registration": {"_verbs", "cuda", "memory"},
     "devices": {"inventory"},
-    "adapter": {"agreement", "devices", "scheduler"},
+    "adapter": {"agreement", "devices", "registration", "scheduler"},
     # The public face.
     "notify": {"sharding"},
     "route": {"sharding", "wire"},
@@ -94,7 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"client", "server"},
     "loop_thread": set(),
     "blocking": {"__init__", "loop_thread"},
-    "fastdeploy": {"blocking", "devices", "interfaces", "logs"},
+    "fastdeploy": {"blocking", "cuda", "devices", "interfaces", "logs"},
     "testing": {"__init__"},
     # Programs: the public names and nothing behind them.
     "pattern": {"blocks"},

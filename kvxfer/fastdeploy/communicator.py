@@ -9,9 +9,14 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+from kvxfer import cuda
 from kvxfer.blocking import Arrival, Client, Peer, Server
 from kvxfer.cache import KVCache
-from kvxfer.errors import GeometryMismatchError, KVXferError
+from kvxfer.errors import (
+    DeviceUnavailableError,
+    GeometryMismatchError,
+    KVXferError,
+)
 from kvxfer.fastdeploy.arguments import Arguments, bind
 from kvxfer.fastdeploy.settings import Settings
 from kvxfer.fastdeploy.status import CONNECTED, ERROR, INVALID, ConnectStatus
@@ -204,7 +209,22 @@ def _cache(arguments: Arguments) -> KVCache:
         arguments.planes,
         n_blocks=arguments.block_number,
         block_bytes=arguments.sizes,
+        host_memory=not _on_gpu(arguments),
     )
+
+
+def _on_gpu(arguments: Arguments) -> bool:
+    """Ask CUDA, where there is one, about the addresses.
+
+    Others, of Kunlun XPUs for one, are registered as they are.
+    """
+    try:
+        driver = cuda.load()
+    except DeviceUnavailableError as error:
+        _log.debug("not asked whether the cache is on a GPU: %s", error)
+        return False
+    pointers = [at for of in arguments.planes.values() for at in of]
+    return any(driver.gpu_of(at) is not None for at in pointers)
 
 
 def _forget(arrival: Arrival) -> None:

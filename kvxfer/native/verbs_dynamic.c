@@ -22,6 +22,8 @@ static struct {
 	struct ibv_mr *(*reg_mr)(struct ibv_pd *, void *, size_t, int);
 	struct ibv_mr *(*reg_mr_iova2)(struct ibv_pd *, void *, size_t,
 				       uint64_t, unsigned int);
+	struct ibv_mr *(*reg_dmabuf_mr)(struct ibv_pd *, uint64_t, size_t,
+					uint64_t, int, int);
 } lib;
 
 static struct ibv_context *open_device(struct ibv_device *device,
@@ -61,6 +63,17 @@ static struct ibv_mr *reg_mr(struct ibv_pd *pd, void *addr, size_t length,
 					access);
 	return lib.reg_mr(pd, addr, length,
 			  (int)(access & ~IBV_ACCESS_OPTIONAL_RANGE));
+}
+
+static struct ibv_mr *reg_dmabuf_mr(struct ibv_pd *pd, uint64_t offset,
+				    size_t length, uint64_t iova, int fd,
+				    unsigned int access)
+{
+	if (!lib.reg_dmabuf_mr) {
+		errno = EOPNOTSUPP;
+		return NULL;
+	}
+	return lib.reg_dmabuf_mr(pd, offset, length, iova, fd, (int)access);
 }
 
 static int bind_peer(struct ibv_qp *qp, const struct kvx_peer_hint *hint)
@@ -123,6 +136,7 @@ int kvx_load_libibverbs(const char *path, struct kvx_verbs_table *table,
 	table->open_device = open_device;
 	table->query_port = query_port;
 	table->reg_mr = reg_mr;
+	table->reg_dmabuf_mr = reg_dmabuf_mr;
 	table->bind_peer = bind_peer;
 	table->wire_name = wire_name;
 	table->set_faults = set_faults;
@@ -156,6 +170,8 @@ int kvx_load_libibverbs(const char *path, struct kvx_verbs_table *table,
 		  REQUIRED },
 		{ &lib.reg_mr, "ibv_reg_mr", "IBVERBS_1.1", REQUIRED },
 		{ &lib.reg_mr_iova2, "ibv_reg_mr_iova2", "IBVERBS_1.8",
+		  OPTIONAL },
+		{ &lib.reg_dmabuf_mr, "ibv_reg_dmabuf_mr", "IBVERBS_1.12",
 		  OPTIONAL },
 		{ &table->dereg_mr, "ibv_dereg_mr", "IBVERBS_1.1", REQUIRED },
 		{ &table->create_comp_channel, "ibv_create_comp_channel",

@@ -73,6 +73,11 @@ struct kvx_verbs_table {
 	/* Optional access flags (relaxed ordering) are honoured. */
 	struct ibv_mr *(*reg_mr)(struct ibv_pd *pd, void *addr, size_t length,
 				 unsigned int access);
+	/* Of a dma-buf, as ibv_reg_dmabuf_mr(3); EOPNOTSUPP where the library
+	 * or the device has none. fd stays the caller's. */
+	struct ibv_mr *(*reg_dmabuf_mr)(struct ibv_pd *pd, uint64_t offset,
+					size_t length, uint64_t iova, int fd,
+					unsigned int access);
 	/* After this has returned, no remote write lands in the region. */
 	int (*dereg_mr)(struct ibv_mr *mr);
 

@@ -496,6 +496,9 @@ struct ibv_pd *soft_alloc_pd(struct ibv_context *context);
 int soft_dealloc_pd(struct ibv_pd *pd);
 struct ibv_mr *soft_reg_mr(struct ibv_pd *pd, void *addr, size_t length,
 			   unsigned int access);
+struct ibv_mr *soft_reg_dmabuf_mr(struct ibv_pd *pd, uint64_t offset,
+				  size_t length, uint64_t iova, int fd,
+				  unsigned int access);
 int soft_dereg_mr(struct ibv_mr *mr);
 /* Checks; ctx->lock held. Return the vendor_err, or 0 if all is well. */
 uint32_t soft_check_local(struct soft_context *ctx, struct ibv_pd *pd,

@@ -157,6 +157,21 @@ struct ibv_mr *soft_reg_mr(struct ibv_pd *pd, void *addr, size_t length,
 	return &mr->ibv;
 }
 
+struct ibv_mr *soft_reg_dmabuf_mr(struct ibv_pd *pd, uint64_t offset,
+				  size_t length, uint64_t iova, int fd,
+				  unsigned int access)
+{
+	/* It moves bytes by the processor, which has no way into a GPU. */
+	(void)pd;
+	(void)offset;
+	(void)length;
+	(void)iova;
+	(void)fd;
+	(void)access;
+	errno = EOPNOTSUPP;
+	return NULL;
+}
+
 int soft_dereg_mr(struct ibv_mr *ibmr)
 {
 	struct soft_context *ctx = to_context(ibmr->context);

@@ -152,6 +152,7 @@ void kvx_load_softdev(struct kvx_verbs_table *table)
 		.alloc_pd = soft_alloc_pd,
 		.dealloc_pd = soft_dealloc_pd,
 		.reg_mr = soft_reg_mr,
+		.reg_dmabuf_mr = soft_reg_dmabuf_mr,
 		.dereg_mr = soft_dereg_mr,
 		.create_comp_channel = soft_create_comp_channel,
 		.destroy_comp_channel = soft_destroy_comp_channel,
