@@ -14,3 +14,4 @@ cdef extern from "softdev.h" nogil:
         uint64_t threads
 
     void kvx_get_soft_counts "kvx_soft_counts" (kvx_soft_counts *counts)
+    size_t kvx_soft_take_violations(char *text, size_t size)

@@ -20,7 +20,11 @@ from posix.fcntl cimport F_GETFL, F_SETFL, O_NONBLOCK, fcntl
 from posix.unistd cimport getpid
 
 from kvxfer._ibverbs cimport *
-from kvxfer._softdev cimport kvx_get_soft_counts, kvx_soft_counts
+from kvxfer._softdev cimport (
+    kvx_get_soft_counts,
+    kvx_soft_counts,
+    kvx_soft_take_violations,
+)
 
 from kvxfer.errors import (
     ClosedResourceError,
@@ -80,6 +84,13 @@ def live_objects():
     }
     result.update({f"soft.{name}": number for name, number in soft.items() if number})
     return result
+
+
+def take_violations():
+    """Return what strict mode of the software device has seen since the last call."""
+    cdef char text[8192]
+    kvx_soft_take_violations(text, sizeof(text))
+    return text.decode().splitlines()
 
 
 cdef kvx_verbs_table *_table(str provider, str path) except NULL:

@@ -34,9 +34,11 @@ __all__ = [
     "loopback",
     "no_leaks",
     "set_faults",
+    "strict",
 ]
 
-_VARIABLE = "KVXFER_SOFT_FAULT"
+_FAULT = "KVXFER_SOFT_FAULT"
+_STRICT = "KVXFER_SOFT_STRICT"
 
 
 def check_plan(plan: str) -> None:
@@ -64,15 +66,42 @@ def faults(plan: str) -> Iterator[None]:
       UsageError: The plan is malformed; nothing has changed.
     """
     check_plan(plan)
-    before = os.environ.get(_VARIABLE)
-    os.environ[_VARIABLE] = plan
+    with _environment(_FAULT, plan):
+        yield
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """Have the software devices that are opened inside watch how they are used.
+
+    What they watch for no status ever reports: two threads posting to one queue pair
+    at a time, a send queue that is full with no signaled work request in it, bytes
+    that change between post and completion, objects destroyed with events that
+    nobody acknowledged, a device closed with objects alive. It is slow: all bytes
+    are read twice more. Programs started inside report on their standard error.
+
+    Raises:
+      AssertionError: Something was seen in this process; the message says what. Not
+        raised over an exception of the body.
+    """
+    _verbs.take_violations()
+    with _environment(_STRICT, "report"):
+        yield
+    if found := _verbs.take_violations():
+        raise AssertionError("strict mode saw:\n  " + "\n  ".join(found))
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ[_VARIABLE]
+            del os.environ[name]
         else:
-            os.environ[_VARIABLE] = before
+            os.environ[name] = before
 
 
 def set_faults(endpoint: Client | Server, plan: str) -> None:

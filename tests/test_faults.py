@@ -125,6 +125,7 @@ def expect_no_change(end: End, seconds: float) -> None:
         "seed=1; rate=0.001,act=drop; rate=1,act=ack_lost; rate=.5,act=drop",
         "act=delay,us=50..500; act=posted_write_delay,us=200",
         "act=enomem@post=7",
+        "act=dup; nth=2,act=slow_post,us=10..20",
         "act=port_down@t=2s; act=port_up@t=2500ms; t=1us,act=gid_change",
         "nth=3,act=partial_then_die,on=initiator;act=late_write,us=5",
         "act=reorder_bytes;act=cq_overflow;act=qp_fatal;act=device_fatal",
@@ -151,6 +152,8 @@ def test_plans_that_are_taken(plan: str) -> None:
         ("act=drop,qp=0", 12),
         ("act=drop,qp=99999999", 12),
         ("act=drop;;act=delay", 10),
+        ("act=slow_post", 0),
+        ("act=dup,us=5", 11),
         ("act=drop,us=5", 12),
         ("act=delay,us=9..5", 13),
         ("act=drop@t=5s", 11),
@@ -289,6 +292,50 @@ def test_a_slow_device_is_no_dead_peer(rig: Rig) -> None:
     assert landed(a, b) == list(range(N))
 
 
+def test_each_wr_arrives_twice_and_happens_once(rig: Rig) -> None:
+    """Of each kind: what came before is acknowledged again and left alone."""
+    a, b = rig.pair()
+    a.device.set_faults("act=dup")
+    for i in range(4):
+        b.post_recv(70 + i, 60000 + 8 * i, 8)
+    chain(a, b, {0, N - 1})
+    a.post(
+        a.write(b, 0, 0, 0, opcode=Opcode.RDMA_WRITE_WITH_IMM, wr_id=7),
+        a.write(b, 0, 0, 8, opcode=Opcode.SEND, wr_id=8),
+        a.write(b, 30000, 0, 5000, opcode=Opcode.RDMA_READ, wr_id=9),
+        a.write(b, 1, 30000, 20000, wr_id=10),
+    )
+    done = [0, N - 1, 7, 8, 9, 10]
+    assert statuses(a, len(done)) == [(i, SUCCESS) for i in done]
+    assert statuses(b, 2) == [(70, SUCCESS), (71, SUCCESS)]
+    assert np.array_equal(a.buffer[30000:35000], a.buffer[:5000])
+    assert np.array_equal(a.buffer[1:20001], b.buffer[30000:50000])
+    assert np.array_equal(a.buffer[:8], b.buffer[60008:60016])
+    # Nothing of the second ones is announced, or overwrites what is newer.
+    b.buffer[:] = 1
+    a.device.set_faults("")
+    a.post(a.write(b, 0, 0, 8, wr_id=11))
+    assert statuses(a, 1) == [(11, SUCCESS)]
+    assert (b.buffer[8:] == 1).all()
+    b.expect_silence()
+
+
+def test_a_large_message_twice(rig: Rig) -> None:
+    """It has several frames on a socket."""
+    size = 12 << 20
+    a, b = rig.pair(Spec(size=size))
+    a.device.set_faults("nth=1,act=dup;nth=2,act=dup")
+    a.post(
+        a.write(b, 0, 0, size, wr_id=1),
+        a.write(b, 8, 0, size - 8, wr_id=2),
+        a.write(b, 0, 16, 8, wr_id=3),
+    )
+    assert statuses(a, 3) == [(i, SUCCESS) for i in (1, 2, 3)]
+    assert np.array_equal(a.buffer[8:24], b.buffer[:16])
+    assert np.array_equal(a.buffer[:8], b.buffer[16:24])
+    assert np.array_equal(a.buffer[32:], b.buffer[24:-8])
+
+
 # -- queues -------------------------------------------------------------------------
 
 
@@ -319,6 +366,17 @@ def test_a_completion_queue_that_overflows(rig: Rig) -> None:
         while True:
             a.cq.poll()
     assert landed(a, b) == list(range(len(landed(a, b))))
+
+
+def test_a_doorbell_that_takes_its_time(rig: Rig) -> None:
+    a, b = rig.pair()
+    a.device.set_faults("nth=2,act=slow_post,us=50000")
+    start = time.monotonic()
+    chain(a, b, {N - 1}, 1)
+    chain(a, b, {N - 1})
+    assert time.monotonic() - start >= 0.05
+    assert statuses(a, 1) == [(N - 1, SUCCESS)]
+    assert landed(a, b) == list(range(N))
 
 
 # -- bytes --------------------------------------------------------------------------

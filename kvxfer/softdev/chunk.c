@@ -159,6 +159,30 @@ static enum chunk_result receive(struct chunk *chunk)
 	return got < 0 && errno == EFAULT ? CHUNK_NO_DEST : CHUNK_LOST;
 }
 
+enum chunk_result soft_skip_payload(struct soft_conn *conn)
+{
+	size_t part = conn->rx->skip < CHUNK_BYTES ? conn->rx->skip :
+						     CHUNK_BYTES;
+	ssize_t got = 0;
+
+	if (!part)
+		return CHUNK_MOVED;
+	if (!conn->readable)
+		return CHUNK_WAIT;
+	do {
+		got = recv(conn->fd, NULL, part, MSG_TRUNC);
+	} while (got < 0 && errno == EINTR);
+	if (got > 0) {
+		conn->rx->skip -= (size_t)got;
+		return CHUNK_MOVED;
+	}
+	if (got < 0 && errno == EAGAIN) {
+		conn->readable = false;
+		return CHUNK_WAIT;
+	}
+	return CHUNK_LOST;
+}
+
 enum chunk_result soft_move_chunk(struct soft_conn *conn)
 {
 	struct chunk chunk = { .conn = conn };

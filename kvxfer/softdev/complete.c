@@ -35,6 +35,8 @@ void soft_sends_done(struct soft_qp *qp, uint64_t seq)
 	pthread_mutex_lock(&cq->lock);
 	for (; sq->done < seq; sq->done++) {
 		wqe = &sq->ring[sq->done & sq->mask];
+		if (sq->sums)
+			soft_strict_done(qp, sq->done);
 		if (!wqe->signaled)
 			continue;
 		cqe.free_to = sq->done + 1;

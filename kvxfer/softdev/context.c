@@ -271,6 +271,7 @@ static int configure(struct soft_context *ctx, const char *address,
 		     const char *wire)
 {
 	const char *faults = getenv("KVXFER_SOFT_FAULT");
+	const char *strict = getenv("KVXFER_SOFT_STRICT");
 	size_t at;
 	int err;
 
@@ -279,6 +280,13 @@ static int configure(struct soft_context *ctx, const char *address,
 	ctx->socket_buffer = allowed_socket_buffer();
 
 	err = ctx->wires ? 0 : EINVAL;
+	if (!err && !soft_strict_parse(strict, &ctx->strict)) {
+		fprintf(stderr,
+			"soft0: KVXFER_SOFT_STRICT is '%.40s', not report, "
+			"abort or off\n",
+			strict);
+		err = EINVAL;
+	}
 	if (!err && faults) {
 		err = fault_set(&ctx->plan, faults, soft_now_ns(), &at);
 		if (err) /* an errno has no room for the place */
@@ -351,8 +359,10 @@ int soft_close_device(struct ibv_context *context)
 
 	if (soft_orphaned(context))
 		return ENODEV;
-	if (atomic_load(&ctx->children))
+	if (atomic_load(&ctx->children)) {
+		soft_strict_close(ctx);
 		return EBUSY;
+	}
 
 	soft_stop_thread(ctx);
 	pthread_mutex_lock(&contexts_lock);

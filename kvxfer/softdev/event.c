@@ -191,10 +191,9 @@ void soft_forget_cq_events(struct soft_cq *cq)
 	channel->ibv.refcnt--;
 	pthread_mutex_unlock(&channel->lock);
 
-	pthread_mutex_lock(&cq->ibv.mutex);
-	while (cq->ibv.comp_events_completed != taken)
-		pthread_cond_wait(&cq->ibv.cond, &cq->ibv.mutex);
-	pthread_mutex_unlock(&cq->ibv.mutex);
+	soft_await_acks(to_context(cq->ibv.context), &cq->ibv.mutex,
+			&cq->ibv.cond, &cq->ibv.comp_events_completed, taken,
+			"a CQ");
 }
 
 /*
@@ -300,7 +299,7 @@ void soft_ack_async_event(struct ibv_async_event *event)
 
 static void settle(struct soft_context *ctx, struct soft_event *event,
 		   pthread_mutex_t *mutex, pthread_cond_t *cond,
-		   const uint32_t *acked)
+		   const uint32_t *acked, const char *what)
 {
 	uint32_t taken;
 
@@ -314,20 +313,17 @@ static void settle(struct soft_context *ctx, struct soft_event *event,
 	taken = event->taken;
 	pthread_mutex_unlock(&ctx->event_lock);
 
-	pthread_mutex_lock(mutex);
-	while (*acked != taken)
-		pthread_cond_wait(cond, mutex);
-	pthread_mutex_unlock(mutex);
+	soft_await_acks(ctx, mutex, cond, acked, taken, what);
 }
 
 void soft_settle_qp_events(struct soft_qp *qp)
 {
 	settle(qp_context(qp), &qp->async, &qp->ibv.mutex, &qp->ibv.cond,
-	       &qp->ibv.events_completed);
+	       &qp->ibv.events_completed, "a QP");
 }
 
 void soft_settle_cq_events(struct soft_cq *cq)
 {
 	settle(to_context(cq->ibv.context), &cq->async, &cq->ibv.mutex,
-	       &cq->ibv.cond, &cq->ibv.async_events_completed);
+	       &cq->ibv.cond, &cq->ibv.async_events_completed, "a CQ");
 }

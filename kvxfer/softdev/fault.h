@@ -38,6 +38,8 @@ enum fault_act {
 	FAULT_LATE_WRITE,   /* as drop, but it arrives when the QP has failed */
 	FAULT_CQ_OVERFLOW,  /* a completion of its CQ is lost */
 	FAULT_ENOMEM,	    /* post_send refuses it */
+	FAULT_SLOW_POST,    /* post_send takes its time */
+	FAULT_DUP,	    /* it reaches the peer twice */
 	FAULT_DIE,	    /* half of its bytes move, then SIGKILL */
 	FAULT_QP_FATAL,	    /* its QP fails for no fault of the WR */
 	FAULT_DEVICE_FATAL, /* the adapter is lost */
@@ -51,6 +53,7 @@ enum fault_act {
 
 /* Where a rule looks. */
 enum fault_point {
+	POINT_CALL,	 /* post_send is called with a WR */
 	POINT_POST,	 /* post_send is given a WR */
 	POINT_INITIATOR, /* a WR is about to leave */
 	POINT_TARGET,	 /* a WR has arrived */

@@ -27,6 +27,8 @@ static const struct action {
 	{ "cq_overflow", FAULT_CQ_OVERFLOW, POINT_INITIATOR, true, false,
 	  false },
 	{ "enomem", FAULT_ENOMEM, POINT_POST, false, false, false },
+	{ "slow_post", FAULT_SLOW_POST, POINT_CALL, false, false, true },
+	{ "dup", FAULT_DUP, POINT_INITIATOR, false, false, false },
 	{ "partial_then_die", FAULT_DIE, POINT_TARGET, true, false, false },
 	{ "qp_fatal", FAULT_QP_FATAL, POINT_INITIATOR, true, false, false },
 	{ "device_fatal", FAULT_DEVICE_FATAL, POINT_INITIATOR, true, true,

@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -27,6 +28,51 @@ int soft_inject_post(struct soft_qp *qp)
 					qp->ibv.qp_num);
 
 	return fault.act == FAULT_ENOMEM ? ENOMEM : 0;
+}
+
+void soft_inject_slow_post(struct soft_qp *qp, const struct ibv_send_wr *wr)
+{
+	struct timespec nap;
+	uint64_t ns = 0;
+
+	for (; wr; wr = wr->next)
+		ns += fault_meet(&qp_context(qp)->plan, POINT_CALL,
+				 qp->ibv.qp_num)
+			      .delay_ns;
+	nap.tv_sec = (time_t)(ns / 1000000000u);
+	nap.tv_nsec = (long)(ns % 1000000000u);
+	while (ns && nanosleep(&nap, &nap) && errno == EINTR)
+		;
+}
+
+bool soft_inject_again(struct soft_qp *qp, struct soft_tx *tx)
+{
+	struct soft_late *again = qp->faults.again;
+
+	if (!again || again->sent || qp->sq.next_offset)
+		return false;
+	/* It is freed when the next one is made, or with the QP's life. */
+	again->sent = again->length;
+	memcpy(tx->head, again->bytes, again->head_length);
+	tx->head_len = again->head_length;
+	tx->head_off = 0;
+	tx->iov[0].iov_base = again->bytes + again->head_length;
+	tx->iov[0].iov_len = again->length - again->head_length;
+	tx->n_iov = tx->iov[0].iov_len ? 1 : 0;
+	tx->busy = true;
+	return true;
+}
+
+/* False: the one before has to leave first. */
+static bool send_twice(struct soft_qp *qp)
+{
+	struct soft_qp_faults *faults = &qp->faults;
+
+	if (faults->again && !faults->again->sent)
+		return false;
+	free(faults->again);
+	faults->again = soft_frame_late(qp);
+	return true;
 }
 
 /* What closes connections is left to a moment when none is being served. */
@@ -127,6 +173,8 @@ static bool apply(struct soft_qp *qp, bool first)
 		if (!faults->late)
 			faults->late = soft_frame_late(qp);
 		return false;
+	case FAULT_DUP:
+		return send_twice(qp);
 	case FAULT_DIE:
 		if (first)
 			die(qp);
@@ -230,6 +278,7 @@ void soft_inject_timer(struct soft_qp *qp)
 void soft_inject_reset(struct soft_qp *qp)
 {
 	free(qp->faults.late);
+	free(qp->faults.again);
 	memset(&qp->faults, 0, sizeof(qp->faults));
 }
 

@@ -173,6 +173,9 @@ struct soft_sq {
 	atomic_uint_fast64_t tail; /* by the send CQ's lock */
 	uint64_t done, next;	   /* by ctx->lock */
 	uint64_t next_offset; /* bytes of WR next that are framed already */
+	/* Strict mode: checksums of what the WRs send. */
+	uint64_t *sums;
+	bool told_full; /* by sq_lock */
 };
 
 struct soft_rq {
@@ -194,7 +197,7 @@ struct soft_failure {
 
 /* A frame that somebody holds back, whole. */
 struct soft_late {
-	size_t length, sent;
+	size_t length, sent, head_length; /* head: without the payload */
 	uint8_t bytes[];
 };
 
@@ -205,6 +208,7 @@ struct soft_qp_faults {
 	uint64_t hold_ns;   /* FAULT_DELAY: until then */
 	uint64_t deaf_from; /* answers from this WR on are lost; 0: none */
 	struct soft_late *late;
+	struct soft_late *again;       /* FAULT_DUP: to be sent once more */
 	struct soft_landing *landings; /* of WRs that came in; oldest first */
 };
 
@@ -216,6 +220,7 @@ struct soft_qp {
 		struct ibv_qp_ex ex;
 	};
 	atomic_int state; /* enum ibv_qp_state; by ctx->lock and both below */
+	atomic_bool posting; /* strict mode: somebody is in post_send */
 	pthread_mutex_t sq_lock, rq_lock;
 	struct soft_sq sq;
 	struct soft_rq rq;
@@ -286,7 +291,7 @@ struct soft_tx {
 	uint64_t mr_generation; /* when its WRs were checked */
 };
 
-enum rx_phase { RX_HEADER, RX_TABLE, RX_EXECUTE, RX_READ };
+enum rx_phase { RX_HEADER, RX_TABLE, RX_EXECUTE, RX_READ, RX_SKIP };
 
 /* A frame of requests being executed. */
 struct soft_rx {
@@ -306,6 +311,8 @@ struct soft_rx {
 	struct fault fault;	/* of the message under way */
 	struct fault *faults; /* per descriptor; NULL: there was no plan yet */
 	uint32_t acks_owed;
+	bool again;    /* the frame repeats what was executed */
+	uint64_t skip; /* RX_SKIP: payload of it still to be thrown away */
 	/* RNR */
 	bool parked;
 	uint32_t rnr_tries;
@@ -357,6 +364,9 @@ struct soft_conn {
 
 /* --- the adapter --------------------------------------------------------- */
 
+/* KVXFER_SOFT_STRICT: what happens when wrong use is seen. */
+enum soft_strict { STRICT_OFF = 0, STRICT_REPORT, STRICT_ABORT };
+
 struct soft_context {
 	struct verbs_context verbs; /* ends with the ibv_context */
 	struct soft_list link;	    /* contexts; by contexts_lock */
@@ -367,6 +377,7 @@ struct soft_context {
 	union ibv_gid gid;
 	struct sockaddr_storage bound;
 	uint32_t wires; /* allowed, bit mask */
+	enum soft_strict strict;
 	uint64_t pid_ns;
 	int listen_fd, epoll_fd, kick_fd;
 
@@ -670,6 +681,8 @@ enum chunk_result {
 	CHUNK_NO_DEST
 };
 enum chunk_result soft_move_chunk(struct soft_conn *conn);
+/* Throw payload away; rx->skip is what is left of it. */
+enum chunk_result soft_skip_payload(struct soft_conn *conn);
 static inline bool soft_needs_recv(const struct frame_desc *desc)
 {
 	return desc->op == OP_SEND || desc->flags & DESC_IMM;
@@ -684,6 +697,10 @@ int soft_set_faults(struct ibv_context *context, const char *plan,
 		    size_t *at); /* not held */
 /* post_send is given a WR: 0 or the errno to refuse it with. sq_lock held. */
 int soft_inject_post(struct soft_qp *qp);
+/* post_send is called with these WRs, and takes its time. No lock held. */
+void soft_inject_slow_post(struct soft_qp *qp, const struct ibv_send_wr *wr);
+/* Is something to be sent once more? Then it is in the frame. */
+bool soft_inject_again(struct soft_qp *qp, struct soft_tx *tx);
 /* WR sq.next is about to leave, the first of its frame or not. True: it may. */
 bool soft_inject_start(struct soft_qp *qp, bool first);
 /* An answer came, and some of it is lost: the header says what is left. */
@@ -717,6 +734,24 @@ void soft_inject_arrived(struct soft_conn *conn, struct soft_landing *landing,
 /* Put in place what is due by then (NEVER: everything). */
 void soft_inject_land(struct soft_qp *qp, uint64_t now_ns);
 void soft_inject_land_all(struct soft_context *ctx);
+
+/* strict.c: wrong use that no status reports */
+/* False: the text means nothing. */
+bool soft_strict_parse(const char *text, enum soft_strict *strict);
+/* Around what post_send does. */
+void soft_strict_enter(struct soft_qp *qp);
+void soft_strict_leave(struct soft_qp *qp);
+/* WRs up to head are posted, WR seq is; sq_lock held. */
+void soft_strict_full(struct soft_qp *qp, uint64_t head);
+void soft_strict_posted(struct soft_qp *qp, uint64_t seq);
+/* WR seq is about to complete; ctx->lock held. */
+void soft_strict_done(struct soft_qp *qp, uint64_t seq);
+/* The device is closed although it has children. */
+void soft_strict_close(struct soft_context *ctx);
+/* Wait until all events that were taken are acknowledged; *acked by mutex. */
+void soft_await_acks(struct soft_context *ctx, pthread_mutex_t *mutex,
+		     pthread_cond_t *cond, const uint32_t *acked,
+		     uint32_t taken, const char *what);
 
 /* read.c; ctx->lock held */
 /* False: an atomic's target is not mapped. */

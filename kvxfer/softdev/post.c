@@ -117,6 +117,10 @@ int soft_post_send(struct ibv_qp *ibqp, struct ibv_send_wr *wr,
 		*bad_wr = wr;
 		return ENODEV;
 	}
+	if (qp->sq.sums)
+		soft_strict_enter(qp);
+	if (soft_faulty(qp_context(qp)))
+		soft_inject_slow_post(qp, wr);
 	pthread_mutex_lock(&qp->sq_lock);
 	state = qp_state(qp);
 	first = head = atomic_load_explicit(&qp->sq.head, memory_order_relaxed);
@@ -126,6 +130,8 @@ int soft_post_send(struct ibv_qp *ibqp, struct ibv_send_wr *wr,
 			err = soft_inject_post(qp);
 		if (!err && state == IBV_QPS_RTS)
 			err = fill_wqe(qp, wr, head);
+		if (!err && qp->sq.sums && state == IBV_QPS_RTS)
+			soft_strict_posted(qp, head);
 		if (err) {
 			*bad_wr = wr;
 			break;
@@ -136,8 +142,12 @@ int soft_post_send(struct ibv_qp *ibqp, struct ibv_send_wr *wr,
 					 IBV_WC_WR_FLUSH_ERR, KVX_SOFT_FLUSHED);
 		head++;
 	}
+	if (qp->sq.sums && state == IBV_QPS_RTS)
+		soft_strict_full(qp, head);
 	atomic_store_explicit(&qp->sq.head, head, memory_order_release);
 	pthread_mutex_unlock(&qp->sq_lock);
+	if (qp->sq.sums)
+		soft_strict_leave(qp);
 
 	if (head != first && state == IBV_QPS_RTS)
 		soft_kick(qp);

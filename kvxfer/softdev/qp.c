@@ -68,6 +68,10 @@ static int allocate_queues(struct soft_qp *qp, const struct ibv_qp_cap *asked)
 	rq->ring = calloc(at_least(rq->depth, 1), sizeof(*rq->ring));
 	rq->sges = calloc(at_least(rq->depth, 1) * rq->max_sge,
 			  sizeof(*rq->sges));
+	if (qp_context(qp)->strict)
+		sq->sums = calloc(at_least(sq->depth, 1), sizeof(*sq->sums));
+	if (qp_context(qp)->strict && !sq->sums)
+		return ENOMEM;
 	return sq->ring && sq->slots && rq->ring && rq->sges ? 0 : ENOMEM;
 }
 
@@ -75,6 +79,7 @@ static void free_qp(struct soft_qp *qp)
 {
 	free(qp->sq.ring);
 	free(qp->sq.slots);
+	free(qp->sq.sums);
 	free(qp->rq.ring);
 	free(qp->rq.sges);
 	free(qp);

@@ -268,6 +268,8 @@ bool soft_frame_requests(struct soft_qp *qp, struct soft_tx *tx)
 	tx->n_iov = tx->at_iov = 0;
 	tx->first_seq = sq->next;
 	tx->mr_generation = qp_context(qp)->mr_generation;
+	if (soft_inject_again(qp, tx))
+		return true;
 	while (sq->next != head && b.n_desc < FRAME_MAX_DESC &&
 	       b.payload < FRAME_MAX_PAYLOAD && !b.full) {
 		if (sq->next_offset == 0 &&
@@ -298,7 +300,7 @@ static struct soft_late *copy_of(const struct soft_tx *tx)
 	if (!late)
 		return NULL;
 	memcpy(late->bytes, tx->head, tx->head_len);
-	late->length = tx->head_len;
+	late->length = late->head_length = tx->head_len;
 	for (i = 0; i < tx->n_iov; i++) {
 		memcpy(late->bytes + late->length, tx->iov[i].iov_base,
 		       tx->iov[i].iov_len);

@@ -156,8 +156,9 @@ static enum step take_header(struct soft_conn *conn)
 	}
 	if (frame_get_header(rx->raw, &rx->header) ||
 	    rx->header.type != FRAME_REQUEST ||
-	    rx->header.seq != conn->qp->rx_seq)
+	    rx->header.seq > conn->qp->rx_seq)
 		return lost(conn);
+	rx->again = rx->header.seq != conn->qp->rx_seq;
 	rx->raw_len = 0;
 	rx->phase = RX_TABLE;
 	return STEP_ON;
@@ -165,6 +166,7 @@ static enum step take_header(struct soft_conn *conn)
 
 static enum step take_table(struct soft_conn *conn)
 {
+	struct frame_message alone = { 0 };
 	struct soft_rx *rx = conn->rx;
 	int got = soft_conn_fill(conn, rx->raw, &rx->raw_len,
 				 (size_t)rx->header.n_desc * FRAME_DESC_BYTES);
@@ -174,9 +176,14 @@ static enum step take_table(struct soft_conn *conn)
 	if (got == 0)
 		return STEP_WAIT;
 	if (frame_get_table(rx->raw, &rx->header, conn->wire == WIRE_TCP,
-			    &rx->message, rx->desc))
+			    rx->again ? &alone : &rx->message, rx->desc))
 		return lost(conn);
 	rx->raw_len = 0;
+	if (rx->again) {
+		rx->skip = rx->header.payload_len;
+		rx->phase = RX_SKIP;
+		return STEP_ON;
+	}
 	rx->at = 0;
 	rx->at_off = 0;
 	rx->phase = RX_EXECUTE;
@@ -184,6 +191,20 @@ static enum step take_table(struct soft_conn *conn)
 		return lost(conn);
 	check_frame(conn);
 	return STEP_ON;
+}
+
+/* What was executed is acknowledged once more, and not executed again. */
+static enum step skip(struct soft_conn *conn)
+{
+	enum chunk_result result = soft_skip_payload(conn);
+
+	if (result != CHUNK_MOVED)
+		return result == CHUNK_WAIT ? STEP_WAIT : lost(conn);
+	if (conn->rx->skip)
+		return STEP_YIELD;
+	conn->rx->phase = RX_HEADER;
+	return conn->out_len || answer(conn, FRAME_ACK, 0) ? STEP_YIELD :
+							     lost(conn);
 }
 
 static enum step park(struct soft_conn *conn)
@@ -372,6 +393,8 @@ static enum step step(struct soft_conn *conn)
 		return take_table(conn);
 	case RX_READ:
 		return read_on(conn);
+	case RX_SKIP:
+		return skip(conn);
 	case RX_EXECUTE:
 	default:
 		return execute(conn);

@@ -18,6 +18,12 @@ struct kvx_soft_counts {
 
 void kvx_soft_counts(struct kvx_soft_counts *counts);
 
+/*
+ * What strict mode (KVXFER_SOFT_STRICT) has seen since the last call, one violation
+ * a line; size of the text is at least 1. Returns its length.
+ */
+size_t kvx_soft_take_violations(char *text, size_t size);
+
 /* vendor_err of a failed completion: which check failed. */
 enum kvx_soft_vendor_err {
 	KVX_SOFT_FLUSHED = 0x1,	       /* the QP was in ERR already */

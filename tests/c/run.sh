@@ -37,7 +37,7 @@ library() {
 library asan address,undefined &
 library tsan thread &
 wait
-for test in basic errors faults process stress; do
+for test in basic errors faults process strict stress; do
 	build "$test" address,undefined "$here/test_$test.c" "$out"/asan/*.o
 done
 build fuzz address,undefined "$here/fuzz_frame.c" "$out/asan/frame.o"
@@ -49,7 +49,7 @@ export TSAN_OPTIONS=halt_on_error=1
 "$out/fuzz" "${ROUNDS:-200000}"
 for wire in tcp cma; do
 	echo "wire $wire:"
-	for test in basic errors faults process stress races race_faults; do
+	for test in basic errors faults process strict stress races race_faults; do
 		KVXFER_SOFT_WIRE=$wire timeout 120 "$out/$test"
 	done
 done

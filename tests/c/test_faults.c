@@ -154,6 +154,10 @@ static void plans(int rounds)
 		"nth=%u,act=gid_change",
 		"nth=%u,act=port_down;act=port_up@t=20ms",
 		"act=gid_change@t=1ms",
+		"rate=.4,act=dup",
+		"act=slow_post,us=1..50",
+		"nth=%u,act=ack_lost;rate=.5,act=dup",
+		"nth=%u,act=drop;rate=.5,act=dup;rate=.1,act=delay,us=1..500",
 	};
 	static const char *const targets[] = {
 		"",
@@ -184,7 +188,7 @@ static void plans(int rounds)
 int main(void)
 {
 	parser(100000);
-	plans(130); /* each with each */
+	plans(170); /* each with each */
 	puts("faults: ok");
 	return 0;
 }
