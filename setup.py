@@ -69,14 +69,14 @@ def stop(reason: str) -> None:
     raise SystemExit(f"kvxfer: {reason}")
 
 
-def extension(name: str, sources: list[str]) -> Extension:
+def extension(name: str, sources: list[str], *flags: str) -> Extension:
     return Extension(
         f"kvxfer.{name}",
         [f"kvxfer/{name.replace('.', '/')}.pyx", *sources],
         include_dirs=[*PATHS, *filter(None, [VERBS_INCLUDE])],
         depends=[*glob("kvxfer/*.pxd"), *glob("kvxfer/*/*.h")],
         libraries=["dl", "rt"],
-        extra_compile_args=FLAGS,
+        extra_compile_args=[*FLAGS, *([] if SANITIZE else flags)],
         extra_link_args=LINK_FLAGS,
     )
 
@@ -89,7 +89,10 @@ setup(
     ext_modules=[
         extension("_verbs", verbs_c),
         extension("_core", []),
-        extension("_engine", []),
+        extension("_post", [], "-O3"),
+        extension("_progress", []),
+        # Its loops over block ids become vectors.
+        extension("_engine", [], "-O3"),
         extension("bench._limits", []),
     ],
 )

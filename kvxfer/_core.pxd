@@ -1,6 +1,6 @@
-"""The engine's core: its structs, and what the engine calls of it."""
+"""The engine's core: its structs, and what the other rooms of it call."""
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvxfer._ibverbs cimport ibv_cq, ibv_qp, ibv_send_wr, ibv_sge
 
@@ -16,8 +16,21 @@ cdef extern from "pthread.h" nogil:
     int pthread_mutex_unlock(pthread_mutex_t *)
     int pthread_mutex_destroy(pthread_mutex_t *)
 
+cdef extern from "sys/eventfd.h" nogil:
+    enum:
+        EFD_CLOEXEC
+        EFD_NONBLOCK
+    int eventfd(unsigned int, int)
+    int eventfd_write(int, uint64_t)
+    int eventfd_read(int, uint64_t *)
+
 cdef extern from "heap.h" nogil:
+    struct kvx_heap_item:
+        uint64_t key
+        uint64_t order
+        void *value
     struct kvx_heap:
+        kvx_heap_item *items
         size_t n
     int kvx_heap_reserve(kvx_heap *, size_t)
     void kvx_heap_push(kvx_heap *, uint64_t, uint64_t, void *)
@@ -25,6 +38,42 @@ cdef extern from "heap.h" nogil:
     void kvx_heap_pop(kvx_heap *)
     void kvx_heap_remove(kvx_heap *, const void *)
     void kvx_heap_free(kvx_heap *)
+
+cdef extern from "ids.h" nogil:
+    uint32_t kvx_take_ids64(uint32_t *, const int64_t *, uint32_t, uint64_t)
+    uint32_t kvx_take_ids32(uint32_t *, const int32_t *, uint32_t, uint64_t)
+    uint32_t kvx_find_duplicate(uint64_t *, const uint32_t *, uint32_t)
+
+cdef extern from "fill.h" nogil:
+    enum:
+        KVX_MAX_CHAIN
+        KVX_MAX_SGE
+    struct kvx_plane:
+        uint64_t local_base
+        uint64_t local_stride
+        uint64_t remote_base
+        uint64_t remote_stride
+        uint64_t block_bytes
+        uint32_t lkey
+        uint32_t rkey
+    struct kvx_template:
+        ibv_send_wr *wrs        # an array
+        const kvx_plane **planes
+    struct kvx_limits:
+        uint32_t max_sge
+        uint64_t merge_bytes
+        uint64_t max_wr_bytes
+    struct kvx_blocks:
+        const kvx_plane *plane
+        const uint32_t *local
+        const uint32_t *remote
+        uint32_t n
+        uint32_t at
+        uint64_t offset
+    void kvx_template_init(kvx_template *)
+    uint32_t kvx_fill(
+        kvx_template *, kvx_blocks *, const kvx_limits *, uint32_t, uint32_t,
+        uint64_t, uint64_t, uint64_t *)
 
 cdef extern from "notify.h" nogil:
     enum:
@@ -52,77 +101,78 @@ cdef extern from "notify.h" nogil:
         uint64_t head, uint64_t length, uint64_t ring_bytes, uint64_t *start)
 
 cdef enum:
-    MAX_CHAIN = 64         # WRs of the template
-    FIRST_CHAIN = 16       # the device starts early on the first of an operation
-    MAX_SGE = 16
-    POLL_BATCH = 32
-    PROGRESS_BUDGET = 512  # CQEs a call of progress; then others get their turn
+    MAX_LANES = 4          # QPs of one connection
     CANCELLED = -1000      # status of an operation that was cancelled
-    # wr_id: queue slot (12 bits) | generation (12) | receive (1) | sequence (39)
+    # wr_id: queue (12 bits) | lane (2) | generation (12) | receive (1) | sequence (37)
     SLOT_SHIFT = 52
-    GENERATION_SHIFT = 40
+    LANE_SHIFT = 50
+    GENERATION_SHIFT = 38
     FIELD_MASK = 0xfff
 
 
 cdef enum Stage:
     DATA       # WRs of blocks are still to be posted
+    # What may stand between the two: one small READ behind all planes, as a flush.
     RECORD     # all data is posted; waits for credit, then record and immediate
     IMMEDIATE  # the record is posted
+    OTHERS     # an immediate on each further QP that carried data
     POSTED     # nothing left to post
 
-cdef struct Pair:               # one plane of one layer, both ends
-    uint64_t local_base
-    uint64_t local_stride
-    uint64_t remote_base
-    uint64_t remote_stride
-    uint64_t block_bytes
-    uint32_t lkey
-    uint32_t rkey
-
 cdef struct Row:                # one layer of one group
-    uint32_t first_pair
-    uint32_t n_pairs
+    uint32_t first_plane
+    uint32_t n_planes
     uint64_t n_local            # blocks that every local plane has
     uint64_t n_remote           # blocks that every remote plane has
     uint32_t layer
     uint32_t group
 
-cdef struct Ids:                # shared by the operations of one submission
-    uint32_t refs
-    uint32_t n
-    uint32_t request_bytes
-    char request[256]
-    uint64_t generation
-    uint64_t total
-    uint64_t digest
-    int64_t *local              # n local and, behind them, n remote ids
-
 cdef struct Cursor:             # what is to be posted next
-    uint32_t pair
+    Stage stage
+    uint32_t plane
     uint32_t index
     uint64_t offset             # bytes of the block that are posted already
-    Stage stage
+    uint32_t lanes              # bit mask: lanes that carried data
+    uint32_t due                # of those, the ones that still get an immediate
+    uint64_t n_bytes            # posted so far
 
-cdef struct Op:
+cdef struct Op:                 # one layer of a submission
     Op *next
     uint64_t id
-    Queue *queue
-    Ids *ids
+    Batch *batch
     Row *row
     Cursor cursor
     bint cancelled
     bint reserved               # its place in the notify ring is taken
     bint culprit                # the queue's first failure was one of its WRs
     uint64_t ring_start
-    uint64_t end                # value of queue.posted behind its last WR so far
+    uint64_t ends[MAX_LANES]    # lane.posted behind its last WR so far
     uint64_t n_wrs
-    uint64_t n_bytes
-    uint64_t born_ns
     uint64_t died_ns            # this and the rest: when it ends
     uint64_t wr_id
     uint32_t qp_num
     uint32_t vendor_err
     int status
+
+cdef struct Batch:              # one submission; its operations go one by one
+    uint32_t refs               # operations that Python has not taken, and itself
+    uint32_t n_open             # operations that have not ended
+    Queue *queue
+    uint64_t key
+    uint64_t order              # among equal keys; moves back when a turn is over
+    uint64_t turn_bytes         # of the present turn
+    uint64_t turn_wrs
+    uint64_t born_ns
+    uint32_t n_ids
+    uint32_t n_ops
+    uint32_t at                 # operation whose data is posted next
+    uint64_t generation         # these three: what the record says of it
+    uint64_t total
+    uint64_t digest
+    uint32_t request_bytes
+    char request[256]
+    Op *ops                     # behind this struct, in one piece with it
+    uint32_t *local             # behind the operations
+    uint32_t *remote            # behind those
 
 cdef struct Arrival:
     Arrival *next
@@ -130,35 +180,58 @@ cdef struct Arrival:
     int error                   # 0, or why the record was refused
     uint64_t head               # ring position to report as consumed
     uint32_t length
+    uint32_t offset             # of the record, in units of KVX_NOTIFY_ALIGN
+    uint32_t missing            # immediates of further QPs, not here yet
     char *record                # owned copy
 
-cdef struct Queue:
+cdef struct Chain:              # WRs posted with one doorbell
+    uint64_t end                # sequence behind the last of them
+    uint64_t n_bytes
+    uint32_t op                 # index of the operation
+
+cdef struct Lane:               # one QP of a queue
     ibv_qp *qp                  # owned by the QueuePair kept in Engine._qps
-    uint32_t slot
-    uint32_t generation
     uint32_t qp_num
     uint64_t depth
-    uint32_t max_sge
     uint64_t posted
     uint64_t retired
-    uint32_t *owners            # by sequence % depth: index of the WR's operation
+    uint64_t good               # retired with success: all WRs before the first bad
+    Chain *chains               # ring of `depth`, each chain has a WR at least
+    uint64_t first_chain
+    uint64_t next_chain
     uint32_t receives           # posted receives
-    bint failed
-    bint reported               # the failure has been handed to Python
     bint flushing               # an error CQE was seen: no success comes after it
     bint tail_unsignaled        # the last accepted WR will not speak for itself
+
+cdef struct Queue:              # one connection
+    uint32_t slot
+    uint32_t generation
+    uint32_t n_lanes
+    Lane lanes[MAX_LANES]
+    uint32_t lane               # where data goes
+    uint64_t stripe             # bytes until the next lane has its turn
+    uint64_t flying_bytes       # posted and not retired
+    kvx_limits limits
+    bint failed
+    bint reported               # the failure has been handed to Python
     int status                  # first failure: a WC status, or -errno of a post
     uint32_t vendor_err
     uint64_t failed_wr_id
-    kvx_heap ready              # of Op: something left to post
+    uint32_t failed_qp_num
+    kvx_heap ready              # of Batch: operations with data to post
+    Op *first_closing           # all data is posted, the notification is not
+    Op *last_closing
     Op *first_posted            # nothing left to post; by the last WR of each
     Op *last_posted
     uint32_t n_ops
+    bint listed                 # is in core.runnable, by:
+    uint64_t listed_key
+    uint64_t listed_order
     # The route: whose blocks they are.
-    Pair *pairs
+    kvx_plane *planes
     Row *rows
     uint32_t n_rows
-    uint8_t *seen               # one scratch bit a remote block: duplicates
+    uint64_t *seen              # one scratch bit a remote block: duplicates
     # Notify ring of the peer, where this side writes.
     char *ring
     uint32_t ring_lkey
@@ -175,59 +248,59 @@ cdef struct Queue:
     uint64_t own_bytes
     uint64_t own_head
     uint64_t own_records
+    Arrival *first_partial      # records that miss immediates, in ring order
+    Arrival *last_partial
+    uint8_t *early              # immediates that came before their record
 
 cdef struct Core:               # all that an engine has but its Python objects
     ibv_cq *cq                  # owned by the engine's CompletionQueue
     pthread_mutex_t lock        # guards everything below
     uint64_t cq_limit
     uint64_t outstanding        # unretired WRs and posted receives of all queues
+    uint64_t flying_bytes       # posted and not retired, of all queues
+    uint64_t window_bytes       # most of that for one queue
+    uint64_t device_window_bytes    # and for all
+    uint64_t stripe_bytes
+    int news_fd                 # eventfd: there is something for Python
+    bint waits                  # Python wants to be told; it has taken all there was
+    bint armed                  # the next completion makes an event, or has made one
     Queue **queues              # by slot; NULL: free
     uint32_t n_slots
     uint32_t next_generation
+    kvx_heap runnable           # of Queue: has something to post and room for it
     Op **ops                    # by index of the operation's id; NULL: free
     uint32_t *op_generation
     uint32_t *op_free           # stack of free indices
     uint32_t n_op_free
     uint32_t n_op_slots
     uint32_t n_ops
-    uint64_t op_order
+    uint64_t order
     Op *finished                # FIFO, not yet handed to Python
     Op **finished_tail
     Arrival *arrivals           # FIFO, not yet handed to Python
     Arrival **arrivals_tail
     uint32_t n_unreported       # failed queues not yet handed to Python
     uint32_t chain
-    uint32_t max_sge
-    uint64_t merge_bytes
-    uint64_t max_wr_bytes
-    # The template: WRs linked once, of which only the changing fields are written.
-    ibv_send_wr wrs[64]         # MAX_CHAIN
-    ibv_sge sges[1024]          # MAX_CHAIN * MAX_SGE
-    Cursor before               # the operation's cursor before the template
-    Cursor after[64]            # and behind each of its WRs
-    uint64_t bytes_after[64]
+    kvx_limits limits
+    kvx_template template
 
 
-cdef int core_init(
-    Core *core, ibv_cq *cq, uint32_t chain, uint32_t max_sge,
-    uint64_t merge_bytes, uint64_t max_wr_bytes) noexcept nogil
+cdef int core_init(Core *core, ibv_cq *cq) noexcept nogil
 cdef void core_free(Core *core) noexcept nogil
 cdef uint64_t now_ns() noexcept nogil
-cdef uint64_t make_wr_id(Queue *queue, uint64_t sequence) noexcept nogil
-cdef int find_bad_id(
-    const int64_t *ids, uint32_t n, uint64_t limit, uint32_t *position) noexcept nogil
-cdef int find_duplicate(
-    uint8_t *seen, const int64_t *ids, uint32_t n, uint32_t *position) noexcept nogil
-cdef void release_ids(Ids *ids) noexcept nogil
+cdef uint64_t make_wr_id(Queue *queue, uint32_t lane, uint64_t sequence) noexcept nogil
+cdef void release_batch(Batch *batch) noexcept nogil
 cdef void free_queue(Queue *queue) noexcept nogil
-cdef int post_receive(Core *core, Queue *queue) noexcept nogil
-cdef Op *admit(
-    Core *core, Queue *queue, Row *row, Ids *ids, uint64_t key) noexcept nogil
-cdef void cancel(Core *core, uint64_t op_id) noexcept nogil
-cdef void stop(Core *core, Queue *queue) noexcept nogil
-cdef void flush(Core *core, Queue *queue) noexcept nogil
-cdef void forget(Core *core, Queue *queue) noexcept nogil
-cdef void pump(Core *core, Queue *queue) noexcept nogil
-cdef void pump_all(Core *core) noexcept nogil
+cdef Batch *new_batch(uint32_t n_ops, uint32_t n_ids) noexcept nogil
+cdef bint reserve(Core *core, Queue *queue, uint32_t n) noexcept nogil
+cdef void admit(Core *core, Batch *batch) noexcept nogil
+cdef void append_posted(Core *core, Op *op) noexcept nogil
+cdef void finish(Core *core, Op *op, int status) noexcept nogil
+cdef void retire_ops(Core *core, Queue *queue) noexcept nogil
+cdef void retire_bytes(Core *core, Queue *queue, Lane *lane) noexcept nogil
+cdef bint is_drained(Queue *queue) noexcept nogil
+cdef void end_if_drained(Core *core, Queue *queue) noexcept nogil
+cdef bint has_news(Core *core) noexcept nogil
+cdef void tell(Core *core) noexcept nogil
+cdef void fail(Core *core, Queue *queue, int status) noexcept nogil
 cdef void fail_all(Core *core, int status) noexcept nogil
-cdef int drain(Core *core, uint32_t budget) noexcept nogil

@@ -38,6 +38,8 @@ Row = tuple[int, int, int, int, Sequence[Pair]]
 # local_addr, lkey, remote_addr, rkey, length, max_records
 Ring = tuple[int, int, int, int, int, int]
 
+_Ids = NDArray[np.int64] | NDArray[np.int32]
+
 @final
 class Engine:
     def __init__(
@@ -49,21 +51,31 @@ class Engine:
         max_sge: int = 8,
         merge_bytes: int = ...,
         max_wr_bytes: int = ...,
+        window_bytes: int = ...,
+        device_window_bytes: int = ...,
+        stripe_bytes: int = ...,
     ) -> None: ...
     @property
     def cq(self) -> CompletionQueue: ...
     @property
-    def fd(self) -> int: ...
+    def fds(self) -> tuple[int, ...]: ...
     @property
     def in_flight(self) -> int: ...
     @property
     def attention(self) -> bool: ...
     def close(self) -> None: ...
     def add_initiator(
-        self, qp: QueuePair, rows: Sequence[Row], ring: Ring | None = None
+        self,
+        qps: QueuePair | Sequence[QueuePair],
+        rows: Sequence[Row],
+        ring: Ring | None = None,
     ) -> int: ...
     def add_target(
-        self, qp: QueuePair, ring_addr: int, ring_bytes: int, receives: int
+        self,
+        qps: QueuePair | Sequence[QueuePair],
+        ring_addr: int,
+        ring_bytes: int,
+        receives: int,
     ) -> int: ...
     def remove(self, slot: int) -> None: ...
     def abort(self, slot: int) -> None: ...
@@ -75,11 +87,21 @@ class Engine:
         self,
         slot: int,
         rows: Sequence[int],
-        local_ids: NDArray[np.int64],
-        remote_ids: NDArray[np.int64],
+        local_ids: _Ids,
+        remote_ids: _Ids,
         request_id: bytes = b"",
         key: int = 0,
         tag: tuple[int, int, int] = (0, 0, 0),
     ) -> list[int]: ...
+    def write(
+        self,
+        slot: int,
+        rows: Sequence[int],
+        local_ids: _Ids,
+        remote_ids: _Ids,
+        request_id: bytes = b"",
+        key: int = 0,
+        tag: tuple[int, int, int] = (0, 0, 0),
+    ) -> tuple[int, int, float] | list[int]: ...
     def cancel(self, op_id: int) -> None: ...
     def progress(self) -> Progress: ...

@@ -3,22 +3,32 @@
 
 An *operation* moves the blocks of one layer to one peer: a list of local and a
 list of remote block ids, applied to every plane of the layer. One engine has one
-CQ and any number of queues, a queue being the QP to one peer with what is known
-of that peer's memory. The work is done by ``_core.pyx``, without the GIL: one
-release of it for a submission, one for a look at what has completed.
+CQ and any number of queues, a queue being the QPs to one peer with what is known
+of that peer's memory. The work is done by ``_core.pyx``, ``_post.pyx`` and
+``_progress.pyx``, without the GIL: one release of it for a submission, one for a
+look at what has completed.
 
 Nothing here waits, and nothing knows asyncio. Whoever owns the engine calls
 :meth:`Engine.progress` when :attr:`Engine.fd` is readable. All state is behind one
 lock, so that a progress thread can take the place of that call.
 """
 
+from cpython.buffer cimport (
+    PyBUF_FORMAT,
+    PyBUF_ND,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
+from posix.unistd cimport close
 
 from kvxfer._core cimport *
 from kvxfer._ibverbs cimport *
+from kvxfer._post cimport flush, post_receive, relist
+from kvxfer._progress cimport cancel, forget, settle, stop
 from kvxfer._verbs cimport CompletionQueue, Device, QueuePair
 
 from typing import NamedTuple
@@ -80,19 +90,57 @@ class Progress(NamedTuple):
 
 CANCELLED_STATUS = CANCELLED
 
+cdef enum:
+    BUDGET = 512    # CQEs that one call takes; then others get their turn
+
 _RING_ERRORS = {
     1: "an immediate points outside the ring or not at the next record",
     2: "a record's header is not valid",
     3: "a receive completed that carries no immediate",
+    4: "more immediates came than QPs carried data",
 }
 
 
-cdef int _fill_pair(Pair *slot, tuple pair) except -1:
+cdef int _fill_plane(kvx_plane *slot, tuple pair) except -1:
     (slot.local_base, slot.local_stride, slot.remote_base, slot.remote_stride,
      slot.block_bytes, slot.lkey, slot.rkey) = pair
     if slot.block_bytes == 0:
         raise LayoutError("a block has no bytes")
     return 0
+
+
+cdef int _open_ids(object ids, Py_buffer *view, str name) except -1:
+    """Get at the memory of an array of int64 or int32; to be released."""
+    PyObject_GetBuffer(ids, view, PyBUF_ND | PyBUF_FORMAT)
+    # One letter of struct's: q and l have 8 bytes, i and l may have 4.
+    if (view.ndim == 1 and view.format is not NULL and view.format[1] == 0
+            and view.format[0] in (b"l", b"q", b"i")
+            and view.itemsize in (4, 8)):
+        return 0
+    shape = f"{view.ndim} dimensions of format {view.format.decode()!r}"
+    PyBuffer_Release(view)
+    raise LayoutError(f"{name}: {shape}, not one of int64 or int32")
+
+
+cdef uint32_t _take_ids(
+    uint32_t *to, const Py_buffer *view, uint32_t n, uint64_t limit
+) noexcept nogil:
+    """Copy and check; return ``n`` or the position of the first id out of range."""
+    if view.itemsize == 4:
+        return kvx_take_ids32(to, <const int32_t *>view.buf, n, limit)
+    return kvx_take_ids64(to, <const int64_t *>view.buf, n, limit)
+
+
+cdef object _bad_id(
+    str name, const Py_buffer *view, uint32_t position, uint64_t limit, str whose
+):
+    cdef int64_t value
+    if view.itemsize == 4:
+        value = (<const int32_t *>view.buf)[position]
+    else:
+        value = (<const int64_t *>view.buf)[position]
+    return LayoutError(
+        f"{name}[{position}] is {value}, not in [0, {limit}){whose}")
 
 
 cdef class Engine:
@@ -105,11 +153,15 @@ cdef class Engine:
       max_sge: SGEs a WR at most (further bounded by each QP), 1 to 16.
       merge_bytes: Neighbouring blocks merge into WRs of up to so many bytes.
       max_wr_bytes: Longest WR that the port carries; longer blocks are split.
+      window_bytes: Once a queue has so much in flight it posts no more data.
+      device_window_bytes: The same for all queues together.
+      stripe_bytes: Data that goes over one QP of a queue before the next has its
+        turn.
     """
 
     cdef:
         readonly CompletionQueue cq
-        dict _qps      # slot -> QueuePair, kept alive while in use
+        dict _qps      # slot -> list of QueuePair, kept alive while in use
         Core *core     # owned
 
     def __cinit__(self):
@@ -118,25 +170,32 @@ cdef class Engine:
             raise MemoryError
 
     def __init__(self, Device device not None, *, cq_depth, chain=64, max_sge=8,
-                 merge_bytes=1 << 20, max_wr_bytes=1 << 30):
+                 merge_bytes=1 << 20, max_wr_bytes=1 << 30,
+                 window_bytes=32 << 20, device_window_bytes=128 << 20,
+                 stripe_bytes=256 << 10):
         cdef int err
         if self.cq is not None:
             raise UsageError("an Engine is made once")
-        if not 1 <= chain <= MAX_CHAIN:
-            raise UsageError(f"chain is {chain}, not 1 to {MAX_CHAIN}")
-        if not 1 <= max_sge <= MAX_SGE:
-            raise UsageError(f"max_sge is {max_sge}, not 1 to {MAX_SGE}")
+        if not 1 <= chain <= KVX_MAX_CHAIN:
+            raise UsageError(f"chain is {chain}, not 1 to {KVX_MAX_CHAIN}")
+        if not 1 <= max_sge <= KVX_MAX_SGE:
+            raise UsageError(f"max_sge is {max_sge}, not 1 to {KVX_MAX_SGE}")
+        if min(window_bytes, device_window_bytes, stripe_bytes) < 1:
+            raise UsageError("windows and stripes have one byte at least")
         # An SGE's length has 32 bits.
         max_wr_bytes = min(max_wr_bytes, 1 << 30)
         merge_bytes = min(merge_bytes, max_wr_bytes)
         self._qps = {}
         self.cq = CompletionQueue(device, cq_depth)
-        err = core_init(
-            self.core, self.cq.cq, chain, max_sge, merge_bytes, max_wr_bytes)
+        err = core_init(self.core, self.cq.cq)
         if err:
             self.cq.close()
             raise verbs_error(err, "pthread_mutex_init")
-        self.cq.arm()
+        self.core.chain = chain
+        self.core.limits = kvx_limits(max_sge, merge_bytes, max_wr_bytes)
+        self.core.window_bytes = window_bytes
+        self.core.device_window_bytes = device_window_bytes
+        self.core.stripe_bytes = stripe_bytes
 
     def __dealloc__(self):
         if self.core is not NULL:
@@ -149,11 +208,15 @@ cdef class Engine:
         if self._qps:
             raise UsageError(f"{len(self._qps)} queues are still in the engine")
         self.cq.close()
+        if self.cq.closed:
+            close(self.core.news_fd)
+            self.core.news_fd = -1
 
     @property
-    def fd(self):
-        """Readable when :meth:`progress` should be called."""
-        return self.cq.fd
+    def fds(self):
+        """Of these one is readable when :meth:`progress` should be called."""
+        self._ensure_open()
+        return (self.cq.fd, self.core.news_fd)
 
     @property
     def in_flight(self):
@@ -163,24 +226,26 @@ cdef class Engine:
     @property
     def attention(self):
         """Whether something has ended without an event: call :meth:`progress`."""
-        return self.core.finished is not NULL or self.core.n_unreported != 0
+        return has_news(self.core)
 
     # -- queues ----------------------------------------------------------------
 
-    cdef Queue *_new_queue(self, QueuePair qp, uint32_t receives) except NULL:
+    cdef Queue *_new_queue(self, qps, uint32_t receives) except NULL:
         """Make a queue in a free slot; the caller fills in its route or ring."""
         cdef:
             Queue *queue
-            Queue **grown
             uint32_t slot = 0
-            uint32_t room = self.core.n_slots * 2 + 8
+            QueuePair qp
         self.cq._ensure_open()
-        qp._ensure_open()
-        if qp.cq is not self.cq:
-            raise UsageError("the QP completes into another CQ than the engine's")
-        if self.core.outstanding + receives >= self.core.cq_limit:
+        if not 1 <= len(qps) <= MAX_LANES:
+            raise UsageError(f"{len(qps)} QPs for one queue, not 1 to {MAX_LANES}")
+        for qp in qps:
+            qp._ensure_open()
+            if qp.cq is not self.cq:
+                raise UsageError("the QP completes into another CQ than the engine's")
+        if self.core.outstanding + receives * len(qps) >= self.core.cq_limit:
             raise UsageError(
-                f"no room in the CQ for {receives} more receives: of its "
+                f"no room in the CQ for {receives * len(qps)} more receives: of its "
                 f"{self.core.cq_limit} entries {self.core.outstanding} are spoken for"
             )
         while slot < self.core.n_slots and self.core.queues[slot] is not NULL:
@@ -190,26 +255,44 @@ cdef class Engine:
         queue = <Queue *>calloc(1, sizeof(Queue))
         if queue is NULL:
             raise MemoryError
-        if slot == self.core.n_slots:
-            grown = <Queue **>calloc(room, sizeof(Queue *))
-            if grown is NULL:
-                free(queue)
-                raise MemoryError
-            if self.core.n_slots:
-                memcpy(grown, self.core.queues, self.core.n_slots * sizeof(Queue *))
-            free(self.core.queues)
-            self.core.queues = grown
-            self.core.n_slots = room
         self.core.next_generation = (self.core.next_generation + 1) & FIELD_MASK
-        queue.qp = qp.qp
-        queue.qp_num = qp.qp.qp_num
         queue.slot = slot
         queue.generation = self.core.next_generation
-        queue.depth = qp.max_send_wr
-        queue.max_sge = min(self.core.max_sge, qp.max_send_sge)
+        queue.limits = self.core.limits
+        for qp in qps:
+            queue.lanes[queue.n_lanes].qp = qp.qp
+            queue.lanes[queue.n_lanes].qp_num = qp.qp.qp_num
+            queue.lanes[queue.n_lanes].depth = qp.max_send_wr
+            queue.n_lanes += 1
+            queue.limits.max_sge = min(queue.limits.max_sge, qp.max_send_sge)
+        queue.lane = queue.n_lanes - 1    # the first is next
+        pthread_mutex_lock(&self.core.lock)
+        if not self._make_slot(slot):
+            pthread_mutex_unlock(&self.core.lock)
+            free(queue)
+            raise MemoryError
         self.core.queues[slot] = queue
-        self._qps[slot] = qp
+        pthread_mutex_unlock(&self.core.lock)
+        self._qps[slot] = list(qps)
         return queue
+
+    cdef bint _make_slot(self, uint32_t slot) noexcept:
+        """Have room for a queue in ``slot``; False without memory. Lock held."""
+        cdef:
+            Queue **grown
+            uint32_t room = self.core.n_slots * 2 + 8
+        if slot < self.core.n_slots:
+            return True
+        grown = <Queue **>calloc(room, sizeof(Queue *))
+        if grown is NULL or kvx_heap_reserve(&self.core.runnable, room):
+            free(grown)
+            return False
+        if self.core.n_slots:
+            memcpy(grown, self.core.queues, self.core.n_slots * sizeof(Queue *))
+        free(self.core.queues)
+        self.core.queues = grown
+        self.core.n_slots = room
+        return True
 
     cdef int _ensure_open(self) except -1:
         if self.cq is None:
@@ -222,11 +305,11 @@ cdef class Engine:
             raise ClosedResourceError(f"there is no queue {slot}")
         return self.core.queues[slot]
 
-    def add_initiator(self, QueuePair qp not None, rows, ring=None):
-        """Add the QP to a peer whose memory this side writes; return its slot.
+    def add_initiator(self, qps not None, rows, ring=None):
+        """Add the QPs to a peer whose memory this side writes; return the slot.
 
         Args:
-          qp: In RTS, made with this engine's CQ.
+          qps: A QP or up to four, in RTS, made with this engine's CQ.
           rows: One a layer and group: ``(layer, group, n_local, n_remote, pairs)``
             with a pair for each plane: ``(local_base, local_stride, remote_base,
             remote_stride, block_bytes, lkey, rkey)``. Operations name rows by
@@ -237,22 +320,28 @@ cdef class Engine:
         cdef:
             Queue *queue
             uint32_t n_rows = len(rows)
-            uint32_t n_pairs = sum(len(row[4]) for row in rows)
+            uint32_t n_planes = sum(len(row[4]) for row in rows)
             uint64_t n_blocks = max((row[3] for row in rows), default=0)
             uint32_t at = 0
-        queue = self._new_queue(qp, 0)
+            uint32_t lane
+        queue = self._new_queue([qps] if isinstance(qps, QueuePair) else qps, 0)
         try:
             queue.rows = <Row *>calloc(n_rows + 1, sizeof(Row))
-            queue.pairs = <Pair *>calloc(n_pairs + 1, sizeof(Pair))
-            queue.seen = <uint8_t *>calloc(n_blocks // 8 + 1, 1)
-            queue.owners = <uint32_t *>calloc(queue.depth, sizeof(uint32_t))
-            if (queue.rows is NULL or queue.pairs is NULL or queue.seen is NULL
-                    or queue.owners is NULL):
+            queue.planes = <kvx_plane *>calloc(n_planes + 1, sizeof(kvx_plane))
+            queue.seen = <uint64_t *>calloc(n_blocks // 64 + 1, sizeof(uint64_t))
+            if queue.rows is NULL or queue.planes is NULL or queue.seen is NULL:
                 raise MemoryError
+            for lane in range(queue.n_lanes):
+                queue.lanes[lane].chains = <Chain *>calloc(
+                    queue.lanes[lane].depth, sizeof(Chain))
+                if queue.lanes[lane].chains is NULL:
+                    raise MemoryError
             for i, (layer, group, n_local, n_remote, pairs) in enumerate(rows):
-                queue.rows[i] = Row(at, len(pairs), n_local, n_remote, layer, group)
+                queue.rows[i] = Row(
+                    at, len(pairs), min(n_local, 1 << 32), min(n_remote, 1 << 32),
+                    layer, group)
                 for pair in pairs:
-                    _fill_pair(&queue.pairs[at], pair)
+                    _fill_plane(&queue.planes[at], pair)
                     at += 1
             queue.n_rows = n_rows
             if ring is not None:
@@ -268,33 +357,58 @@ cdef class Engine:
             raise
         return queue.slot
 
-    def add_target(self, QueuePair qp not None, ring_addr, ring_bytes, receives):
-        """Add the QP of a peer that writes into our memory; return its slot.
+    def add_target(self, qps not None, ring_addr, ring_bytes, receives):
+        """Add the QPs of a peer that writes into our memory; return the slot.
 
-        Posts ``receives`` receive WRs at once (INIT or later) and keeps them
+        Posts ``receives`` receive WRs on each at once (INIT or later) and keeps them
         posted. ``ring_addr`` is the notify ring that the peer writes.
         """
         cdef:
-            Queue *queue = self._new_queue(qp, receives)
-            uint32_t i
+            Queue *queue = self._new_queue(
+                [qps] if isinstance(qps, QueuePair) else qps, receives)
+            uint32_t n = receives
+            uint32_t lane
+            uint32_t _i
             int err = 0
         queue.own_ring = <const char *><uintptr_t>ring_addr
-        queue.own_bytes = ring_bytes
-        for i in range(receives):
-            err = post_receive(self.core, queue)
-            if err:
+        if queue.n_lanes > 1:
+            queue.early = <uint8_t *>calloc(ring_bytes // KVX_NOTIFY_ALIGN + 1, 1)
+            if queue.early is NULL:
                 self._drop_queue(queue)
-                raise verbs_error(err, "ibv_post_recv", f"receive {i} of {receives}")
+                raise MemoryError
+        with nogil:
+            pthread_mutex_lock(&self.core.lock)
+            for lane in range(queue.n_lanes):
+                for _i in range(n):
+                    if err == 0:
+                        err = post_receive(self.core, queue, lane)
+            if err == 0:
+                settle(self.core, BUDGET)
+            tell(self.core)
+            pthread_mutex_unlock(&self.core.lock)
+        queue.own_bytes = ring_bytes
+        if err:
+            self._drop_queue(queue)
+            raise verbs_error(err, "ibv_post_recv", f"{receives} on each QP")
         return queue.slot
 
     cdef void _drop_queue(self, Queue *queue) noexcept:
-        self.core.outstanding -= queue.posted - queue.retired + queue.receives
+        cdef uint32_t lane
+        pthread_mutex_lock(&self.core.lock)
+        for lane in range(queue.n_lanes):
+            self.core.outstanding -= (
+                queue.lanes[lane].posted - queue.lanes[lane].retired
+                + queue.lanes[lane].receives)
+        self.core.flying_bytes -= queue.flying_bytes
+        queue.failed = True
+        relist(self.core, queue)
         self.core.queues[queue.slot] = NULL
+        pthread_mutex_unlock(&self.core.lock)
         del self._qps[queue.slot]
         free_queue(queue)
 
     def remove(self, slot):
-        """Take a queue out, before its QP is closed.
+        """Take a queue out, before its QPs are closed.
 
         Its operations must have ended: see :meth:`abort`.
         """
@@ -302,49 +416,60 @@ cdef class Engine:
         if queue.n_ops:
             raise UsageError(f"queue {slot} still has {queue.n_ops} operations")
         pthread_mutex_lock(&self.core.lock)
-        if queue.failed and not queue.reported:
+        if queue.failed and not queue.reported and self.core.n_unreported:
             self.core.n_unreported -= 1
-        self._drop_queue(queue)
         pthread_mutex_unlock(&self.core.lock)
+        self._drop_queue(queue)
 
     def abort(self, slot):
         """Stop posting on a queue; its operations end as flushed once it is drained.
 
-        The caller then moves the QP to ERR and calls :meth:`flush`.
+        The caller then moves the QPs to ERR and calls :meth:`flush`.
         """
         cdef Queue *queue = self._queue(slot)
         with nogil:
             pthread_mutex_lock(&self.core.lock)
             stop(self.core, queue)
+            tell(self.core)
             pthread_mutex_unlock(&self.core.lock)
 
     def flush(self, slot):
-        """Make sure that a failed queue, its QP in ERR, reports its last WR."""
+        """Make sure that a failed queue, its QPs in ERR, reports its last WRs."""
         cdef Queue *queue = self._queue(slot)
         if not queue.failed:
             raise UsageError(f"queue {slot} has not failed")
         with nogil:
             pthread_mutex_lock(&self.core.lock)
             flush(self.core, queue)
+            settle(self.core, BUDGET)
+            tell(self.core)
             pthread_mutex_unlock(&self.core.lock)
 
     def forget(self, slot):
-        """End the operations of a queue whose QP has been destroyed.
+        """End the operations of a queue whose QPs have been destroyed.
 
         A destroyed QP touches no memory, whatever its completions said.
         """
         cdef Queue *queue = self._queue(slot)
-        if not self._qps[slot].closed:
+        if not all(qp.closed for qp in self._qps[slot]):
             raise UsageError(f"the QP of queue {slot} is still open")
         with nogil:
             pthread_mutex_lock(&self.core.lock)
             forget(self.core, queue)
+            # Others may have waited for its part of the CQ and the window.
+            settle(self.core, BUDGET)
+            tell(self.core)
             pthread_mutex_unlock(&self.core.lock)
 
     def unretired(self, slot):
         """Return how many posted WRs of a queue have not come back yet."""
-        cdef Queue *queue = self._queue(slot)
-        return queue.posted - queue.retired
+        cdef:
+            Queue *queue = self._queue(slot)
+            uint64_t found = 0
+            uint32_t lane
+        for lane in range(queue.n_lanes):
+            found += queue.lanes[lane].posted - queue.lanes[lane].retired
+        return found
 
     def grant(self, slot, consumed_bytes, consumed_records):
         """Take the peer's credit: ring positions and records it is done with."""
@@ -361,24 +486,26 @@ cdef class Engine:
             pthread_mutex_lock(&self.core.lock)
             queue.ring_tail = max(queue.ring_tail, ring_bytes)
             queue.records_consumed = max(queue.records_consumed, records)
-            pump(self.core, queue)
+            relist(self.core, queue)
+            settle(self.core, BUDGET)
+            tell(self.core)
             pthread_mutex_unlock(&self.core.lock)
 
     # -- operations ------------------------------------------------------------
 
-    def submit(self, slot, rows, const int64_t[::1] local_ids not None,
-               const int64_t[::1] remote_ids not None, bytes request_id=b"",
-               uint64_t key=0, tag=(0, 0, 0)):
+    def submit(self, slot, rows, local_ids not None, remote_ids not None,
+               bytes request_id=b"", uint64_t key=0, tuple tag=(0, 0, 0)):
         """Start one operation a row and post what the send queue has room for.
 
         Args:
           slot: A queue that :meth:`add_initiator` returned.
-          rows: Positions of rows; each becomes an operation of its own.
-          local_ids: Blocks to read, each in range for the row.
+          rows: Positions of rows; each becomes an operation of its own, posted in
+            this order.
+          local_ids: Blocks to read, each in range for the row: int64 or int32.
           remote_ids: Where they go, as many, in range, no two the same.
           request_id: Travels with the notification, up to 256 bytes.
-          key: Among operations that wait on a queue the smallest key goes first,
-            then the oldest.
+          key: Among submissions that wait the smallest key goes first, on all
+            queues of the engine; those of the same key take turns.
           tag: Travels with the notification: generation, total, digest; see
             ``native/notify.h``.
 
@@ -390,144 +517,159 @@ cdef class Engine:
           ClosedResourceError: The queue has failed or is gone.
         """
         cdef:
-            Queue *queue = self._queue(slot)
-            uint32_t n = local_ids.shape[0]
+            Batch *batch = self._prepare(
+                self._queue(slot), rows, local_ids, remote_ids, request_id, key, tag)
+            list result
+        if batch is NULL:
+            return []
+        self._start(batch, True)
+        result = [batch.ops[i].id for i in range(batch.n_ops)]
+        self._release(batch)
+        return result
+
+    def write(self, uint32_t slot, rows, local_ids not None, remote_ids not None,
+              bytes request_id=b"", uint64_t key=0, tuple tag=(0, 0, 0)):
+        """As :meth:`submit`; but what has ended well when this returns is told at once.
+
+        Returns:
+          A tuple of bytes, WRs and seconds, if all operations have ended; nothing
+          more is heard of them. Otherwise a list, as :meth:`submit`.
+        """
+        cdef:
+            Batch *batch
+            bint done
+        if (self.cq is None or self.cq.closed or slot >= self.core.n_slots
+                or self.core.queues[slot] is NULL):
+            self._queue(slot)
+        batch = self._prepare(
+            self.core.queues[slot], rows, local_ids, remote_ids, request_id, key, tag)
+        if batch is NULL:
+            return (0, 0, 0.0)
+        done = self._start(batch, False)
+        try:
+            if done:
+                return _summary(batch)
+            return [batch.ops[i].id for i in range(batch.n_ops)]
+        finally:
+            self._release(batch)
+
+    cdef bint _start(self, Batch *batch, bint leave) noexcept:
+        """Admit a submission; return whether it has ended well and was taken back."""
+        cdef bint done = False
+        with nogil:
+            pthread_mutex_lock(&self.core.lock)
+            admit(self.core, batch)
+            batch.refs += 1    # the caller's
+            relist(self.core, batch.queue)
+            settle(self.core, BUDGET)
+            if not leave and batch.n_open == 0:
+                done = _take_back(self.core, batch)
+            tell(self.core)
+            pthread_mutex_unlock(&self.core.lock)
+        return done
+
+    cdef void _release(self, Batch *batch) noexcept:
+        with nogil:
+            pthread_mutex_lock(&self.core.lock)
+            release_batch(batch)
+            pthread_mutex_unlock(&self.core.lock)
+
+    cdef Batch *_prepare(
+        self, Queue *queue, rows, local_ids, remote_ids, bytes request_id,
+        uint64_t key, tuple tag,
+    ) except? NULL:
+        """Copy and check all that a submission needs; NULL if it is of nothing."""
+        cdef:
+            Py_buffer ours
+            Py_buffer theirs
+            Batch *batch = NULL
+        _open_ids(local_ids, &ours, "local_block_ids")
+        try:
+            _open_ids(remote_ids, &theirs, "remote_block_ids")
+            try:
+                batch = self._fill_batch(queue, rows, &ours, &theirs, request_id)
+            finally:
+                PyBuffer_Release(&theirs)
+        finally:
+            PyBuffer_Release(&ours)
+        if batch is not NULL:
+            batch.key = key
+            batch.generation, batch.total, batch.digest = tag
+            if self._reserve_ops(queue, batch.n_ops):
+                free(batch)
+                raise MemoryError
+        return batch
+
+    cdef Batch *_fill_batch(
+        self, Queue *queue, rows, const Py_buffer *ours, const Py_buffer *theirs,
+        bytes request_id,
+    ) except? NULL:
+        cdef:
+            uint64_t n = ours.shape[0]
             uint32_t n_rows = len(rows)
+            uint64_t n_local = <uint64_t>1 << 32
+            uint64_t n_remote = n_local
             uint32_t i
-            uint32_t index
-            Ids *ids
-            Op *op
-            uint64_t generation = tag[0]
-            uint64_t total = tag[1]
-            uint64_t digest = tag[2]
-            list result = []
-        if local_ids.shape[0] != remote_ids.shape[0]:
+            Batch *batch
+            Row *row
+        if ours.shape[0] != theirs.shape[0]:
             raise LayoutError(
-                f"{local_ids.shape[0]} local ids, {remote_ids.shape[0]} remote ids"
+                f"{ours.shape[0]} local ids, {theirs.shape[0]} remote ids"
             )
         if n == 0 or n_rows == 0:
-            return result
-        if len(request_id) > KVX_NOTIFY_MAX_REQUEST:
+            return NULL
+        self._check_sizes(queue, n, len(request_id))
+        if queue.failed:
+            raise ClosedResourceError(f"queue {queue.slot} has failed")
+        batch = new_batch(n_rows, n)
+        if batch is NULL:
+            raise MemoryError
+        try:
+            batch.queue = queue
+            batch.request_bytes = len(request_id)
+            memcpy(batch.request, PyBytes_AS_STRING(request_id), len(request_id))
+            for i in range(n_rows):
+                index = rows[i]
+                if not 0 <= index < queue.n_rows:
+                    raise LayoutError(f"row {index} is not in [0, {queue.n_rows})")
+                row = &queue.rows[<uint32_t>index]
+                batch.ops[i].row = row
+                n_local = min(n_local, row.n_local)
+                n_remote = min(n_remote, row.n_remote)
+            _copy_ids(batch, ours, theirs, n_local, n_remote)
+        except BaseException:
+            free(batch)
+            raise
+        return batch
+
+    cdef int _check_sizes(
+        self, Queue *queue, uint64_t n, uint32_t request_bytes
+    ) except -1:
+        if request_bytes > KVX_NOTIFY_MAX_REQUEST:
             raise UsageError(
-                f"a request id of {len(request_id)} bytes is longer than "
+                f"a request id of {request_bytes} bytes is longer than "
                 f"{KVX_NOTIFY_MAX_REQUEST}"
             )
         if queue.ring is not NULL and (
-                kvx_notify_length(len(request_id), n)
+                kvx_notify_length(request_bytes, n)
                 > kvx_notify_limit(queue.ring_bytes)):
             raise UsageError(
                 f"{n} blocks in one operation do not fit the notify ring of "
                 f"{queue.ring_bytes} bytes; split the list"
             )
-        if queue.failed:
-            raise ClosedResourceError(f"queue {slot} has failed")
-        ids = <Ids *>malloc(sizeof(Ids) + 2 * <size_t>n * sizeof(int64_t))
-        if ids is NULL:
-            raise MemoryError
-        ids.refs = 1
-        ids.n = n
-        ids.request_bytes = len(request_id)
-        memcpy(ids.request, PyBytes_AS_STRING(request_id), len(request_id))
-        ids.generation = generation
-        ids.total = total
-        ids.digest = digest
-        ids.local = <int64_t *>(ids + 1)
-        memcpy(ids.local, &local_ids[0], n * sizeof(int64_t))
-        memcpy(ids.local + n, &remote_ids[0], n * sizeof(int64_t))
-        try:
-            self._check(queue, rows, ids)
-            self._reserve_ops(queue, n_rows)
-            for i in range(n_rows):
-                index = rows[i]
-                pthread_mutex_lock(&self.core.lock)
-                op = admit(self.core, queue, &queue.rows[index], ids, key)
-                pthread_mutex_unlock(&self.core.lock)
-                if op is NULL:
-                    raise MemoryError
-                result.append(op.id)
-        finally:
-            release_ids(ids)
+        if n >= <uint64_t>1 << 31:
+            raise UsageError(f"{n} blocks in one operation; split the list")
+        return 0
+
+    cdef bint _reserve_ops(self, Queue *queue, uint32_t n) noexcept:
+        """Have room for ``n`` more operations; True without memory."""
+        cdef:
+            bint failed
         with nogil:
             pthread_mutex_lock(&self.core.lock)
-            pump(self.core, queue)
+            failed = reserve(self.core, queue, n)
             pthread_mutex_unlock(&self.core.lock)
-        return result
-
-    cdef int _check(self, Queue *queue, rows, Ids *ids) except -1:
-        """Raise LayoutError unless the copied ids fit all rows."""
-        cdef:
-            uint64_t n_local = <uint64_t>-1
-            uint64_t n_remote = <uint64_t>-1
-            uint32_t position = 0
-            uint32_t n = ids.n
-            Row *row
-            int wrong
-        for index in rows:
-            if not 0 <= index < queue.n_rows:
-                raise LayoutError(f"row {index} is not in [0, {queue.n_rows})")
-            row = &queue.rows[<uint32_t>index]
-            n_local = min(n_local, row.n_local)
-            n_remote = min(n_remote, row.n_remote)
-        with nogil:
-            wrong = find_bad_id(ids.local, n, n_local, &position)
-        if wrong:
-            raise LayoutError(
-                f"local_block_ids[{position}] is {ids.local[position]}, "
-                f"not in [0, {n_local})"
-            )
-        with nogil:
-            wrong = find_bad_id(ids.local + n, n, n_remote, &position)
-        if wrong:
-            raise LayoutError(
-                f"remote_block_ids[{position}] is {ids.local[n + position]}, "
-                f"not in [0, {n_remote}) of the peer"
-            )
-        with nogil:
-            wrong = find_duplicate(queue.seen, ids.local + n, n, &position)
-        if wrong:
-            raise LayoutError(
-                f"remote_block_ids[{position}] is {ids.local[n + position]}, which "
-                "the list names twice; each remote block is written once"
-            )
-        return 0
-
-    cdef int _reserve_ops(self, Queue *queue, uint32_t n) except -1:
-        """Make sure that ``n`` operations can be made without failing."""
-        cdef:
-            uint32_t room
-            uint32_t i
-            Op **ops
-            uint32_t *generation
-            uint32_t *stack
-        if kvx_heap_reserve(&queue.ready, n):
-            raise MemoryError
-        if self.core.n_op_free >= n:
-            return 0
-        room = self.core.n_op_slots * 2 + n + 16
-        ops = <Op **>calloc(room, sizeof(Op *))
-        generation = <uint32_t *>calloc(room, sizeof(uint32_t))
-        stack = <uint32_t *>calloc(room, sizeof(uint32_t))
-        if ops is NULL or generation is NULL or stack is NULL:
-            free(ops)
-            free(generation)
-            free(stack)
-            raise MemoryError
-        if self.core.n_op_slots:
-            memcpy(ops, self.core.ops, self.core.n_op_slots * sizeof(Op *))
-            memcpy(generation, self.core.op_generation,
-                   self.core.n_op_slots * sizeof(uint32_t))
-            memcpy(stack, self.core.op_free, self.core.n_op_free * sizeof(uint32_t))
-        for i in range(self.core.n_op_slots, room):
-            stack[self.core.n_op_free] = room - 1 - (i - self.core.n_op_slots)
-            self.core.n_op_free += 1
-        free(self.core.ops)
-        free(self.core.op_generation)
-        free(self.core.op_free)
-        self.core.ops = ops
-        self.core.op_generation = generation
-        self.core.op_free = stack
-        self.core.n_op_slots = room
-        return 0
+        return failed
 
     def cancel(self, uint64_t op_id):
         """Post nothing further of an operation; it ends when what is posted has.
@@ -537,6 +679,8 @@ cdef class Engine:
         with nogil:
             pthread_mutex_lock(&self.core.lock)
             cancel(self.core, op_id)
+            settle(self.core, BUDGET)
+            tell(self.core)
             pthread_mutex_unlock(&self.core.lock)
 
     # -- progress --------------------------------------------------------------
@@ -548,61 +692,130 @@ cdef class Engine:
         CQ, in this order, so that no completion is missed.
         """
         cdef:
-            int more
-            int err
+            bint more
             Op *finished
             Arrival *arrivals
             list failed = []
             uint32_t slot
+            uint32_t unreported
+            uint64_t count
         self._ensure_open()
         with nogil:
-            self.cq.take_events()
-            err = ibv_req_notify_cq(self.cq.cq, 0)
+            eventfd_read(self.core.news_fd, &count)
             pthread_mutex_lock(&self.core.lock)
-            more = drain(self.core, PROGRESS_BUDGET)
-            if err:
-                # No event will come any more: what is in flight must not wait.
-                fail_all(self.core, IBV_WC_GENERAL_ERR)
+            if self.cq.take_events():
+                self.core.armed = False
+            more = settle(self.core, BUDGET)
             finished = self.core.finished
             self.core.finished = NULL
             self.core.finished_tail = &self.core.finished
             arrivals = self.core.arrivals
             self.core.arrivals = NULL
             self.core.arrivals_tail = &self.core.arrivals
+            unreported = self.core.n_unreported
+            self.core.n_unreported = 0
+            self.core.waits = True
             pthread_mutex_unlock(&self.core.lock)
-        if self.core.n_unreported:
+        if unreported:
             for slot in range(self.core.n_slots):
                 if (self.core.queues[slot] is not NULL and self.core.queues[slot].failed
                         and not self.core.queues[slot].reported):
                     self.core.queues[slot].reported = True
                     failed.append(slot)
-            self.core.n_unreported = 0
         return Progress(
-            _take_finished(finished), _take_arrivals(arrivals), failed, bool(more))
+            self._take_finished(finished), _take_arrivals(arrivals), failed, more)
+
+    cdef list _take_finished(self, Op *first):
+        """Turn finished operations into Python records and free them."""
+        cdef:
+            list result = []
+            Op *op = first
+            Op *following
+        while op is not NULL:
+            result.append(Finished(
+                op.id,
+                op.status,
+                bool(op.culprit),
+                op.cursor.n_bytes,
+                op.n_wrs,
+                (op.died_ns - op.batch.born_ns) * 1e-9,
+                op.wr_id,
+                op.qp_num,
+                op.vendor_err,
+            ))
+            op = op.next
+        with nogil:
+            pthread_mutex_lock(&self.core.lock)
+            op = first
+            while op is not NULL:
+                following = op.next
+                release_batch(op.batch)
+                op = following
+            pthread_mutex_unlock(&self.core.lock)
+        return result
 
 
-cdef list _take_finished(Op *op):
-    """Turn finished operations into Python records and free them."""
+cdef int _copy_ids(
+    Batch *batch, const Py_buffer *ours, const Py_buffer *theirs,
+    uint64_t n_local, uint64_t n_remote,
+) except -1:
+    """Copy the ids and check the copies; raise LayoutError for the first bad one."""
     cdef:
-        list result = []
-        Op *following
-    while op is not NULL:
-        following = op.next
-        result.append(Finished(
-            op.id,
-            op.status,
-            op.culprit,
-            op.n_bytes,
-            op.n_wrs,
-            (op.died_ns - op.born_ns) * 1e-9,
-            op.wr_id,
-            op.qp_num,
-            op.vendor_err,
-        ))
-        release_ids(op.ids)
-        free(op)
-        op = following
-    return result
+        uint32_t n = batch.n_ids
+        uint32_t local
+        uint32_t remote = n
+        uint32_t twice = n
+    with nogil:
+        local = _take_ids(batch.local, ours, n, n_local)
+        if local == n:
+            remote = _take_ids(batch.remote, theirs, n, n_remote)
+            if remote == n:
+                twice = kvx_find_duplicate(batch.queue.seen, batch.remote, n)
+    if local < n:
+        raise _bad_id("local_block_ids", ours, local, n_local, "")
+    if remote < n:
+        raise _bad_id("remote_block_ids", theirs, remote, n_remote, " of the peer")
+    if twice < n:
+        raise LayoutError(
+            f"remote_block_ids[{twice}] is {batch.remote[twice]}, which "
+            "the list names twice; each remote block is written once"
+        )
+    return 0
+
+
+cdef bint _take_back(Core *core, Batch *batch) noexcept nogil:
+    """Take a submission's operations, all ended, off the finished ones.
+
+    False, and nothing is taken, if one of them did not end well.
+    """
+    cdef:
+        uint32_t i
+        Op **place = &core.finished
+    for i in range(batch.n_ops):
+        if batch.ops[i].status:
+            return False
+    while place[0] is not NULL:
+        if place[0].batch is batch:
+            place[0] = place[0].next
+            release_batch(batch)
+        else:
+            place = &place[0].next
+    core.finished_tail = place
+    return True
+
+
+cdef tuple _summary(Batch *batch):
+    """Bytes, WRs and seconds of a submission that has ended."""
+    cdef:
+        uint64_t n_bytes = 0
+        uint64_t n_wrs = 0
+        uint64_t died_ns = 0
+        uint32_t i
+    for i in range(batch.n_ops):
+        n_bytes += batch.ops[i].cursor.n_bytes
+        n_wrs += batch.ops[i].n_wrs
+        died_ns = max(died_ns, batch.ops[i].died_ns)
+    return (n_bytes, n_wrs, (died_ns - batch.born_ns) * 1e-9)
 
 
 cdef list _take_arrivals(Arrival *arrival):

@@ -80,7 +80,7 @@ class Adapter:
         self._device: Device | None = None
         self._engine: Engine | None = None
         self.completions: Completions | None = None
-        self.scheduler: Scheduler
+        self._scheduler: Scheduler | None = None
 
     @classmethod
     async def open(
@@ -116,7 +116,9 @@ class Adapter:
             self.engine, on_arrival, on_failed, self._on_event
         )
         self.completions.start()
-        self.scheduler = Scheduler(self.engine, self.completions, options.drain_timeout)
+        self._scheduler = Scheduler(
+            self.engine, self.completions, options.drain_timeout
+        )
         return self
 
     def _open(self, cache: KVCache, access: Access, address: str | None) -> None:
@@ -152,6 +154,8 @@ class Adapter:
             chain=options.chain,
             max_sge=self.max_sge,
             merge_bytes=options.merge_bytes,
+            window_bytes=options.peer_window_bytes,
+            device_window_bytes=options.device_window_bytes,
             max_wr_bytes=self.port.max_msg_bytes,
         )
 
@@ -253,6 +257,13 @@ class Adapter:
         return self._engine
 
     @property
+    def scheduler(self) -> Scheduler:
+        """What admits to the engine; the adapter must be open."""
+        if self._scheduler is None:
+            raise InternalError("the adapter is not open")
+        return self._scheduler
+
+    @property
     def name(self) -> str:
         """Name of the device and port, as peers are told it."""
         return self.spec.label
@@ -313,6 +324,8 @@ class Adapter:
             await asyncio.wait({self._looking})
         if self.completions is not None:
             self.completions.close()
+        if self._scheduler is not None:
+            self._scheduler.close()
         quiet = False
         try:
             await self.call(self._close)

@@ -16,9 +16,23 @@ import numpy.typing as npt
 
 from kvxfer.errors import LayoutError
 
-__all__ = ["Extent", "Ids", "PlanePair", "as_ids", "check_ids", "extents"]
+__all__ = [
+    "AnyIds",
+    "Extent",
+    "Ids",
+    "PlanePair",
+    "as_ids",
+    "check_ids",
+    "engine_ids",
+    "extents",
+]
 
 Ids = npt.NDArray[np.int64]
+#: What the engine takes.
+AnyIds = npt.NDArray[np.int64] | npt.NDArray[np.int32]
+
+_INT64 = np.dtype(np.int64)
+_INT32 = np.dtype(np.int32)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -68,6 +82,22 @@ def as_ids(ids: object, name: str = "block ids") -> Ids:
     if found.dtype == np.uint64 and found.size and int(found.max()) >= 1 << 63:
         raise LayoutError(f"{name}: {int(found.max())} is no block id")
     return np.ascontiguousarray(found, dtype=np.int64)
+
+
+def engine_ids(ids: object, name: str = "block ids") -> AnyIds:
+    """Give block ids as the engine takes them: int64, or int32 as it is.
+
+    As :func:`as_ids`, which it does without where nothing is to be converted: that
+    is on the path of every write.
+    """
+    if (
+        type(ids) is np.ndarray
+        and (ids.dtype is _INT64 or ids.dtype is _INT32)
+        and ids.ndim == 1
+        and ids.flags.c_contiguous
+    ):
+        return ids
+    return as_ids(ids, name)
 
 
 def _ids_of_sequence(ids: Sequence[Any], name: str) -> Ids:

@@ -7,13 +7,13 @@ import dataclasses
 import math
 from collections.abc import Coroutine, Iterable
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, cast, overload
 
 from kvxfer._engine import RingArrival
 from kvxfer.adapter import Adapter, finish
 from kvxfer.arguments import request_bytes, request_name, seconds_of
 from kvxfer.backoff import Backoffs
-from kvxfer.blocks import as_ids
+from kvxfer.blocks import engine_ids
 from kvxfer.cache import KVCache
 from kvxfer.curve import CurveKeys, client_keys
 from kvxfer.errors import (
@@ -29,6 +29,7 @@ from kvxfer.host import Host
 from kvxfer.options import Options
 from kvxfer.peer import Peer, WriteResult
 from kvxfer.request import Request
+from kvxfer.scheduler import Plan, Transfer
 from kvxfer.sharding import MAX_SHARDS, Shard
 from kvxfer.stream_statistics import ClientStatistics
 from kvxfer.streams import Streams
@@ -450,11 +451,31 @@ class Client:
         if peer.host is not self._host:
             raise UsageError(f"{peer!r} is a peer of another client")
         seconds = self._timeout(timeout, "write_timeout")
-        request = _request(request_id)
-        local_ids = as_ids(local_block_ids, "local_block_ids")
-        remote_ids = as_ids(remote_block_ids, "remote_block_ids")
-        rows = peer.find(self._group(group), _layers(layer_idx))
-        return await peer.write(rows, local_ids, remote_ids, request, seconds)
+        request = b"" if request_id is None else request_bytes(request_id)
+        local_ids = engine_ids(local_block_ids, "local_block_ids")
+        remote_ids = engine_ids(remote_block_ids, "remote_block_ids")
+        plan = self._plan(peer, group, layer_idx)
+        ended = peer.begin(plan, local_ids, remote_ids, request)
+        if isinstance(ended, Transfer):
+            return await peer.finish(ended, request, seconds)
+        if peer.link.adapter.scheduler.owes_a_turn:
+            await asyncio.sleep(0)
+        return ended
+
+    def _plan(
+        self, peer: Peer, group: str | None, layer_idx: int | Iterable[int] | None
+    ) -> Plan:
+        """Look up what a write is of; what is asked for again is kept."""
+        # By type, since True is no layer and equals 1.
+        known = layer_idx is None or type(layer_idx) is int
+        if known and (group is None or type(group) is str):
+            plan = peer.plans.get((group, layer_idx))  # type: ignore[arg-type]
+            if plan is not None:
+                return plan
+        plan = peer.plan(self._group(group), _layers(layer_idx))
+        if known:
+            peer.plans[group, layer_idx] = plan  # type: ignore[index]
+        return plan
 
     def _group(self, group: str | None) -> str:
         names = [g.name for g in self._host.cache.groups]
@@ -469,6 +490,8 @@ class Client:
         return group
 
     def _timeout(self, timeout: float | None, option: str) -> float:
+        if timeout is None:
+            return cast(float, getattr(self.options, option))
         return seconds_of(timeout, getattr(self.options, option), "timeout")
 
     # -- the end ---------------------------------------------------------------
@@ -580,14 +603,6 @@ def _same_shards(
             f"there is a connection to {address} with other shards",
             hint="Close it first, or connect by another client.",
         )
-
-
-def _request(request_id: str | None) -> str:
-    """Check a request id; None becomes empty."""
-    if request_id is None:
-        return ""
-    request_bytes(request_id)
-    return request_id
 
 
 def _layers(layer_idx: int | Iterable[int] | None) -> list[int] | None:

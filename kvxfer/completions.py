@@ -42,15 +42,16 @@ class Completions:
         self._on_event = on_event
         self._waiting: dict[int, OnFinished] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._fd = -1
+        self._fds: tuple[int, ...] = ()
         self._device = engine.cq.device
         self._async_fd = -1
 
     def start(self) -> None:
         """Begin to listen on the running loop."""
         self._loop = asyncio.get_running_loop()
-        self._fd = self._engine.fd
-        self._loop.add_reader(self._fd, self.wake)
+        self._fds = self._engine.fds
+        for fd in self._fds:
+            self._loop.add_reader(fd, self.wake)
         self._async_fd = self._device.async_fd
         self._loop.add_reader(self._async_fd, self._take_events)
 
@@ -110,6 +111,7 @@ class Completions:
     def close(self) -> None:
         """Stop listening. Twice is fine."""
         if self._loop is not None:
-            self._loop.remove_reader(self._fd)
+            for fd in self._fds:
+                self._loop.remove_reader(fd)
             self._loop.remove_reader(self._async_fd)
             self._loop = None

@@ -159,7 +159,8 @@ class Link:
     @property
     def wire(self) -> str:
         """How bytes travel, as the device reports it, or did while there was a QP."""
-        if self.state is not LinkState.CLOSED:
+        # Once it is known it is for life.
+        if self._last_wire == "none" and self.state is not LinkState.CLOSED:
             self._last_wire = self.qp.wire
         return self._last_wire
 

@@ -374,14 +374,14 @@ class Options:
     )
     peer_window_bytes: int = _option(
         32 << 20,
-        "Bytes of requests in flight to one peer.",
+        "Bytes in flight to one peer, beyond which no more are posted.",
         unit="bytes",
         low=1,
         high=1 << 40,
     )
     device_window_bytes: int = _option(
         128 << 20,
-        "Bytes of requests in flight on one device.",
+        "The same for all peers of a device together.",
         unit="bytes",
         low=1,
         high=1 << 40,

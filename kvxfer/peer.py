@@ -18,7 +18,7 @@ from kvxfer import wire as messages
 from kvxfer._engine import CANCELLED_STATUS
 from kvxfer._version import __version__
 from kvxfer.adapter import Adapter, finish
-from kvxfer.blocks import Ids
+from kvxfer.blocks import AnyIds
 from kvxfer.control import CloseCause, CloseReason, ControlClient
 from kvxfer.curve import CurveKeys
 from kvxfer.errors import (
@@ -38,7 +38,7 @@ from kvxfer.host import Host
 from kvxfer.link import Link
 from kvxfer.logs import Bound, bind
 from kvxfer.route import Route, build, geometry_from_wire, shards_to_wire
-from kvxfer.scheduler import Outcome, Transfer
+from kvxfer.scheduler import Outcome, Plan, Transfer, make_key
 from kvxfer.sharding import Shard
 from kvxfer.verbs_types import Access
 
@@ -105,6 +105,8 @@ class Peer:
         self._invite = invite
         self._on_request = on_request
         self._on_broken = on_broken
+        self.plans: dict[tuple[str | None, int | None], Plan] = {}
+        """Those looked up so far, by group and layer as the caller gave them."""
         self._writes = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -223,40 +225,65 @@ class Peer:
 
     # -- writing ---------------------------------------------------------------
 
-    def find(self, group: str, layers: Sequence[int] | None) -> list[tuple[int, int]]:
-        """Look up the rows to write; see :meth:`Route.find`."""
-        return self._route.find(
+    def plan(self, group: str, layers: Sequence[int] | None) -> Plan:
+        """Look up what is to be written; ``None`` is all layers of the group.
+
+        Raises:
+          LayoutError: A layer is not on both sides.
+        """
+        found = self._route.find(
             group, self._route.layers(group) if layers is None else layers
         )
+        return Plan(tuple(row for row, _ in found), tuple(layer for _, layer in found))
 
-    async def write(
-        self,
-        rows: list[tuple[int, int]],
-        local_ids: Ids,
-        remote_ids: Ids,
-        request_id: str,
-        timeout: float,
-    ) -> WriteResult:
-        """Write blocks and wait until the device is done with the local ones.
+    def begin(
+        self, plan: Plan, local_ids: AnyIds, remote_ids: AnyIds, request: bytes
+    ) -> WriteResult | Transfer:
+        """Hand a write to the engine; what it comes to, or what to :meth:`finish`.
 
-        Raises and cancellation: see ``Client.write_cache``.
+        Raises:
+          LayoutError: An id is out of range or named twice. Nothing was posted.
+          BrokenPeerError, ClosedResourceError: The connection is gone.
         """
-        loop = asyncio.get_running_loop()
-        start = loop.time()
-        self._ensure_connected()
-        if self.draining:
+        if self.state is not PeerState.CONNECTED or self.draining:
+            self._ensure_connected()
             raise BrokenPeerError(
                 f"{self.address} is about to leave and takes no new writes: "
                 f"{self.draining}",
                 hint="Connect to another server.",
             )
         link = self.link
-        scheduler = link.adapter.scheduler
-        request = request_id.encode()
-        transfer = scheduler.submit(
-            link.slot, rows, local_ids, remote_ids, request, timeout
+        ended = link.adapter.scheduler.write(
+            link.slot, plan, local_ids, remote_ids, request
         )
-        self._begin_write()
+        if isinstance(ended, Transfer):
+            self._begin_write()
+            return ended
+        return self._result(plan.layers, ended.n_bytes, ended.n_wrs, ended.seconds)
+
+    def _result(
+        self, layers: tuple[int, ...], n_bytes: int, n_wrs: int, seconds: float
+    ) -> WriteResult:
+        link = self.link
+        return WriteResult(
+            bytes=n_bytes,
+            wrs=n_wrs,
+            seconds=seconds,
+            device=link.adapter.name,
+            wire=link.wire,
+            layers=layers,
+        )
+
+    async def finish(
+        self, transfer: Transfer, request: bytes, timeout: float
+    ) -> WriteResult:
+        """Wait until the device is done with the local blocks of a write.
+
+        Raises and cancellation: see ``Client.write_cache``.
+        """
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        scheduler = self.link.adapter.scheduler
         try:
             outcome = await scheduler.run(
                 transfer, timeout, lambda: self.break_("a write could not be drained")
@@ -267,39 +294,36 @@ class Peer:
         except NotQuiescentError as error:
             self._tell_failed(transfer, request, str(error))
             error.peer = self.address
-            error.request_id = request_id or None
+            error.request_id = request.decode() or None
             error.fenced = self._fenced
             raise
         finally:
             self._end_write()
         if outcome is not Outcome.DONE:
             raise await self._failure(transfer, outcome, request, timeout)
-        return WriteResult(
-            bytes=transfer.n_bytes,
-            wrs=transfer.n_wrs,
-            seconds=loop.time() - start,
-            device=self.device,
-            wire=self.wire,
-            layers=transfer.layers,
+        return self._result(
+            transfer.layers, transfer.n_bytes, transfer.n_wrs, loop.time() - start
         )
 
     def start(
         self,
         group: str,
         layer: int,
-        local_ids: Ids,
-        remote_ids: Ids,
+        local_ids: AnyIds,
+        remote_ids: AnyIds,
         request_id: str,
         tag: tuple[int, int, int],
-        timeout: float,
+        deadline: float | None,
+        priority: int,
         on_end: Callable[[Transfer], None],
     ) -> Transfer:
         """Begin to write blocks of one layer; does not wait.
 
         Args:
           tag: Generation, total and digest of the record.
-          timeout: Seconds until it should be done: an earlier deadline goes first,
-            and nothing happens when it has passed.
+          deadline: On the loop's clock, when it should be done: an earlier one goes
+            first, and nothing happens when it has passed. None: a fair share.
+          priority: Among the same deadline, or none, the higher goes first.
           on_end: Called once, when the device is done with the local blocks, or, with
             ``abandoned`` set, cannot be brought to be.
 
@@ -310,11 +334,11 @@ class Peer:
         scheduler = self.link.adapter.scheduler
         transfer = scheduler.submit(
             self.link.slot,
-            self.find(group, [layer]),
+            self.plan(group, [layer]),
             local_ids,
             remote_ids,
             request_id.encode(),
-            timeout,
+            make_key(deadline, priority, layer),
             tag,
         )
         self._begin_write()

@@ -1,8 +1,8 @@
 """Which operations go to the engine, with what key, and how their end is awaited.
 
 The engine decides, without the GIL, which of the admitted operations is posted
-next; here they get the key by which it decides: the earliest deadline first, and
-among equals the first submitted, which within a call is the order of its layers.
+next; here they get the key by which it decides, see :func:`make_key`. What has the
+same key takes turns; within a call the operations go in the order of its layers.
 
 A transfer is what one call asked for: one operation a layer. Its end has two
 parts, *failed* and *quiescent*, and it is awaited until the second: when
@@ -13,16 +13,48 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 from kvxfer._engine import CANCELLED_STATUS, Engine, Finished
+from kvxfer.blocks import AnyIds
 from kvxfer.completions import Completions
+from kvxfer.deadlines import Deadlines
 from kvxfer.errors import NotQuiescentError
+
+_LAYER_BITS = 16
+_PRIORITY_BITS = 10
+_DEADLINE_BITS = 38
+# After so many writes that never had to wait the loop is given a turn.
+_YIELD_EVERY = 64
+
+
+def make_key(
+    deadline: float | None = None, priority: int = 0, layer: int | None = None
+) -> int:
+    """Make the key by which the engine orders what waits: the smallest goes first.
+
+    The earliest deadline, then the highest priority, then the lowest layer.
+
+    Args:
+      deadline: On the loop's clock, in seconds, good for 8 years of it; told apart
+        by milliseconds. None: after all that have one.
+      priority: -512 to 511; what is beyond counts as the nearest.
+      layer: From 0; None: as the first layer, so that the layers of one submission
+        do not stand back behind those of younger ones.
+    """
+    latest = (1 << _DEADLINE_BITS) - 1
+    when = latest if deadline is None else min(max(int(deadline * 1e3), 0), latest - 1)
+    half = 1 << (_PRIORITY_BITS - 1)
+    rank = half - 1 - min(max(priority, -half), half - 1)
+    place = min(layer or 0, (1 << _LAYER_BITS) - 1)
+    return ((when << _PRIORITY_BITS | rank) << _LAYER_BITS) | place
+
+
+#: Of a write without anything special about it. Its timeout bounds the wait; it is
+#: no deadline, or else the large write of a moment ago would have to go first.
+PLAIN_KEY = make_key()
 
 
 class Outcome(enum.Enum):
@@ -31,6 +63,23 @@ class Outcome(enum.Enum):
     DONE = enum.auto()
     FAILED = enum.auto()
     EXPIRED = enum.auto()
+
+
+class Plan(NamedTuple):
+    """What a call writes, but for the blocks."""
+
+    rows: tuple[int, ...]
+    """As the engine knows them."""
+    layers: tuple[int, ...]
+    """The layer of each."""
+
+
+class Done(NamedTuple):
+    """A transfer that ended well before it had to be waited for."""
+
+    n_bytes: int
+    n_wrs: int
+    seconds: float
 
 
 @dataclass(eq=False)
@@ -107,44 +156,77 @@ class Scheduler:
         self._completions = completions
         self._drain_timeout = drain_timeout
         self._transfers: set[Transfer] = set()
+        self._deadlines = Deadlines()
+        self._n_quick = 0
 
-    def submit(
+    def write(
         self,
         slot: int,
-        rows: Sequence[tuple[int, int]],
-        local_ids: NDArray[np.int64],
-        remote_ids: NDArray[np.int64],
+        plan: Plan,
+        local_ids: AnyIds,
+        remote_ids: AnyIds,
         request_id: bytes,
-        timeout: float,
-        tag: tuple[int, int, int] = (0, 0, 0),
-    ) -> Transfer:
+    ) -> Done | Transfer:
         """Hand a transfer to the engine, which posts what it has room for.
 
-        Args:
-          rows: ``(row, layer)`` of each operation; rows as the engine knows them.
-          timeout: Seconds; an earlier deadline goes first.
-          tag: Travels with the notifications; see ``Engine.submit``.
+        Returns:
+          What it came to, if it has ended already and well; nothing more is to be
+          done then. Otherwise what to :meth:`run`.
 
         Raises:
           LayoutError: An id is out of range or named twice. Nothing was posted.
         """
-        deadline_ms = int((time.monotonic() + timeout) * 1000)
-        transfer = Transfer(slot, tuple(layer for _, layer in rows))
-        op_ids = self._engine.submit(
-            slot,
-            [row for row, _ in rows],
-            local_ids,
-            remote_ids,
-            request_id,
-            deadline_ms,
-            tag,
+        ended = self._engine.write(
+            slot, plan.rows, local_ids, remote_ids, request_id, PLAIN_KEY
         )
+        if type(ended) is tuple:
+            self._n_quick += 1
+            return Done(*ended)
+        assert isinstance(ended, list)
+        return self._expect(slot, plan, ended)
+
+    def submit(
+        self,
+        slot: int,
+        plan: Plan,
+        local_ids: AnyIds,
+        remote_ids: AnyIds,
+        request_id: bytes,
+        key: int,
+        tag: tuple[int, int, int] = (0, 0, 0),
+    ) -> Transfer:
+        """As :meth:`write`, but the end is always heard of later; see :meth:`watch`.
+
+        Args:
+          key: Of :func:`make_key`.
+          tag: Travels with the notifications; see ``Engine.submit``.
+        """
+        return self._expect(
+            slot,
+            plan,
+            self._engine.submit(
+                slot, plan.rows, local_ids, remote_ids, request_id, key, tag
+            ),
+        )
+
+    def _expect(self, slot: int, plan: Plan, op_ids: list[int]) -> Transfer:
+        transfer = Transfer(slot, plan.layers)
         # None at all where there are no blocks to write.
-        transfer.pending.update(zip(op_ids, transfer.layers, strict=False))
-        self._completions.expect(list(transfer.pending), transfer.note)
+        transfer.pending.update(zip(op_ids, plan.layers, strict=False))
+        self._completions.expect(op_ids, transfer.note)
         self._transfers.add(transfer)
-        self._look()
         return transfer
+
+    @property
+    def owes_a_turn(self) -> bool:
+        """Whether the loop has been kept from its other tasks: give it a turn.
+
+        True once after a number of writes that ended before they were waited for.
+        """
+        if self._n_quick < _YIELD_EVERY:
+            return False
+        self._n_quick = 0
+        return True
 
     def watch(self, transfer: Transfer, on_end: Callable[[Transfer], None]) -> None:
         """Have ``on_end`` called when a transfer has ended or is abandoned.
@@ -177,7 +259,10 @@ class Scheduler:
           Posts nothing further; raised when the device is done with the blocks.
         """
         loop = asyncio.get_running_loop()
-        expiry = loop.call_later(timeout, self._expire, transfer, break_queue)
+        self._n_quick = 0
+        self._deadlines.add(
+            transfer, timeout, lambda: self._expire(transfer, break_queue)
+        )
         cancelled: asyncio.CancelledError | None = None
         try:
             while not transfer.ended and not transfer.abandoned:
@@ -188,7 +273,7 @@ class Scheduler:
                     self.stop(transfer, break_queue)
                     cancelled = error
         finally:
-            expiry.cancel()
+            self._deadlines.discard(transfer, timeout)
             if transfer.drain is not None:
                 transfer.drain.cancel()
             self._transfers.discard(transfer)
@@ -200,6 +285,10 @@ class Scheduler:
         if cancelled is not None:
             raise cancelled
         return transfer.outcome
+
+    def close(self) -> None:
+        """Forget the timer; nothing may be in flight. Twice is fine."""
+        self._deadlines.close()
 
     def abandon(self, slot: int) -> None:
         """Give up on the transfers of a queue that cannot be brought to rest."""
@@ -233,9 +322,3 @@ class Scheduler:
         )
         for op_id in list(transfer.pending):
             self._engine.cancel(op_id)
-        self._look()
-
-    def _look(self) -> None:
-        """See what has ended without an event."""
-        if self._engine.attention:
-            asyncio.get_running_loop().call_soon(self._completions.wake)

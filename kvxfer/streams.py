@@ -414,9 +414,6 @@ class Streams:
             self._policy.done(chunk)
             return
         due = request._flow.deadline
-        timeout = self._options.write_timeout
-        if math.isfinite(due):
-            timeout = max(0.0, due - time.monotonic())
         try:
             transfer = peer.start(
                 chunk.key[0],
@@ -425,7 +422,8 @@ class Streams:
                 chunk.remote_ids,
                 request.request_id,
                 (tag.generation, tag.total, self._digest(request, chunk, tag)),
-                timeout,
+                due if math.isfinite(due) else None,
+                request._flow.priority,
                 functools.partial(self._written, request, remote, chunk),
             )
         except KVXferError as error:

@@ -69,7 +69,8 @@ class End:
     def wait(self, condition: Any) -> None:
         """Make progress, on events alone, until ``condition()`` is true."""
         poll = select.poll()
-        poll.register(self.engine.fd, select.POLLIN)
+        for fd in self.engine.fds:
+            poll.register(fd, select.POLLIN)
         deadline = time.monotonic() + SOON
         while True:
             progress = self.engine.progress()
@@ -77,7 +78,7 @@ class End:
             self.failed += progress.failed
             if condition():
                 return
-            if progress.more or self.engine.attention:
+            if progress.more:
                 continue
             left = deadline - time.monotonic()
             assert left > 0 and poll.poll(left * 1000), "nothing comes any more"

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-EXTENSIONS = ["kvxfer._core", "kvxfer._engine", "kvxfer._verbs"]
+EXTENSIONS = [
+    f"kvxfer.{name}" for name in ("_core", "_engine", "_post", "_progress", "_verbs")
+]
 
 
 def shared_object(module: str) -> Path:

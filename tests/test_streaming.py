@@ -430,7 +430,7 @@ async def test_a_record_of_foreign_blocks_is_refused_and_reported() -> None:
         (peer,) = pair.client._streams_now().remotes.peers()
         ids = np.array([9], np.int64)
         tag = (ticket._generation, 0, 0)
-        peer.start("main", 0, ids, ids, "r", tag, SOON, lambda transfer: None)
+        peer.start("main", 0, ids, ids, "r", tag, None, 0, lambda transfer: None)
         await over(ticket, request)
         assert isinstance(ticket.error, ProtocolError)
         assert "block 9 is not among those offered" in str(ticket.error)

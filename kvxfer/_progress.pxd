@@ -1,0 +1,10 @@
+"""What takes completions, and what ends operations for other reasons."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvxfer._core cimport Core, Queue
+
+cdef bint settle(Core *core, uint32_t budget) noexcept nogil
+cdef void cancel(Core *core, uint64_t op_id) noexcept nogil
+cdef void stop(Core *core, Queue *queue) noexcept nogil
+cdef void forget(Core *core, Queue *queue) noexcept nogil

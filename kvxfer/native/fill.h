@@ -1,0 +1,210 @@
+/*
+ * Blocks into work requests.
+ *
+ * The WRs are linked once and written again and again: one that carries the
+ * constants of a plane already (opcode, keys, length, number of SGEs) only gets
+ * its addresses and its wr_id. ibv_post_send() keeps no reference to them.
+ */
+#ifndef KVX_FILL_H
+#define KVX_FILL_H
+
+#include <infiniband/verbs.h>
+#include <stdint.h>
+
+#define KVX_MAX_CHAIN 64
+#define KVX_MAX_SGE 16
+
+/* One plane of one layer, both ends. */
+struct kvx_plane {
+	uint64_t local_base, local_stride;
+	uint64_t remote_base, remote_stride;
+	uint64_t block_bytes;
+	uint32_t lkey, rkey;
+};
+
+struct kvx_template {
+	struct ibv_send_wr wrs[KVX_MAX_CHAIN];
+	struct ibv_sge sges[KVX_MAX_CHAIN * KVX_MAX_SGE];
+	/* Whose constants a WR carries; NULL: somebody else used it. */
+	const struct kvx_plane *planes[KVX_MAX_CHAIN];
+};
+
+struct kvx_limits {
+	uint32_t max_sge;
+	uint64_t merge_bytes;  /* neighbours merge up to that */
+	uint64_t max_wr_bytes; /* longer blocks are split */
+};
+
+/* The blocks of one plane, and the next byte to be posted of them. */
+struct kvx_blocks {
+	const struct kvx_plane *plane;
+	const uint32_t *local, *remote;
+	uint32_t n;
+	uint32_t at;	 /* n: all are posted */
+	uint64_t offset; /* in block `at` */
+};
+
+static inline void kvx_template_init(struct kvx_template *t)
+{
+	for (int i = 0; i < KVX_MAX_CHAIN; i++) {
+		t->wrs[i].next = i + 1 < KVX_MAX_CHAIN ? &t->wrs[i + 1] : NULL;
+		t->wrs[i].sg_list = &t->sges[i * KVX_MAX_SGE];
+		t->planes[i] = NULL;
+	}
+}
+
+static inline void kvx_set_constants(struct kvx_template *t, uint32_t i,
+				     const struct kvx_plane *plane)
+{
+	struct ibv_send_wr *wr = &t->wrs[i];
+
+	wr->opcode = IBV_WR_RDMA_WRITE;
+	wr->num_sge = 1;
+	wr->wr.rdma.rkey = plane->rkey;
+	wr->sg_list->lkey = plane->lkey;
+	wr->sg_list->length = (uint32_t)plane->block_bytes;
+	t->planes[i] = plane;
+}
+
+/*
+ * Lengthen a WR that ends at `end` on the remote side by the blocks that follow
+ * there: neighbours on both sides lengthen the SGE, neighbours on the remote
+ * side alone become further SGEs. Returns the bytes that it has then.
+ */
+static inline uint64_t kvx_merge(struct ibv_send_wr *wr, struct kvx_blocks *b,
+				 const struct kvx_limits *limits,
+				 uint64_t total)
+{
+	const struct kvx_plane *plane = b->plane;
+	struct ibv_sge *sge = wr->sg_list;
+	uint64_t end = wr->wr.rdma.remote_addr + total;
+
+	while (b->at < b->n &&
+	       total + plane->block_bytes <= limits->merge_bytes &&
+	       plane->remote_base + b->remote[b->at] * plane->remote_stride ==
+		       end) {
+		const uint64_t from = plane->local_base +
+				      b->local[b->at] * plane->local_stride;
+
+		if (from == sge->addr + sge->length) {
+			sge->length += (uint32_t)plane->block_bytes;
+		} else if ((uint32_t)wr->num_sge < limits->max_sge) {
+			*++sge = (struct ibv_sge){
+				.addr = from,
+				.length = (uint32_t)plane->block_bytes,
+				.lkey = plane->lkey,
+			};
+			wr->num_sge++;
+		} else {
+			break;
+		}
+		total += plane->block_bytes;
+		end += plane->block_bytes;
+		b->at++;
+	}
+	return total;
+}
+
+/* One WR of a block that is longer than a WR may be; returns its bytes. */
+static inline uint64_t kvx_fill_part(struct kvx_template *t, uint32_t i,
+				     struct kvx_blocks *b,
+				     const struct kvx_limits *limits)
+{
+	const struct kvx_plane *plane = b->plane;
+	struct ibv_send_wr *wr = &t->wrs[i];
+	uint64_t length = plane->block_bytes - b->offset;
+
+	if (length > limits->max_wr_bytes)
+		length = limits->max_wr_bytes;
+	t->planes[i] = NULL;
+	wr->sg_list->addr = plane->local_base +
+			    b->local[b->at] * plane->local_stride + b->offset;
+	wr->sg_list->length = (uint32_t)length;
+	wr->wr.rdma.remote_addr = plane->remote_base +
+				  b->remote[b->at] * plane->remote_stride +
+				  b->offset;
+	b->offset += length;
+	if (b->offset == plane->block_bytes) {
+		b->offset = 0;
+		b->at++;
+		length = kvx_merge(wr, b, limits, length);
+	}
+	return length;
+}
+
+/* The same for blocks that are longer than a WR may be. */
+static inline uint32_t kvx_fill_parts(struct kvx_template *t,
+				      struct kvx_blocks *b,
+				      const struct kvx_limits *limits,
+				      uint32_t i, uint32_t limit,
+				      uint64_t wr_id, uint64_t max_bytes,
+				      uint64_t *n_bytes)
+{
+	uint64_t bytes = 0;
+
+	for (; i < limit && bytes < max_bytes && b->at < b->n; i++) {
+		kvx_set_constants(t, i, b->plane);
+		t->wrs[i].wr_id = wr_id++;
+		bytes += kvx_fill_part(t, i, b, limits);
+	}
+	*n_bytes += bytes;
+	return i;
+}
+
+/*
+ * Fill WRs from number `i` to `limit`, until there are no blocks left or they
+ * have `max_bytes` together. Returns the number behind the last WR; adds what
+ * they carry to *n_bytes. The first has wr_id, those behind it the next ones.
+ */
+static inline uint32_t kvx_fill(struct kvx_template *t, struct kvx_blocks *b,
+				const struct kvx_limits *limits, uint32_t i,
+				uint32_t limit, uint64_t wr_id,
+				uint64_t max_bytes, uint64_t *n_bytes)
+{
+	/* Copies: the compiler must think that a WR may overlap them. */
+	const struct kvx_plane plane = *b->plane;
+	const uint32_t *const local = b->local, *const remote = b->remote;
+	const uint32_t n = b->n;
+	uint32_t at = b->at;
+	uint64_t bytes = 0;
+	uint64_t to, end;
+
+	if (plane.block_bytes > limits->max_wr_bytes)
+		return kvx_fill_parts(t, b, limits, i, limit, wr_id, max_bytes,
+				      n_bytes);
+	if (at == n)
+		return i;
+	to = plane.remote_base + remote[at] * plane.remote_stride;
+	while (i < limit && bytes < max_bytes) {
+		struct ibv_send_wr *wr = &t->wrs[i];
+
+		if (t->planes[i] != b->plane)
+			kvx_set_constants(t, i, b->plane);
+		wr->wr_id = wr_id++;
+		t->sges[i * KVX_MAX_SGE].addr = plane.local_base +
+						local[at] * plane.local_stride;
+		wr->wr.rdma.remote_addr = to;
+		i++;
+		bytes += plane.block_bytes;
+		if (++at == n)
+			break;
+		end = to + plane.block_bytes;
+		to = plane.remote_base + remote[at] * plane.remote_stride;
+		if (to != end)
+			continue;
+		/* A run: this WR deviates from the template. */
+		t->planes[i - 1] = NULL;
+		b->at = at;
+		bytes += kvx_merge(wr, b, limits, plane.block_bytes) -
+			 plane.block_bytes;
+		at = b->at;
+		if (at == n)
+			break;
+		to = plane.remote_base + remote[at] * plane.remote_stride;
+	}
+	b->at = at;
+	*n_bytes += bytes;
+	return i;
+}
+
+#endif
