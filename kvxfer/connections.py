@@ -168,6 +168,7 @@ class Connections:
             Access.REMOTE_WRITE,
             receives=options.notify_receives,
             gid=agreed.our_gid,
+            n_qps=min(hello.n_qps, options.qps_per_connection),
         )
         try:
             ring = await link.start_target(
@@ -180,7 +181,7 @@ class Connections:
                 dialer_device=agreed.theirs.name,
                 dialer_gid=agreed.their_gid,
                 endpoint=wire.Endpoint(
-                    qps=[link.info],
+                    qps=link.infos,
                     windows=windows(host.cache.groups, host.rkey_of(adapter)),
                     ring=ring,
                 ),
@@ -192,9 +193,9 @@ class Connections:
         return parts
 
     async def accept(self, conn_id: int, accept: wire.Accept) -> None:
-        """Bring this side's QP to RTS."""
+        """Bring this side's QPs to RTS."""
         incoming = self.incoming[conn_id]
-        await incoming.link.connect(accept.endpoint.qps[0], incoming.peer)
+        await incoming.link.connect(accept.endpoint.qps, incoming.peer)
 
     def established(self, conn_id: int) -> None:
         """Both sides are ready: a writer that was invited is told its offers."""

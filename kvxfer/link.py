@@ -1,4 +1,4 @@
-"""One QP to one peer, from its creation to its destruction.
+"""The QPs to one peer, from their creation to their destruction.
 
 A link is made in INIT, connected once the peer's half of the exchange is known,
 and ends in one of two ways, both of which leave the device done with all memory:
@@ -68,7 +68,10 @@ class RingMemory:
 
 
 class Link:
-    """A QP of ours and what belongs to it; made by :meth:`open`."""
+    """One or several QPs of ours and what belongs to them; made by :meth:`open`.
+
+    They live and die together: when one fails, all are moved to ERR.
+    """
 
     def __init__(self, adapter: Adapter, address: str, gid: GID) -> None:
         self.adapter = adapter
@@ -76,11 +79,12 @@ class Link:
         self.state = LinkState.INIT
         self.slot = -1
         self._address = address
-        self._qp: QueuePair | None = None
+        self._qps: list[QueuePair] = []
+        self._n_connected = 0
         self._last_wire = "none"
         self._ring: RingMemory | None = None
-        self._psn = secrets.randbits(24)
-        self._token = secrets.token_bytes(_TOKEN_BYTES)
+        self._psns: list[int] = []
+        self._tokens: list[bytes] = []
         self._failing: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
 
@@ -92,15 +96,17 @@ class Link:
         receives: int,
         address: str = "",
         gid: bytes = b"",
+        n_qps: int = 1,
     ) -> Link:
-        """Make a QP in INIT.
+        """Make QPs in INIT.
 
         Args:
-          access: What the peer may do through this QP.
-          receives: Receive WRs that it can hold, 0 where none is needed.
+          access: What the peer may do through them.
+          receives: Receive WRs that each can hold, 0 where none is needed.
           address: Where the peer reaches this host, empty: where it reaches the
             control connection.
           gid: The GID that packets leave from; empty: the adapter's choice.
+          n_qps: How many.
 
         Raises:
           DeviceUnavailableError: The device has no such GID.
@@ -124,10 +130,13 @@ class Link:
             except BaseException:
                 qp.close()
                 raise
-            self._qp = qp
+            self._qps.append(qp)
+            self._psns.append(secrets.randbits(24))
+            self._tokens.append(secrets.token_bytes(_TOKEN_BYTES))
 
         try:
-            await adapter.call(create)
+            for _ in range(n_qps):
+                await adapter.call(create)
         except BaseException:
             await self.close()
             raise
@@ -135,16 +144,21 @@ class Link:
 
     @property
     def qp(self) -> QueuePair:
-        """The QP; the link must be open."""
-        if self._qp is None:
+        """The first QP; the link must be open."""
+        if not self._qps:
             raise InternalError("the link has no QP")
-        return self._qp
+        return self._qps[0]
+
+    @property
+    def n_qps(self) -> int:
+        """How many QPs are connected."""
+        return self._n_connected
 
     def is_on(self, adapter: Adapter, qp_num: int | None) -> bool:
         """Say whether this is a QP of a device, or any of its QPs if that is None."""
         if self.adapter is not adapter or self.state is LinkState.CLOSED:
             return False
-        return qp_num is None or (self._qp is not None and self._qp.qp_num == qp_num)
+        return qp_num is None or any(qp.qp_num == qp_num for qp in self._qps)
 
     @property
     def suspicion(self) -> str:
@@ -167,7 +181,7 @@ class Link:
     @property
     def facts(self) -> dict[str, object]:
         """What log records about this link carry."""
-        qpn = None if self._qp is None or self._qp.closed else self._qp.qp_num
+        qpn = next((qp.qp_num for qp in self._qps if not qp.closed), None)
         return {"qpn": qpn, "gid": self.gid.text}
 
     @property
@@ -179,26 +193,31 @@ class Link:
         return active if limit is None else min(active, limit.bit_length() - 8)
 
     @property
-    def info(self) -> QPInfo:
-        """Our half of what the two QPs must know of each other."""
+    def infos(self) -> list[QPInfo]:
+        """Our half of what each two QPs must know of each other."""
         adapter = self.adapter
-        return QPInfo(
-            qp_num=self.qp.qp_num,
-            psn=self._psn,
-            gid=self.gid.gid,
-            lid=adapter.port.lid,
-            mtu=self._mtu,
-            port_num=adapter.spec.port_num,
-            address=self._address,
-            token=self._token,
-            max_rd_atomic=adapter.max_rd_atomic,
-        )
+        return [
+            QPInfo(
+                qp_num=qp.qp_num,
+                psn=psn,
+                gid=self.gid.gid,
+                lid=adapter.port.lid,
+                mtu=self._mtu,
+                port_num=adapter.spec.port_num,
+                address=self._address,
+                token=token,
+                max_rd_atomic=adapter.max_rd_atomic,
+            )
+            for qp, psn, token in zip(self._qps, self._psns, self._tokens, strict=True)
+        ]
 
-    async def connect(self, remote: QPInfo, control_address: str) -> None:
-        """Bring the QP to RTS, towards the peer's.
+    async def connect(self, remotes: Sequence[QPInfo], control_address: str) -> None:
+        """Bring the QPs to RTS, each towards one of the peer's.
+
+        Where one side has more, the last of them stay unused.
 
         Args:
-          remote: The peer's half.
+          remotes: The peer's half.
           control_address: Numeric address of the control connection, for a peer
             that names no other.
 
@@ -206,16 +225,24 @@ class Link:
           DeviceUnavailableError: The GIDs of the two cannot reach each other.
           VerbsError: The device does not take the path.
         """
+        for i, remote in enumerate(remotes[: len(self._qps)]):
+            await self._connect(i, remote, control_address)
+            self._n_connected = i + 1
+        if self.state is LinkState.INIT:
+            self.state = LinkState.CONNECTED
+
+    async def _connect(self, index: int, remote: QPInfo, control_address: str) -> None:
         adapter = self.adapter
         devices.check_reachable(adapter.spec, self.gid, remote.gid)
         options = adapter.options
+        qp = self._qps[index]
         path = QPPath(
             qp_num=remote.qp_num,
             psn=remote.psn,
             gid=remote.gid,
             lid=remote.lid,
             mtu=min(remote.mtu, self._mtu),
-            own_psn=self._psn,
+            own_psn=self._psns[index],
             port_num=adapter.spec.port_num,
             gid_index=self.gid.index,
             is_global=is_global(adapter.port.link_layer, self.gid.gid, remote.gid),
@@ -230,18 +257,16 @@ class Link:
         )
         hint = PeerHint(
             address=remote.address or _numeric(control_address),
-            local_token=self._token,
+            local_token=self._tokens[index],
             remote_token=remote.token,
         )
 
         def modify() -> None:
-            self.qp.bind_peer(hint)
-            self.qp.to_rtr(path)
-            self.qp.to_rts(path)
+            qp.bind_peer(hint)
+            qp.to_rtr(path)
+            qp.to_rts(path)
 
         await adapter.call(modify)
-        if self.state is LinkState.INIT:
-            self.state = LinkState.CONNECTED
 
     def max_record_blocks(self, request_bytes: int) -> int:
         """How many block ids a record of the peer's ring holds, of an initiator."""
@@ -252,7 +277,7 @@ class Link:
     async def start_initiator(
         self, rows: Sequence[_engine.Row], ring: NotifyRing | None
     ) -> None:
-        """Let the engine write through this QP, into ``rows`` of the peer."""
+        """Let the engine write through these QPs, into ``rows`` of the peer."""
         adapter = self.adapter
         parameters: _engine.Ring | None = None
         if ring is not None:
@@ -270,7 +295,9 @@ class Link:
                 ring.length,
                 ring.receives,
             )
-        self.slot = adapter.engine.add_initiator(self.qp, rows, parameters)
+        self.slot = adapter.engine.add_initiator(
+            self._qps[: self._n_connected], rows, parameters
+        )
 
     async def start_target(self, ring_bytes: int, receives: int) -> NotifyRing | None:
         """Let the peer write notify records; return what it must know for that.
@@ -279,13 +306,13 @@ class Link:
         """
         adapter = self.adapter
         if adapter.is_null:
-            self.slot = adapter.engine.add_target(self.qp, 0, 0, 0)
+            self.slot = adapter.engine.add_target(self._qps, 0, 0, 0)
             return None
         memory = await self._make_ring(
             ring_bytes, Access.LOCAL_WRITE | Access.REMOTE_WRITE
         )
         self.slot = adapter.engine.add_target(
-            self.qp, memory.addr, ring_bytes, receives
+            self._qps, memory.addr, ring_bytes, receives
         )
         return NotifyRing(
             address=memory.addr,
@@ -308,7 +335,7 @@ class Link:
             self._failing = asyncio.get_running_loop().create_task(self._fail())
 
     async def fail(self) -> None:
-        """Move the QP to ERR.
+        """Move the QPs to ERR.
 
         When this returns nothing of the peer lands through it any more, and
         operations on it have ended or are about to. Idempotent.
@@ -330,7 +357,8 @@ class Link:
         if self.slot >= 0:
             adapter.engine.abort(self.slot)
         try:
-            await adapter.call(self.qp.to_error)
+            for qp in self._qps:
+                await adapter.call(qp.to_error)
         except KVXferError as error:
             bind(_log, **self.facts).warning(
                 "a QP does not go to ERR and is destroyed: %s", error
@@ -373,8 +401,8 @@ class Link:
         await finish(self._begin_close())
 
     async def _close(self) -> None:
-        if self._qp is not None:
-            self._last_wire = self._qp.wire
+        if self._qps:
+            self._last_wire = self.qp.wire
         adapter = self.adapter
         if self.slot >= 0:
             # First nothing may land any more; then what has landed, and what the
@@ -385,8 +413,8 @@ class Link:
             self._look()
         self.state = LinkState.CLOSED
         try:
-            if self._qp is not None:
-                await adapter.call(self._qp.close)
+            for qp in self._qps:
+                await adapter.call(qp.close)
         except KVXferError:
             adapter.scheduler.abandon(self.slot)
             raise

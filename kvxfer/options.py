@@ -333,6 +333,14 @@ class Options:
     sq_depth: int = _option(
         2048, "Send-queue slots of each QP.", unit="WRs", low=16, high=32768
     )
+    qps_per_connection: int = _option(
+        1,
+        "QPs to each peer, over which large writes are spread; both sides must allow "
+        "it.",
+        unit="QPs",
+        low=1,
+        high=4,
+    )
     chain: int = _option(
         64,
         "WRs posted with one doorbell; at most sq_depth.",

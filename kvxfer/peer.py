@@ -192,6 +192,7 @@ class Peer:
             nonce=messages.new_nonce(),
             shards=shards_to_wire(self.shards),
             invite=self._invite,
+            n_qps=host.options.qps_per_connection,
         )
 
     async def accept(self, offer: messages.Offer) -> messages.Accept:
@@ -211,16 +212,22 @@ class Peer:
             offer.endpoint.windows,
             self.shards,
         )
-        link = await Link.open(adapter, Access(0), receives=0, gid=offer.dialer_gid)
+        link = await Link.open(
+            adapter,
+            Access(0),
+            receives=0,
+            gid=offer.dialer_gid,
+            n_qps=min(len(offer.endpoint.qps), host.options.qps_per_connection),
+        )
         try:
-            await link.connect(offer.endpoint.qps[0], self._control.peer_address)
+            await link.connect(offer.endpoint.qps, self._control.peer_address)
             await link.start_initiator(self._route.rows, offer.endpoint.ring)
         except BaseException:
             await link.close()
             raise
         self._link = link
         return messages.Accept(
-            conn_id=offer.conn_id, endpoint=messages.Endpoint(qps=[link.info])
+            conn_id=offer.conn_id, endpoint=messages.Endpoint(qps=link.infos)
         )
 
     # -- writing ---------------------------------------------------------------

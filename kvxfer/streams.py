@@ -488,7 +488,8 @@ class Streams:
                 chunk.remote_ids[:1],
                 request.request_id,
                 (offer.generation, 0, 0),
-                0.0,
+                0.0,  # a deadline that is past: before all else
+                0,
                 functools.partial(self._flushed, request, remote, chunk),
             )
         except KVXferError:

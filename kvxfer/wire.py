@@ -407,6 +407,7 @@ class Hello(_Part, frozen=True, kw_only=True, tag="hello"):
       nonce: Random for each connection; the offer returns it.
       shards: The parts of blocks that will be written; none: whole blocks.
       invite: What the listener's Invite said, or nothing for who comes unasked.
+      n_qps: QPs that the dialer would have; the listener offers so many or fewer.
     """
 
     incarnation: Incarnation
@@ -419,6 +420,7 @@ class Hello(_Part, frozen=True, kw_only=True, tag="hello"):
     nonce: Nonce
     shards: Annotated[list[Shard], Meta(max_length=4096)] = []
     invite: Annotated[bytes, Meta(max_length=16)] = b""
+    n_qps: Annotated[int, Meta(ge=1, le=64)] = 1
 
     def check(self) -> None:
         _require(self.versions[0] <= self.versions[1], "an empty version range")

@@ -112,6 +112,7 @@ class Rig:
         ring_bytes: int = 4096,
         receives: int = 8,
         notify: bool = True,
+        lanes: int = 1,
         **engine: Any,
     ) -> None:
         self.shape = shape or Shape()
@@ -136,12 +137,19 @@ class Rig:
             ring_bytes,
             receives,
         )
+        self.pairs = [(self.source.qp, self.target.qp)]
+        for _ in range(lanes - 1):
+            self.pairs.append((self.source.new_qp(limits), self.target.new_qp(limits)))
         self.receiver = self.target.engine.add_target(
-            self.target.qp, self.target.ring.ctypes.data, ring_bytes, receives
+            [theirs for _, theirs in self.pairs],
+            self.target.ring.ctypes.data,
+            ring_bytes,
+            receives,
         )
-        self.source.connect(self.source.qp, self.target, self.target.qp)
+        for ours, theirs in self.pairs:
+            self.source.connect(ours, self.target, theirs)
         self.slot = self.source.engine.add_initiator(
-            self.source.qp, self.rows(), ring if notify else None
+            [ours for ours, _ in self.pairs], self.rows(), ring if notify else None
         )
 
     def pair(self, index: int, **changes: int) -> Pair:
@@ -173,8 +181,9 @@ class Rig:
         ]
 
     def let_go(self) -> None:
-        """Let the target's QP receive."""
-        self.target.connect(self.target.qp, self.source, self.source.qp)
+        """Let the target's QPs receive, the last of them first."""
+        for ours, theirs in reversed(self.pairs):
+            self.target.connect(theirs, self.source, ours)
 
     def submit(
         self,

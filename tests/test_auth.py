@@ -238,10 +238,10 @@ async def test_no_secret_is_ever_in_a_log(
         assert len(await take(server, 3)) == 3
         (adapter,) = server._host.adapters
         links = [peer.link, *(i.link for i in server._connections.incoming.values())]
-        assert links[0]._token != links[1]._token
+        assert links[0]._tokens != links[1]._tokens
         secrets = {str(adapter.region(0).rkey), f"{adapter.region(0).rkey:x}"}
         for link in links:
-            secrets |= {link._token.hex(), repr(link._token)}
+            secrets |= {link._tokens[0].hex(), repr(link._tokens[0])}
             assert link._ring is not None
             secrets |= {str(link._ring.mr.rkey), f"{link._ring.mr.rkey:x}"}
         links[1].break_()

@@ -266,8 +266,8 @@ async def test_blocks_of_a_megabyte(wire: str) -> None:
 async def test_both_sides_use_the_smaller_path_mtu() -> None:
     async with connected(server_options={"path_mtu": 1024}) as pair:
         (incoming,) = pair.server._connections.incoming.values()
-        assert incoming.link.info.mtu == 3  # enum ibv_mtu has 1 for 256 bytes
+        assert incoming.link.infos[0].mtu == 3  # enum ibv_mtu has 1 for 256 bytes
         await pair.check_write(range(32), range(31, -1, -1))
     async with connected(path_mtu=256) as pair:
-        assert pair.peer.link.info.mtu == 1
+        assert pair.peer.link.infos[0].mtu == 1
         await pair.check_write(range(32), range(31, -1, -1))

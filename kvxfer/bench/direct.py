@@ -78,12 +78,12 @@ class Ends:
     @property
     def info(self) -> str:
         """What the other side must know of the QP, as JSON."""
-        return msgspec.json.encode(self.link.info).decode()
+        return msgspec.json.encode(self.link.infos[0]).decode()
 
     async def connect(self, info: str) -> None:
         """Bring the QP to RTS."""
         remote = msgspec.json.decode(info, type=QPInfo)
-        await self.link.connect(remote, _LOOPBACK)
+        await self.link.connect([remote], _LOOPBACK)
 
     def keys(self) -> list[tuple[int, int]]:
         """Return ``lkey`` and ``rkey`` of each plane."""
