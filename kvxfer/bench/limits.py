@@ -7,6 +7,7 @@ has ended when the side that wrote it has said so.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
 import threading
@@ -24,6 +25,8 @@ from kvxfer.errors import UsageError
 _BUFFER_BYTES = 4 << 20
 _CONGESTION = b"cubic"
 _OVER = -1
+_HUGE_PAGE = 2 << 20
+_MADV_COLLAPSE = 25  # since Linux 6.1
 
 
 def flat(pool: Pool, table: Ids, size: int) -> NDArray[np.int64]:
@@ -38,6 +41,19 @@ def flat(pool: Pool, table: Ids, size: int) -> NDArray[np.int64]:
     return np.concatenate([table + distance // size for distance in apart], axis=1)
 
 
+def collapse(pool: Pool) -> None:
+    """Put a pool on huge pages, as the software device does when it registers one.
+
+    A kernel that cannot leaves it as it is.
+    """
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for (words, _), base in zip(pool.planes, pool.bases, strict=True):
+        start = -(-base // _HUGE_PAGE) * _HUGE_PAGE
+        end = (base + words.nbytes) // _HUGE_PAGE * _HUGE_PAGE
+        madvise(start, max(0, end - start), _MADV_COLLAPSE)
+
+
 class Copy(Initiator):
     """One process copies from its one pool into its other, with memcpy."""
 
@@ -49,6 +65,10 @@ class Copy(Initiator):
         self.source = Pool(self.job, shared=shared)
         self.source.fill()
         self.target = Pool(self.job, shared=shared)
+        self.target.touch()
+        if shared:
+            collapse(self.source)
+            collapse(self.target)
 
     def prepare(self, tables: Tables) -> None:
         """Forget what was copied before."""
