@@ -163,7 +163,8 @@ def text_for(name: str) -> str:
     """Return the table of a figure, with how it was measured."""
     document = json.loads((RESULTS / f"{name}.json").read_text())
     machine = document["machine"]
-    where = f"{machine['processors']} processors, Linux {machine['kernel']}"
+    kernel = machine["kernel"].partition("-")[0]
+    where = f"{machine['processors']} processors, Linux {kernel}"
     if name == SCALE:
         return f"{scale_table(document)}\n\n{where}."
     method = document["method"]
@@ -174,6 +175,9 @@ def text_for(name: str) -> str:
     )
     by_time = name.startswith(("null", "latency"))
     body = time_table(document) if by_time else sweep_tables(document)
+    drawing = f"performance-{name}.svg"
+    if (PAGE.parent / drawing).exists():
+        body += f"\n\n![Throughput and time by block size]({drawing})"
     return f"{body}\n\n{where}."
 
 
@@ -188,7 +192,7 @@ def write(name: str) -> None:
 
 
 def main() -> None:
-    """Measure what was asked for, then write all that there is."""
+    """Measure what was asked for, and write each as soon as it is there."""
     names = [*PRESETS, SCALE]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(names), help="figures, by commas")
@@ -202,10 +206,10 @@ def main() -> None:
         parser.error(f"no figure {', '.join(unknown)}; there is {', '.join(names)}")
     RESULTS.mkdir(parents=True, exist_ok=True)
     failed = []
-    if not options.tables:
-        failed = [name for name in chosen if not measure(name, options)]
     for name in chosen:
-        if name not in failed and (RESULTS / f"{name}.json").exists():
+        if not options.tables and not measure(name, options):
+            failed.append(name)
+        elif (RESULTS / f"{name}.json").exists():
             write(name)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
