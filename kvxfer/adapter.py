@@ -18,7 +18,12 @@ from kvxfer._engine import Engine, RingArrival
 from kvxfer._verbs import Device, MemoryRegion, ProtectionDomain
 from kvxfer.cache import KVCache
 from kvxfer.completions import Completions
-from kvxfer.errors import DeviceUnavailableError, InternalError, KVXferError
+from kvxfer.errors import (
+    ClosedResourceError,
+    DeviceUnavailableError,
+    InternalError,
+    KVXferError,
+)
 from kvxfer.options import Options
 from kvxfer.scheduler import Scheduler
 from kvxfer.verbs_types import Access, AsyncEvent, EventType, PortState
@@ -229,20 +234,27 @@ class Adapter:
                 old.text,
             )
 
-    def has(self, gid: gids.GID) -> bool:
-        """Say whether a GID is still in the port's table."""
-        return any(entry.gid == gid.gid for entry in self.described.gids)
+    def has(self, gid: bytes) -> bool:
+        """Say whether a GID is in the port's table, as it was last read."""
+        return any(entry.gid == gid for entry in self.described.gids)
 
     def gid_of(self, gid: bytes) -> gids.GID:
         """Find an entry of the GID table; the preferred one if ``gid`` is empty.
 
+        One that is no longer there is replaced by another of its type and family:
+        the table may have changed since the peer was told of it.
+
         Raises:
-          DeviceUnavailableError: It is not there, or no longer.
+          DeviceUnavailableError: There is none.
         """
         if not gid or gid == self.gid.gid:
             return self.gid
-        for entry in self.described.gids:
-            if entry.gid == gid and not gids.problem(entry, self.described.link_layer):
+        usable = gids.rank(self.described.gids, self.described.link_layer)
+        for entry in usable:
+            if entry.gid == gid:
+                return entry
+        for entry in (self.gid, *usable):
+            if entry.family is gids.family_of(gid) and (self.options.gid_index is None):
                 return entry
         raise DeviceUnavailableError(
             f"{self.name} has no GID {gids.gid_address(gid)}; it has: "
@@ -262,6 +274,14 @@ class Adapter:
         if self._scheduler is None:
             raise InternalError("the adapter is not open")
         return self._scheduler
+
+    @property
+    def in_flight(self) -> int:
+        """Operations that the device has not finished; 0 once it is closed."""
+        try:
+            return 0 if self._engine is None else self._engine.in_flight
+        except ClosedResourceError:
+            return 0
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ from kvxfer.arguments import request_bytes, request_name, seconds_of
 from kvxfer.backoff import Backoffs
 from kvxfer.blocks import engine_ids
 from kvxfer.cache import KVCache
+from kvxfer.counters import Counters
 from kvxfer.curve import CurveKeys, client_keys
 from kvxfer.errors import (
     BrokenPeerError,
@@ -25,9 +26,9 @@ from kvxfer.errors import (
     RefusedError,
     UsageError,
 )
-from kvxfer.host import Host
+from kvxfer.host import DeviceState, Host
 from kvxfer.options import Options
-from kvxfer.peer import Peer, WriteResult
+from kvxfer.peer import Peer, PeerState, WriteResult
 from kvxfer.request import Request
 from kvxfer.scheduler import Plan, Transfer
 from kvxfer.sharding import MAX_SHARDS, Shard
@@ -196,6 +197,25 @@ class Client:
         """
         return self._host.memory
 
+    # -- what it has done ------------------------------------------------------
+
+    @property
+    def counters(self) -> Counters:
+        """What this client has done so far; readable from any thread."""
+        return self._host.counters
+
+    def device_states(self) -> list[DeviceState]:
+        """Describe the open devices; from any thread."""
+        return self._host.device_states()
+
+    def connection_states(self) -> dict[str, int]:
+        """Count the connections by state; from any thread."""
+        streamed = self._streams.remotes.peers() if self._streams is not None else []
+        states = [p.state.value for p in (*list(self._peers.values()), *streamed)]
+        found = {state.value: states.count(state.value) for state in PeerState}
+        found["connecting"] += len(self._connecting)
+        return found
+
     # -- peers -----------------------------------------------------------------
 
     async def connect(
@@ -296,11 +316,13 @@ class Client:
         timeout: float,
         keys: CurveKeys | None,
     ) -> Peer:
+        counters = self._host.counters
         old = self._peers.get(address)
         if old is not None:
             await old.close()
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout
+        start = loop.time()
+        deadline = start + timeout
         while True:
             # Whoever tries again at once, in a loop of their own, waits here.
             pause = self._backoffs.wait(address, loop.time())
@@ -309,6 +331,7 @@ class Client:
             try:
                 await peer.connect(max(0.001, deadline - loop.time()))
             except BaseException as error:
+                counters.connects["failed"] += 1
                 await peer.close()
                 pause = self._backoffs.failed(address, loop.time())
                 busy = isinstance(error, RefusedError) and error.code == "busy"
@@ -316,6 +339,8 @@ class Client:
                     continue
                 raise
             self._backoffs.worked(address)
+            counters.connects["new" if old is None else "again"] += 1
+            counters.stages["connect"].observe(loop.time() - start)
             self._peers[address] = peer
             return peer
 

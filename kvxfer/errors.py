@@ -109,6 +109,7 @@ __all__ = [
     "WCStatus",
     "WriteTimeoutError",
     "completion_error",
+    "status_name",
     "verbs_error",
 ]
 
@@ -541,6 +542,13 @@ WC_STATUSES: tuple[WCStatus, ...] = tuple(
         )
     )
 )
+
+
+def status_name(status: int) -> str:
+    """Return the name that verbs give a status of a work completion."""
+    return next(
+        (row.name for row in WC_STATUSES if row.status == status), f"status {status}"
+    )
 
 
 def completion_error(

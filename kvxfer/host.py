@@ -7,11 +7,13 @@ import logging
 import os
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from kvxfer import agreement, devices, wire
 from kvxfer._engine import RingArrival
 from kvxfer.adapter import Adapter
 from kvxfer.cache import KVCache
+from kvxfer.counters import Counters
 from kvxfer.errors import (
     ClosedResourceError,
     DeviceUnavailableError,
@@ -33,6 +35,27 @@ OnBroken = Callable[[Adapter, int | None, str], None]
 _MAX_CANDIDATES = 64
 
 
+@dataclass(frozen=True)
+class DeviceState:
+    """An open device at one moment.
+
+    Attributes:
+      name: As peers are told it.
+      kind: ``rdma``, ``soft`` or ``null``.
+      link_layer: ``ethernet`` or ``infiniband``.
+      gid: That new connections leave from.
+      trouble: Why they had better not go by it; empty if they do.
+      in_flight: Operations that it has not finished.
+    """
+
+    name: str
+    kind: str
+    link_layer: str
+    gid: str
+    trouble: str
+    in_flight: int
+
+
 class Host:
     """The cache of one client or server on the devices that it uses.
 
@@ -50,6 +73,7 @@ class Host:
         self.options = options
         self.incarnation = secrets.token_bytes(16)
         self.adapters: list[Adapter] = []
+        self.counters = Counters()
         self._access = access
         self._retired: list[Adapter] = []
         """Lost devices, until the links on them are closed."""
@@ -178,6 +202,20 @@ class Host:
                 )
         return [*found, *troubled][:_MAX_CANDIDATES]
 
+    def device_states(self) -> list[DeviceState]:
+        """Describe the open devices; from any thread."""
+        return [
+            DeviceState(
+                name=adapter.name,
+                kind=devices.KINDS[adapter.spec.provider],
+                link_layer=adapter.described.link_layer,
+                gid=adapter.gid.text,
+                trouble=adapter.trouble,
+                in_flight=adapter.in_flight,
+            )
+            for adapter in list(self.adapters)
+        ]
+
     def check_devices(self) -> None:
         """Raise if no device can take a new connection now.
 
@@ -202,7 +240,10 @@ class Host:
         while True:
             agreed = agreement.agree(self.candidates, theirs)
             try:
-                return await self.adapter(agreed.ours.name), agreed
+                adapter = await self.adapter(agreed.ours.name)
+                if adapter.has(agreed.our_gid):
+                    return adapter, agreed
+                # It was opened just now, and its table is another one by now.
             except (DeviceUnavailableError, VerbsError) as error:
                 _log.warning("%s is given up: %s", agreed.ours.name, error)
                 self._usable = [

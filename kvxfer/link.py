@@ -166,7 +166,7 @@ class Link:
         adapter = self.adapter
         if adapter.trouble:
             return f"{adapter.name}: {adapter.trouble}"
-        if not adapter.has(self.gid):
+        if not adapter.has(self.gid.gid):
             return f"{adapter.name} no longer has the GID {self.gid.text}"
         return ""
 

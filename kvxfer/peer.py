@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ from kvxfer.errors import (
     VersionMismatchError,
     WriteTimeoutError,
     completion_error,
+    status_name,
     verbs_error,
 )
 from kvxfer.host import Host
@@ -263,15 +265,25 @@ class Peer:
         ended = link.adapter.scheduler.write(
             link.slot, plan, local_ids, remote_ids, request
         )
+        n_blocks = len(local_ids) * len(plan.layers)
         if isinstance(ended, Transfer):
+            ended.n_blocks = n_blocks
             self._begin_write()
             return ended
-        return self._result(plan.layers, ended.n_bytes, ended.n_wrs, ended.seconds)
+        return self._result(
+            plan.layers, n_blocks, ended.n_bytes, ended.n_wrs, ended.seconds
+        )
 
     def _result(
-        self, layers: tuple[int, ...], n_bytes: int, n_wrs: int, seconds: float
+        self,
+        layers: tuple[int, ...],
+        n_blocks: int,
+        n_bytes: int,
+        n_wrs: int,
+        seconds: float,
     ) -> WriteResult:
         link = self.link
+        self.host.counters.wrote(n_bytes, n_blocks, n_wrs, seconds)
         return WriteResult(
             bytes=n_bytes,
             wrs=n_wrs,
@@ -296,6 +308,7 @@ class Peer:
                 transfer, timeout, lambda: self.break_("a write could not be drained")
             )
         except asyncio.CancelledError:
+            self.host.counters.transfers["cancelled"] += 1
             self._tell_failed(transfer, request, "cancelled")
             raise
         except NotQuiescentError as error:
@@ -309,7 +322,11 @@ class Peer:
         if outcome is not Outcome.DONE:
             raise await self._failure(transfer, outcome, request, timeout)
         return self._result(
-            transfer.layers, transfer.n_bytes, transfer.n_wrs, loop.time() - start
+            transfer.layers,
+            transfer.n_blocks,
+            transfer.n_bytes,
+            transfer.n_wrs,
+            loop.time() - start,
         )
 
     def start(
@@ -349,9 +366,11 @@ class Peer:
             tag,
         )
         self._begin_write()
+        began = time.monotonic()
 
         def ended(transfer: Transfer) -> None:
             self._end_write()
+            self._count(transfer, len(local_ids), time.monotonic() - began)
             on_end(transfer)
 
         scheduler.watch(transfer, ended)
@@ -387,6 +406,16 @@ class Peer:
         if self._on_request is not None:
             self._on_request(message)
 
+    def _count(self, transfer: Transfer, n_ids: int, seconds: float) -> None:
+        """Count a transfer of one layer that nobody awaits."""
+        counters = self.host.counters
+        if transfer.ended and transfer.outcome is Outcome.DONE:
+            counters.wrote(transfer.n_bytes, n_ids, transfer.n_wrs, seconds)
+        elif transfer.ended and transfer.outcome is Outcome.EXPIRED:
+            counters.transfers["expired"] += 1
+        else:
+            counters.transfers["failed"] += 1
+
     def _begin_write(self) -> None:
         self._writes += 1
         self._idle.clear()
@@ -420,6 +449,8 @@ class Peer:
     ) -> KVXferError:
         """Make the exception for a transfer that ended badly."""
         layer = transfer.failures[0][0]
+        expired = outcome is Outcome.EXPIRED or transfer.expired
+        self.host.counters.transfers["expired" if expired else "failed"] += 1
         if outcome is Outcome.EXPIRED:
             # All that was posted has been acknowledged: nothing can come late.
             error: KVXferError = self._timeout_error(transfer, timeout)
@@ -455,6 +486,7 @@ class Peer:
         layer, record = next((f for f in failures if f[1].culprit), failures[0])
         if record.status < 0:
             return layer, verbs_error(-record.status, "ibv_post_send")
+        self.host.counters.completion_errors[status_name(record.status)] += 1
         cause = completion_error(
             record.status,
             wr_id=record.wr_id,
@@ -492,6 +524,7 @@ class Peer:
         if self._breaking is not None:
             return
         if self.state is PeerState.CONNECTED:
+            self.host.counters.broken += 1
             self._log().warning("the connection to %s broke: %s", self.address, reason)
         if self.state is not PeerState.CLOSED:
             self.state = PeerState.BROKEN
@@ -508,9 +541,11 @@ class Peer:
                 await self._drained()
             await self._link.fail()
             if self._control.is_established:
+                start = time.monotonic()
                 self._fenced = await self._control.request_fence(
                     reason, timeout=self.host.options.fence_timeout
                 )
+                self.host.counters.stages["fence"].observe(time.monotonic() - start)
             else:
                 self._fenced = False
             await self._drained()

@@ -90,6 +90,8 @@ class Transfer:
     layers: tuple[int, ...]
     pending: dict[int, int] = field(default_factory=dict)
     """Operation id -> layer, of those that have not ended."""
+    n_blocks: int = 0
+    """What it is to move, once a layer; for the counts of whoever began it."""
     n_bytes: int = 0
     n_wrs: int = 0
     expired: bool = False

@@ -6,12 +6,14 @@ It owns a cache, lets clients write it, and says what has arrived.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from kvxfer import Arrival, KVCache, Server, command, pattern
+from kvxfer import Arrival, KVCache, Server, command, metrics, pattern
 from kvxfer.options import Options
 
 
@@ -71,6 +73,20 @@ async def _leave(server: Server, stop: asyncio.Event, grace: float) -> None:
         await asyncio.wait({leaving})
 
 
+@contextlib.asynccontextmanager
+async def _metrics(server: Server) -> AsyncIterator[str | None]:
+    """Give the server's metrics over HTTP, if the options say where."""
+    options = server.options
+    if options.metrics_port is None:
+        yield None
+        return
+    exporter = metrics.Exporter(server, options.metrics_host, options.metrics_port)
+    try:
+        yield exporter.url
+    finally:
+        await asyncio.to_thread(exporter.close)
+
+
 async def _serve(
     stop: asyncio.Event,
     shape: command.CacheShape,
@@ -83,7 +99,7 @@ async def _serve(
     with shape.allocate() as cache:
         if not await command.fill_in(cache, stop):
             return 0
-        async with Server(cache, options) as server:
+        async with Server(cache, options) as server, _metrics(server) as url:
             follower = asyncio.ensure_future(
                 _follow(server, cache, verify=verify, machine=machine)
             )
@@ -95,7 +111,10 @@ async def _serve(
                 endpoint=server.endpoint,
                 port=server.port,
                 devices=server.devices,
+                metrics=url,
             )
+            if url and not machine:
+                command.say(machine, f"metrics at {url}")
             stopping = asyncio.ensure_future(stop.wait())
             await asyncio.wait(
                 {follower, stopping}, return_when=asyncio.FIRST_COMPLETED
@@ -115,6 +134,8 @@ async def _serve(
 @click.option("--client-keys-dir", help="Directory with the *.key of who may connect.")
 @click.option("--device", help="auto, soft, or a NIC as NAME[:PORT].  [auto]")
 @click.option("--require-rdma", is_flag=True, default=None, help="Refuse software.")
+@click.option("--metrics-port", type=int, help="Port for Prometheus, 0: a free one.")
+@click.option("--metrics-host", help="Address for Prometheus.  [127.0.0.1]")
 @click.option("--verify", is_flag=True, help="Check every byte that kvxfer push sent.")
 @click.option(
     "--grace",

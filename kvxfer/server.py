@@ -19,13 +19,14 @@ from kvxfer.blocks import Ids
 from kvxfer.cache import KVCache
 from kvxfer.connections import Connections
 from kvxfer.control import ControlServer
+from kvxfer.counters import Counters
 from kvxfer.errors import (
     ClosedResourceError,
     NotQuiescentError,
     ProtocolError,
     UsageError,
 )
-from kvxfer.host import Host
+from kvxfer.host import DeviceState, Host
 from kvxfer.interfaces import address_of
 from kvxfer.link import numeric_address
 from kvxfer.logs import bind
@@ -301,6 +302,35 @@ class Server:
         """Addresses of the connected writers."""
         return [incoming.peer for incoming in self._connections.incoming.values()]
 
+    @property
+    def counters(self) -> Counters:
+        """What this server has done so far; readable from any thread."""
+        return self._host.counters
+
+    @property
+    def n_waiting(self) -> int:
+        """Arrivals that nobody has taken yet."""
+        return len(self._waiting)
+
+    def device_states(self) -> list[DeviceState]:
+        """Describe the open devices; from any thread."""
+        return self._host.device_states()
+
+    def connection_states(self) -> dict[str, int]:
+        """Count the connections by state; from any thread."""
+        if self._control is None:
+            return {"connecting": 0, "connected": 0}
+        counts = self._control.statistics()
+        return {"connecting": counts.pending, "connected": counts.connections}
+
+    def handshakes(self) -> dict[str, int]:
+        """Count what has come to the control port, by how it ended."""
+        if self._control is None:
+            return {}
+        counts = self._control.statistics()
+        names = ("accepted", "refused", "garbage", "strangers", "denied")
+        return {name: getattr(counts, name) for name in names}
+
     def _listening(self) -> ControlServer:
         if self._control is None:
             raise ClosedResourceError("the server is not open")
@@ -460,6 +490,7 @@ class Server:
             record = notify.decode(
                 arrival.record, self._host.cache.groups, incoming.shards
             )
+            self._host.counters.arrived(len(record.block_ids), record.n_bytes)
             if record.generation:
                 self._connections.consumed(conn_id, arrival.head)
                 self._offers_now().record(conn_id, record)
@@ -499,6 +530,7 @@ class Server:
         self, peer: str, request_id: bytes, layers: list[int], reason: str
     ) -> None:
         """Take note of what a writer gave up (for the connections)."""
+        self._host.counters.given_up += len(layers)
         failure = Failure(
             peer=peer,
             request_id=request_id.decode(errors="replace") or None,

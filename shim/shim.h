@@ -22,6 +22,11 @@
 /* verbs.c */
 extern struct kvx_verbs_table shim_soft;
 
+/* names.c: other names for the device, where the environment has some */
+struct ibv_device **shim_get_device_list(int *num_devices);
+void shim_rename_port(const struct ibv_context *context,
+		      struct ibv_port_attr *attr);
+
 /* cq_ex.c: completions one by one, by ibv_start_poll and its kin */
 struct ibv_cq_ex *shim_create_cq_ex(struct ibv_context *context,
 				    struct ibv_cq_init_attr_ex *attr);

@@ -17,7 +17,7 @@ __attribute__((constructor)) static void load(void)
 
 EXPORT struct ibv_device **ibv_get_device_list(int *num_devices)
 {
-	return shim_soft.get_device_list(num_devices);
+	return shim_get_device_list(num_devices);
 }
 
 EXPORT void ibv_free_device_list(struct ibv_device **list)
@@ -55,6 +55,19 @@ static int query_device_ex(struct ibv_context *context,
 	return shim_soft.query_device(context, &attr->orig_attr);
 }
 
+static int query_port_ex(struct ibv_context *context, uint8_t port_num,
+			 struct ibv_port_attr *attr, size_t size)
+{
+	struct ibv_port_attr all;
+	int err = shim_soft.query_port(context, port_num, &all);
+
+	if (!err) {
+		shim_rename_port(context, &all);
+		memcpy(attr, &all, size < sizeof(all) ? size : sizeof(all));
+	}
+	return err;
+}
+
 EXPORT struct ibv_context *ibv_open_device(struct ibv_device *device)
 {
 	struct ibv_context *context = shim_soft.open_device(
@@ -65,6 +78,7 @@ EXPORT struct ibv_context *ibv_open_device(struct ibv_device *device)
 		return NULL;
 	extended = verbs_get_ctx(context);
 	extended->query_device_ex = query_device_ex;
+	extended->query_port = query_port_ex;
 	extended->create_cq_ex = shim_create_cq_ex;
 	extended->create_qp_ex = shim_create_qp_ex;
 	return context;
@@ -89,9 +103,11 @@ EXPORT int ibv_query_port(struct ibv_context *context, uint8_t port_num,
 	struct ibv_port_attr all;
 	int err = shim_soft.query_port(context, port_num, &all);
 
-	if (!err)
+	if (!err) {
+		shim_rename_port(context, &all);
 		memcpy(attr, &all,
 		       offsetof(struct ibv_port_attr, port_cap_flags2));
+	}
 	return err;
 }
 

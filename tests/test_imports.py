@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": set(),
     "outbound": {"positions", "requests"},
     "inbound": {"notify", "positions", "requests"},
+    "counters": set(),
     "logs": set(),
     "interfaces": set(),
     # Devices: what there is, and what is chosen.
@@ -80,7 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "notify": {"sharding"},
     "route": {"sharding", "wire"},
     "link": {"adapter", "control", "interfaces", "logs", "notify", "route"},
-    "host": {"adapter", "route"},
+    "host": {"adapter", "counters", "route"},
     "peer": {"host", "link"},
     # Requests at work.
     "arguments": set(),
