@@ -615,7 +615,12 @@ WITHOUT_EFFECT: dict[str, str] = {
     "the one",
 }
 # Ours, but read by others than Options.
-_OTHER_VARIABLES = ("KVXFER_CONFIG", "KVXFER_SOFT_", "KVXFER_CACHE_")
+_OTHER_VARIABLES = (
+    "KVXFER_CONFIG",
+    "KVXFER_SOFT_",
+    "KVXFER_CACHE_",
+    "KVXFER_TEST_",
+)
 
 
 def remarks(environ: Mapping[str, str] | None = None) -> list[str]:
