@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from kvxfer.cache import KVCache
     from kvxfer.client import Client
     from kvxfer.errors import KVXferError
-    from kvxfer.offers import Ticket
     from kvxfer.options import Options
     from kvxfer.peer import Peer, WriteResult
     from kvxfer.request import Request
     from kvxfer.requests import LayerState, RequestState, TicketState
     from kvxfer.server import Arrival, Failure, Server
+    from kvxfer.ticket import Ticket
 
 __all__ = [
     "Arrival",
@@ -57,7 +57,7 @@ _HOMES = {
     "Request": "kvxfer.request",
     "RequestState": "kvxfer.requests",
     "Server": "kvxfer.server",
-    "Ticket": "kvxfer.offers",
+    "Ticket": "kvxfer.ticket",
     "TicketState": "kvxfer.requests",
     "WriteResult": "kvxfer.peer",
 }

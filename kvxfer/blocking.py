@@ -35,9 +35,10 @@ from collections.abc import (
     Coroutine,
     Iterable,
     Iterator,
+    Mapping,
 )
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from kvxfer.cache import KVCache
 from kvxfer.client import Client as AsyncClient
@@ -46,9 +47,12 @@ from kvxfer.loop_thread import Expired, LoopThread, entered
 from kvxfer.options import Options
 from kvxfer.peer import Peer as AsyncPeer
 from kvxfer.peer import WriteResult
+from kvxfer.request import Request
 from kvxfer.server import Arrival, Failure
 from kvxfer.server import Server as AsyncServer
 from kvxfer.sharding import Shard
+from kvxfer.stream_statistics import ClientStatistics
+from kvxfer.ticket import Ticket
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -256,6 +260,76 @@ class Client(_Face[AsyncClient]):
         peer = self._call(lambda: connect(host, port, timeout=timeout, shards=shards))
         return Peer(self, peer)
 
+    @overload
+    def open(self) -> None: ...
+
+    @overload
+    def open(
+        self,
+        request_id: str,
+        *,
+        deadline: float | None = None,
+        priority: int = 0,
+        lease: float | None = None,
+    ) -> Request: ...
+
+    def open(
+        self,
+        request_id: str | None = None,
+        *,
+        deadline: float | None = None,
+        priority: int = 0,
+        lease: float | None = None,
+    ) -> Request | None:
+        """Open the client (without arguments), or a request.
+
+        See :meth:`kvxfer.Client.open`. The request is the same object; where its
+        methods are to be awaited, use :meth:`kvxfer.Request.join`.
+        """
+        if request_id is None:
+            super().open()
+            return None
+        return self._endpoint.open(
+            request_id, deadline=deadline, priority=priority, lease=lease
+        )
+
+    def request(
+        self,
+        peer: Peer,
+        request_id: str,
+        remote_block_ids: object,
+        *,
+        first_block: int = 0,
+        deadline: float | None = None,
+        priority: int = 0,
+        lease: float | None = None,
+    ) -> Request:
+        """Open a request without an offer; see :meth:`kvxfer.Client.request`."""
+        if not isinstance(peer, Peer):
+            raise UsageError(f"peer is {peer!r}, not what connect() returned")
+        return self._endpoint.request(
+            peer._peer,
+            request_id,
+            remote_block_ids,
+            first_block=first_block,
+            deadline=deadline,
+            priority=priority,
+            lease=lease,
+        )
+
+    @property
+    def listening(self) -> str | None:
+        """Where this client is invited, or None."""
+        return self._endpoint.listening
+
+    def finished(self) -> list[Request]:
+        """Take the requests that have ended since the last call; does not wait."""
+        return self._endpoint.finished()
+
+    def statistics(self) -> ClientStatistics:
+        """Say what the requests of this client do; does not wait."""
+        return self._endpoint.statistics()
+
     def is_connected(self, host: str, port: int | None = None) -> bool:
         """Say whether writes to a server are possible; does not wait."""
         return self._endpoint.is_connected(host, port)
@@ -349,6 +423,43 @@ class Server(_Face[AsyncServer]):
     def peers(self) -> list[str]:
         """Addresses of the connected writers."""
         return self._endpoint.peers
+
+    def offer(
+        self,
+        peer: str | Iterable[str],
+        request_id: str,
+        blocks: Mapping[str, object],
+        *,
+        first_block: int | Mapping[str, int] = 0,
+        sources: int | None = None,
+        lease: float | None = None,
+        checksum: bool = False,
+    ) -> Ticket:
+        """Offer blocks for a request; does not wait. See :meth:`kvxfer.Server.offer`.
+
+        The ticket is the same object; where its methods are to be awaited, use
+        :meth:`kvxfer.Ticket.join` and :meth:`kvxfer.Ticket.join_layer`.
+        """
+        return self._endpoint.offer(
+            peer,
+            request_id,
+            blocks,
+            first_block=first_block,
+            sources=sources,
+            lease=lease,
+            checksum=checksum,
+        )
+
+    def finished(self) -> list[Ticket]:
+        """Take the tickets that have ended since the last call; does not wait."""
+        return self._endpoint.finished()
+
+    def fence(self, request_id: str) -> None:
+        """Return when no byte of an offered request can land any more.
+
+        See :meth:`kvxfer.Server.fence`.
+        """
+        self._call(lambda: self._endpoint.fence(request_id))
 
     def arrivals(self, timeout: float | None = None) -> Iterator[Arrival]:
         """Yield what has landed until the close, or until nothing comes in time.

@@ -145,7 +145,7 @@ class Connections:
         try:
             return await self._make(hello, conn_id, peer_address)
         except (DeviceUnavailableError, LayoutError) as error:
-            self.offers.misfit(hello, error)
+            self.offers.writers.misfit(hello, error)
             raise
 
     async def _make(
@@ -174,7 +174,7 @@ class Connections:
             ring = await link.start_target(
                 options.notify_ring_bytes, options.notify_receives
             )
-            self.offers.hello(conn_id, hello)
+            self.offers.writers.hello(conn_id, hello)
             parts = OfferParts(
                 geometry=host.wire_geometry,
                 device=adapter.candidate,
@@ -203,9 +203,9 @@ class Connections:
         incoming.log.info(
             "%s connected by %s", incoming.peer, incoming.link.adapter.name
         )
-        older = self.offers.established(conn_id)
+        older = self.offers.writers.established(conn_id)
         if older is None or older not in self.incoming:
-            self.offers.admit(conn_id)
+            self.offers.writers.admit(conn_id)
         else:
             incoming.admitting = asyncio.get_running_loop().create_task(
                 self._admit_after(conn_id, self.incoming[older], older)
@@ -218,7 +218,7 @@ class Connections:
         """
         self.drop_peer(old_id, "the writer has connected again")
         await older.released.wait()
-        self.offers.admit(conn_id)
+        self.offers.writers.admit(conn_id)
 
     async def fence(self, conn_id: int, reason: str) -> None:
         """Let nothing of this writer land any more."""
@@ -276,5 +276,5 @@ class Connections:
             incoming.log.exception("the QP of %s could not be destroyed", incoming.peer)
         finally:
             del self.incoming[conn_id]
-            self.offers.closed(conn_id, reason, quiet=quiet)
+            self.offers.writers.closed(conn_id, reason, quiet=quiet)
             incoming.released.set()

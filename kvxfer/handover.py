@@ -7,7 +7,7 @@ import collections
 import threading
 from collections.abc import Callable
 
-from kvxfer.errors import ClosedResourceError
+from kvxfer.errors import ClosedResourceError, UsageError
 
 __all__ = ["Mailbox"]
 
@@ -32,6 +32,11 @@ class Mailbox:
     def is_here(self) -> bool:
         """Whether the calling thread is the loop's own."""
         return threading.get_ident() == self._thread
+
+    def check_elsewhere(self) -> None:
+        """Raise UsageError on the loop's own thread: waiting would be for ever."""
+        if self.is_here:
+            raise UsageError("the event loop must not wait for itself: await instead")
 
     def post(self, call: Callable[[], None]) -> None:
         """Have ``call`` carried out on the loop soon. Any thread; never waits.

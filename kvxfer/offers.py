@@ -12,7 +12,6 @@ import asyncio
 import collections
 import contextlib
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -21,27 +20,26 @@ from typing import Protocol
 import numpy as np
 
 from kvxfer import wire
-from kvxfer._version import __version__
 from kvxfer.blocks import Ids, as_ids
-from kvxfer.control import CloseCause, CloseReason, Inviter
+from kvxfer.control import Inviter
 from kvxfer.errors import (
-    KVXferError,
     LayoutError,
     NotQuiescentError,
     ProtocolError,
-    RefusedError,
     UsageError,
 )
 from kvxfer.handover import Mailbox
 from kvxfer.host import Host
-from kvxfer.inbound import Announce, Complete, Inbound, LayerDone, Quiet
+from kvxfer.inbound import Announce, Complete, LayerDone, Quiet
 from kvxfer.layout import Group
 from kvxfer.notify import Record
 from kvxfer.positions import Window
-from kvxfer.requests import End, EndCode, Key, TicketState, end_code
-from kvxfer.waiting import Ending, Waiters
+from kvxfer.requests import End, EndCode, Key, end_code
+from kvxfer.ticket import Ticket
+from kvxfer.waiting import Ending
+from kvxfer.writers import Writer, Writers
 
-__all__ = ["Offers", "Ticket"]
+__all__ = ["Offers"]
 
 _log = logging.getLogger("kvxfer.offers")
 
@@ -60,146 +58,6 @@ class Connections(Protocol):
         """Put an end to a connection: its QP goes to ERR first."""
 
 
-class Ticket:
-    """A request whose blocks are offered; made by ``Server.offer``.
-
-    All attributes may be read from any thread, without waiting.
-
-    Attributes:
-      request_id: As it was offered.
-      addresses: The writers that it is offered to.
-      arrived: When each layer was complete, by ``time.monotonic()``.
-    """
-
-    def __init__(
-        self,
-        offers: Offers,
-        request_id: str,
-        windows: dict[str, Window],
-        needed: int,
-        lease: float,
-        checksum: bool,
-    ) -> None:
-        self.request_id = request_id
-        self.addresses: list[str] = []
-        self.arrived: dict[int, float] = {}
-        self._offers = offers
-        self._windows = windows
-        self._needed = needed
-        self._checksum = checksum
-        self._expires = time.monotonic() + lease
-        self._core = Inbound(windows, needed, offers.digest_of if checksum else None)
-        self._generation = secrets.randbits(63) | 1
-        self._error: KVXferError | None = None
-        self._quarantined = False
-        self._over = Waiters()
-        self._layers: dict[int, Waiters] = {}
-        self._lease: asyncio.TimerHandle | None = None
-        self._fences: list[asyncio.TimerHandle] = []
-
-    def __repr__(self) -> str:
-        return f"<Ticket {self.request_id!r}, {self.state.value}>"
-
-    @property
-    def state(self) -> TicketState:
-        """Where it stands."""
-        return self._core.state
-
-    @property
-    def layers_done(self) -> tuple[int, ...]:
-        """The layers that are in place, in every group that was offered."""
-        return tuple(sorted(self.arrived))
-
-    @property
-    def bytes_done(self) -> int:
-        """Bytes of blocks that have landed; what was sent twice counts twice."""
-        return self._core.bytes_done
-
-    @property
-    def error(self) -> KVXferError | None:
-        """Why it ended badly; None while it goes on, and when all went well."""
-        return self._error
-
-    @property
-    def aux(self) -> bytes:
-        """What the writer gave to ``finish``; empty before the request is done.
-
-        Of several sources the first one that gave anything.
-        """
-        return self._core.aux if self.state is TicketState.DONE else b""
-
-    async def wait_layer(self, layer: int) -> None:
-        """Wait until a layer is in place, in every group that was offered.
-
-        Raises:
-          KVXferError: The request ended before; see :attr:`error`.
-          LayoutError: This cache has no such layer.
-
-        Cancellation:
-          Ends the wait and nothing else.
-        """
-        self._offers.check()
-        if layer not in self._offers.layers(self._windows):
-            raise LayoutError(f"this cache has no layer {layer!r} in what was offered")
-        if layer not in self.arrived and not self._core.is_over:
-            await self._layers.setdefault(layer, Waiters()).wait()
-        if layer not in self.arrived:
-            raise self._failure()
-
-    async def wait(self) -> None:
-        """Wait until all is in place.
-
-        Raises:
-          KVXferError: The request ended badly; see :attr:`error`. No byte of it can
-            land any more.
-
-        Cancellation:
-          Aborts the request; raised when no byte of it can land any more.
-        """
-        self._offers.check()
-        try:
-            await self._over.wait()
-        except asyncio.CancelledError:
-            self._offers.stop(
-                self, End(EndCode.CANCELLED, "who waited for it was cancelled")
-            )
-            await self._over.wait_uncancelled()
-            raise
-        if self.state is not TicketState.DONE:
-            raise self._failure()
-
-    def abort(self, reason: str = "") -> Ending:
-        """Give the request up; does nothing if it is over.
-
-        May be called from any thread. In another thread than the event loop's it
-        returns when no byte of the request can land any more; on the event loop
-        ``await`` what it returns for that.
-        """
-        end = End(EndCode.ABORTED, reason or "given up by the side that is written to")
-        return self._offers.abort(self, end)
-
-    def _failure(self) -> KVXferError:
-        if self._error is None:
-            return LayoutError("no writer of this request holds that layer")
-        return self._error
-
-
-class _Writer:
-    """A writer that is invited, by the address that it listens on."""
-
-    def __init__(self, address: str, interval: float) -> None:
-        self.address = address
-        self.invite = wire.new_nonce()
-        self.inviter = Inviter(address, interval)
-        self.conn_id: int | None = None
-        self.incarnation = b""
-        self.keys: frozenset[Key] = frozenset()
-        self.tickets: set[Ticket] = set()
-        self.told: set[Ticket] = set()
-        """Tickets that the present or the last incarnation knows of."""
-        self.losing: asyncio.TimerHandle | None = None
-
-
 class Offers:
     """All offers of one server.
 
@@ -216,7 +74,6 @@ class Offers:
         self._host = host
         self._options = host.options
         self._connections = connections
-        self._where = where
         self._mailbox = Mailbox("server")
         self._lock = threading.Lock()
         self._live: dict[str, Ticket] = {}
@@ -224,13 +81,9 @@ class Offers:
         self._by_generation: dict[int, Ticket] = {}
         self._ended: collections.OrderedDict[int, End | None]
         self._ended = collections.OrderedDict()
-        self._writers: dict[str, _Writer] = {}
-        self._by_invite: dict[bytes, _Writer] = {}
-        self._by_conn: dict[int, _Writer] = {}
-        self._arriving: dict[int, tuple[_Writer, bytes, frozenset[Key]]] = {}
+        self.writers = Writers(host, self, where)
         self._finished: collections.deque[Ticket]
         self._finished = collections.deque(maxlen=_MAX_FINISHED)
-        self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
         self.stale = 0
         """Records dropped since their offer does not stand any more."""
@@ -361,6 +214,10 @@ class Offers:
         """Raise unless this is the process and the loop of the server."""
         self._host.check("server")
 
+    def check_elsewhere(self) -> None:
+        """Raise on the loop's own thread, where nobody may wait."""
+        self._mailbox.check_elsewhere()
+
     def layers(self, windows: Mapping[str, Window]) -> set[int]:
         """The layers of this cache in some groups."""
         cache = self._host.cache
@@ -386,17 +243,9 @@ class Offers:
                 max(0.0, ticket._expires - time.monotonic()), self._expire, ticket
             )
         for address in addresses:
-            writer = self._writers.get(address)
-            if writer is None:
-                writer = _Writer(address, self._options.ping_interval)
-                self._writers[address] = writer
-                self._by_invite[writer.invite] = writer
+            writer = self.writers.offer(address, ticket)
             ticket._core.add_source(writer)
-            writer.tickets.add(ticket)
-            if writer.conn_id is not None:
-                self._tell(writer, ticket)
-            else:
-                self._ask(writer)
+            self.writers.begin(writer, ticket)
 
     def _expire(self, ticket: Ticket) -> None:
         self.stop(ticket, End(EndCode.LEASE, "the lease of the offer has passed"))
@@ -421,11 +270,19 @@ class Offers:
                 else:
                     self._finish(ticket)
 
-    def _send(self, writer: _Writer, message: wire.RequestMessage) -> bool:
+    def left(self, writer: Writer, ticket: Ticket, *, quiet: bool) -> None:
+        """A writer's connection is gone; ``quiet``: and nothing of it lands."""
+        if not quiet and ticket in writer.told:
+            ticket._quarantined = True
+            self.stop(ticket, End(EndCode.FAILED, "its QP cannot be destroyed"))
+        ticket._core.leave(writer)
+        self._drive(ticket)
+
+    def _send(self, writer: Writer, message: wire.RequestMessage) -> bool:
         assert writer.conn_id is not None
         return self._connections.send_request(writer.conn_id, message)
 
-    def _tell(self, writer: _Writer, ticket: Ticket) -> None:
+    def tell(self, writer: Writer, ticket: Ticket) -> None:
         """Say an offer to a writer that is connected."""
         if not ticket._core.is_live:
             return
@@ -455,7 +312,7 @@ class Offers:
 
     def _announce(self, ticket: Ticket, action: Announce) -> None:
         writer = action.source
-        assert isinstance(writer, _Writer)
+        assert isinstance(writer, Writer)
         if writer.conn_id is None:
             return
         by_group: dict[str, list[int]] = {}
@@ -493,11 +350,11 @@ class Offers:
                 ),
             )
 
-    def _present(self, ticket: Ticket) -> list[_Writer]:
+    def _present(self, ticket: Ticket) -> list[Writer]:
         return [
             writer
             for writer in ticket._core.sources
-            if isinstance(writer, _Writer)
+            if isinstance(writer, Writer)
             and writer.conn_id is not None
             and ticket._core.present(writer)
         ]
@@ -505,7 +362,7 @@ class Offers:
     def _quiet(self, ticket: Ticket, source: Hashable) -> None:
         """Ask a writer to stop; without its word its connection ends."""
         writer, end = source, ticket._core.end
-        assert isinstance(writer, _Writer) and end is not None
+        assert isinstance(writer, Writer) and end is not None
         if writer.conn_id is None or not ticket._core.present(writer):
             return
         if not ticket._core.has_ended(writer):
@@ -527,7 +384,7 @@ class Offers:
             )
         )
 
-    def _force(self, ticket: Ticket, writer: _Writer, conn_id: int) -> None:
+    def _force(self, ticket: Ticket, writer: Writer, conn_id: int) -> None:
         if ticket._core.present(writer) and writer.conn_id == conn_id:
             self._connections.drop_peer(
                 conn_id, f"no word that request {ticket.request_id} has ended"
@@ -553,143 +410,16 @@ class Offers:
         self._ended[ticket._generation] = core.end
         while len(self._ended) > _MAX_ENDED:
             self._ended.popitem(last=False)
-        for writer in list(self._writers.values()):
-            writer.tickets.discard(ticket)
-            writer.told.discard(ticket)
-            self._let_go(writer)
+        self.writers.over(ticket)
         with self._lock:
             self._live.pop(ticket.request_id, None)
             if not ticket._quarantined:
                 for name, window in ticket._windows.items():
                     self._taken[name][window.block_ids] = 0
         self._finished.append(ticket)
-        for waiters in ticket._layers.values():
-            waiters.wake()
         ticket._over.wake()
-
-    # -- writers -------------------------------------------------------------------
-
-    def _ask(self, writer: _Writer) -> None:
-        host, port, path = self._where()
-        writer.inviter.start(
-            wire.Invite(
-                incarnation=self._host.incarnation,
-                invite=writer.invite,
-                host=host,
-                port=port,
-                path=path,
-                agent=f"kvxfer {__version__}",
-            )
-        )
-
-    def _stop_asking(self, writer: _Writer) -> None:
-        task = writer.inviter.stop()
-        if task is not None:
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
-
-    def _let_go(self, writer: _Writer) -> None:
-        """Forget a writer that nothing is offered to and that is not there."""
-        if writer.tickets:
-            return
-        self._stop_asking(writer)
-        if writer.conn_id is None:
-            if writer.losing is not None:
-                writer.losing.cancel()
-            self._writers.pop(writer.address, None)
-            self._by_invite.pop(writer.invite, None)
-
-    def hello(self, conn_id: int, hello: wire.Hello) -> None:
-        """A dialer that names an invitation is making a connection.
-
-        Raises:
-          RefusedError: Nobody was invited so.
-        """
-        if not hello.invite:
-            return
-        writer = self._by_invite.get(hello.invite)
-        if writer is None:
-            raise RefusedError("that invitation does not stand any more")
-        keys = frozenset(
-            (group.name, layer)
-            for group in hello.geometry
-            for plane in group.planes
-            for layer in plane.layers
-        )
-        ours = self._host.cache
-        mine = {(g.name, layer) for g in ours.groups for layer in g.layers}
-        self._arriving[conn_id] = (writer, hello.incarnation, keys & mine)
-
-    def misfit(self, hello: wire.Hello, error: KVXferError) -> None:
-        """A writer that was invited cannot be connected, and never will be."""
-        writer = self._by_invite.get(hello.invite)
-        if writer is not None:
-            for ticket in list(writer.tickets):
-                self.stop(ticket, End(EndCode.FAILED, str(error), cause=error))
-
-    def established(self, conn_id: int) -> int | None:
-        """A writer is connected.
-
-        Returns:
-          An older connection of the same writer that has to be gone first; call
-          :meth:`admit` when it is.
-        """
-        if conn_id not in self._arriving:
-            return None
-        return self._arriving[conn_id][0].conn_id
-
-    def admit(self, conn_id: int) -> None:
-        """Tell a writer what stands for it."""
-        arriving = self._arriving.pop(conn_id, None)
-        if arriving is None:
-            return
-        writer, incarnation, keys = arriving
-        writer.keys = keys
-        if writer.incarnation not in (b"", incarnation):
-            self._lose(writer, f"{writer.address} has restarted")
-        if writer.losing is not None:
-            writer.losing.cancel()
-            writer.losing = None
-        writer.incarnation = incarnation
-        writer.conn_id = conn_id
-        self._by_conn[conn_id] = writer
-        self._stop_asking(writer)
-        for ticket in list(writer.tickets):
-            self._tell(writer, ticket)
-
-    def closed(self, conn_id: int, reason: CloseReason, *, quiet: bool) -> None:
-        """A connection is over; ``quiet``: and nothing of it lands any more."""
-        self._arriving.pop(conn_id, None)
-        writer = self._by_conn.pop(conn_id, None)
-        if writer is None:
-            return
-        writer.conn_id = None
-        if not quiet:
-            for ticket in list(writer.told):
-                ticket._quarantined = True
-                self.stop(ticket, End(EndCode.FAILED, "its QP cannot be destroyed"))
-        for ticket in list(writer.tickets):
-            ticket._core.leave(writer)
-            self._drive(ticket)
-        if reason.cause is CloseCause.DEAD:
-            self._lose(writer, f"{writer.address}: {reason}")
-        if writer.told:
-            # It may come back at once: only then are the rest repeated.
-            writer.losing = asyncio.get_running_loop().call_later(
-                self._options.ping_timeout,
-                self._lose,
-                writer,
-                f"{writer.address} did not come back: {reason}",
-            )
-        if writer.tickets and not self._closed:
-            self._ask(writer)
-        self._let_go(writer)
-
-    def _lose(self, writer: _Writer, reason: str) -> None:
-        """A writer's life is over, and with it what it had begun."""
-        for ticket in list(writer.told):
-            self.stop(ticket, End(EndCode.PEER_LOST, reason))
-        writer.told.clear()
+        for waiters in list(ticket._layers.values()):
+            waiters.wake()
 
     # -- what writers say ------------------------------------------------------------
 
@@ -700,7 +430,7 @@ class Offers:
           ProtocolError: It was not the writer's to make. Its request has ended.
         """
         ticket = self._by_generation.get(record.generation)
-        writer = self._by_conn.get(conn_id)
+        writer = self.writers.find(conn_id)
         if ticket is None:
             self.stale += 1
             return
@@ -732,7 +462,7 @@ class Offers:
 
     def message(self, conn_id: int, message: wire.RequestMessage) -> None:
         """Take what a writer says about a request."""
-        writer = self._by_conn.get(conn_id)
+        writer = self.writers.find(conn_id)
         if writer is None:
             return
         if isinstance(message, wire.Resume):
@@ -748,7 +478,7 @@ class Offers:
         self._drive(ticket)
 
     def _hear(
-        self, writer: _Writer, ticket: Ticket, message: wire.RequestMessage
+        self, writer: Writer, ticket: Ticket, message: wire.RequestMessage
     ) -> None:
         core = ticket._core
         if isinstance(message, wire.LayersFinal):
@@ -762,7 +492,7 @@ class Offers:
             core.quiet(writer, message.records)
             core.stop(End(end_code(message.code), reason, message.layer, by_peer=True))
 
-    def _resume(self, writer: _Writer, message: wire.Resume) -> None:
+    def _resume(self, writer: Writer, message: wire.Resume) -> None:
         """Say what became of offers that a writer still knows of."""
         assert writer.conn_id is not None
         for generation in message.generations:
@@ -794,17 +524,13 @@ class Offers:
         with self._lock:
             self._closed = True
         self._mailbox.close()
+        self.writers.begin_close()
         for ticket in list(self._live.values()):
             self.stop(ticket, End(EndCode.CLOSED, "the server was closed"))
 
     async def close(self) -> None:
         """Release what is left, when all connections are gone."""
-        for writer in list(self._writers.values()):
-            if writer.losing is not None:
-                writer.losing.cancel()
-            self._stop_asking(writer)
-        if self._closing:
-            await asyncio.wait(self._closing)
+        await self.writers.close()
 
 
 def _extends(

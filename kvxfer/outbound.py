@@ -253,10 +253,10 @@ class Outbound:
 
     @property
     def waits_for_the_wire(self) -> bool:
-        """Whether something is both ready and offered, and not confirmed yet."""
+        """Whether something is both ready and offered, and not acknowledged yet."""
         if self.offer is None or not self.is_live:
             return False
-        return self._told_finished or any(
+        return any(
             piece.open and not piece.settled
             for layer in self._layers.values()
             for piece in layer.pieces

@@ -45,6 +45,9 @@ class Home(Protocol):
     def check(self) -> None:
         """Raise unless this is the process and the loop of the client."""
 
+    def check_elsewhere(self) -> None:
+        """Raise on the loop's own thread, where nobody may wait."""
+
     def post(self, call: Callable[[], None]) -> None:
         """Have something carried out on the loop."""
 
@@ -243,6 +246,23 @@ class Request:
             )
             await self._over.wait_uncancelled()
             raise
+        if self._error is not None:
+            raise self._error
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait as :meth:`sent` does, in a thread that is not the event loop's.
+
+        Args:
+          timeout: Seconds; None waits as long as the request may take.
+
+        Raises:
+          KVXferError: The request ended badly; see :attr:`error`.
+          TimeoutError: It goes on. Nothing has changed.
+          UsageError: This is the event loop's thread.
+        """
+        self._streams.check_elsewhere()
+        if not self._over.wait_blocking(timeout):
+            raise TimeoutError(f"{self!r} goes on after {timeout:g} s")
         if self._error is not None:
             raise self._error
 

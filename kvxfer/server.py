@@ -30,9 +30,10 @@ from kvxfer.host import DeviceState, Host
 from kvxfer.interfaces import address_of
 from kvxfer.link import numeric_address
 from kvxfer.logs import bind
-from kvxfer.offers import Offers, Ticket
+from kvxfer.offers import Offers
 from kvxfer.options import Options
 from kvxfer.requests import End, EndCode
+from kvxfer.ticket import Ticket
 from kvxfer.verbs_types import Access
 
 _log = logging.getLogger("kvxfer.server")

@@ -92,6 +92,10 @@ class Streams:
         """Raise unless this is the process and the loop of the client."""
         self._host.check("client")
 
+    def check_elsewhere(self) -> None:
+        """Raise on the loop's own thread, where nobody may wait."""
+        self._mailbox.check_elsewhere()
+
     def group(self, name: str | None) -> str:
         """Return a group's name, which may be left out if there is one only."""
         return self._host.cache.group(name).name

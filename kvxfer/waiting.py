@@ -50,7 +50,7 @@ class Waiters:
         if cancelled is not None:
             raise cancelled
 
-    def wait_blocking(self, seconds: float) -> bool:
+    def wait_blocking(self, seconds: float | None) -> bool:
         """Wait in a thread that is not the loop's; whether the moment came."""
         return self._event.wait(seconds)
 

@@ -568,7 +568,7 @@ async def test_several_sources_must_all_finish() -> None:
             one.ready(None, [1])
             one.finish(b"low")
             await until(lambda: len(ticket.layers_done) == 2)
-            assert ticket.state is TicketState.ARRIVING
+            assert ticket.state is TicketState.ARRIVING, ticket.error
             two.ready(None, [2], final=True)
             await asyncio.wait_for(ticket.wait_layer(3), SOON)
             two.finish()

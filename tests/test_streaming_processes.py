@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +14,9 @@ import pytest
 from kvxfer import Server
 from kvxfer.errors import BrokenPeerError
 from kvxfer.requests import TicketState
-from tests.children import Nursery
+from tests.children import ROOT, Nursery
 from tests.endpoints import QUICK, SOON, arena, expected
+from tests.test_docs import port_is_taken
 
 SHAPE: dict[str, Any] = {
     "n_blocks": 16,
@@ -21,6 +24,36 @@ SHAPE: dict[str, Any] = {
     "planes": {"k": (4096, 4096 + 64), "v": (4096, 4096 + 64)},
     "seed": 1,
 }
+
+
+EXAMPLES = ROOT / "examples" / "streaming"
+
+
+@pytest.mark.parametrize("first", ["decode", "prefill"])
+def test_the_programs_of_the_docs_print_what_they_say(first: str) -> None:
+    """Whichever is started first."""
+    if port_is_taken(7778):
+        pytest.skip("another program of this machine has the examples' port, 7778")
+    said = (ROOT / "docs" / "streaming.md").read_text()
+    names = [first, "prefill" if first == "decode" else "decode"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", EXAMPLES / f"{name}.py"],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for name in names
+    ]
+    try:
+        for name, program in zip(names, running, strict=True):
+            printed, _ = program.communicate(timeout=60)
+            assert program.returncode == 0
+            assert f"streaming/{name}.py\n{printed}" in said
+    finally:
+        for program in running:
+            program.kill()
+            program.wait()
 
 
 @pytest.fixture(scope="module")
