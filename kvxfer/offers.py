@@ -309,6 +309,8 @@ class Offers:
                 checksum=ticket._checksum,
             ),
         )
+        # Layers may have waited for nothing but the word who can write them.
+        self._drive(ticket)
 
     def _announce(self, ticket: Ticket, action: Announce) -> None:
         writer = action.source
