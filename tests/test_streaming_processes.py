@@ -103,3 +103,46 @@ async def test_blocks_of_a_prefill_that_died_are_never_reported(
             assert ticket.state is TicketState.FAILED
             assert ticket.layers_done == (0, 1, 2)
             assert ticket.error is not None and ticket.error.fenced
+
+
+async def test_a_fence_needs_no_word_of_a_writer_that_stands_still(
+    nursery: Nursery,
+) -> None:
+    """The offer and the end of it wait for a frozen process; then it wakes up."""
+    with arena(**SHAPE) as source, arena(**{**SHAPE, "seed": 2}) as target:
+        options = {**QUICK, "ping_timeout": SOON}
+        async with (
+            Server(target.cache, port=0, **options) as server,
+            nursery.start(
+                "prefill",
+                shape=SHAPE,
+                request_ids=["first", "fenced", "other"],
+                n_blocks=4,
+                **options,
+            ) as child,
+        ):
+            where = (await child.event())["listening"]
+            await asyncio.wait_for(
+                server.offer(where, "first", {"main": range(4)}).wait(), SOON
+            )
+            await child.stop()
+            fenced = server.offer(where, "fenced", {"main": range(4, 8)})
+            other = server.offer(where, "other", {"main": range(8, 12)})
+            await asyncio.wait_for(server.fence("fenced"), SOON)
+            assert fenced.state is TicketState.ABORTED
+            before = target.memory.copy()
+            child.signal(signal.SIGCONT)
+            # It wakes up to an offer that it begins to fulfil, and to a connection
+            # that is gone; what else it had to write comes by the next one.
+            await asyncio.wait_for(other.wait(), SOON)
+            after = expected(source, target, before, range(4), range(8, 12))
+            assert (target.memory == after).all()
+            ends = {}
+            for _ in range(3):
+                event = await child.event()
+                ends[event["request_id"]] = (event["state"], event["error"])
+            assert ends == {
+                "first": ("done", None),
+                "fenced": ("aborted", "RequestAbortedError"),
+                "other": ("done", None),
+            }
