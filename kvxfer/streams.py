@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import functools
-import itertools
 import math
 import threading
 import time
@@ -20,10 +18,9 @@ from typing import Any
 
 from kvxfer import wire
 from kvxfer.blocks import Ids, as_ids
+from kvxfer.dispatch import Dispatcher
 from kvxfer.errors import (
-    BrokenPeerError,
     ClosedResourceError,
-    KVXferError,
     LayoutError,
     NotQuiescentError,
     UsageError,
@@ -32,24 +29,20 @@ from kvxfer.events import happens, has_happened
 from kvxfer.handover import Mailbox
 from kvxfer.host import Host
 from kvxfer.outbound import (
-    Chunk,
     Finished,
     Flush,
     LayerFinal,
     Offered,
     Piece,
     Stop,
-    Tag,
     Write,
 )
 from kvxfer.peer import Peer
-from kvxfer.policy import Admission, Window
 from kvxfer.positions import Window as Blocks
 from kvxfer.remotes import Remote, Remotes, Stream
 from kvxfer.request import as_groups
 from kvxfer.requests import End, EndCode, Key, RequestState
-from kvxfer.scheduler import Outcome, Transfer
-from kvxfer.stream_statistics import ClientStatistics, Lacks, LayerWaits, PeerLoad
+from kvxfer.stream_statistics import ClientStatistics, Lacks, LayerWaits
 from kvxfer.waiting import Ending
 
 __all__ = ["Streams"]
@@ -71,13 +64,7 @@ class Streams:
         self._tombstones: collections.OrderedDict[str, End] = collections.OrderedDict()
         self._finished: collections.deque[Stream]
         self._finished = collections.deque(maxlen=_MAX_FINISHED)
-        self._policy: Admission[Chunk] = Admission(
-            Window(options.peer_window_bytes, options.peer_window_wrs),
-            Window(options.device_window_bytes, options.device_window_wrs),
-        )
-        self._owners: dict[Chunk, tuple[Stream, Remote]] = {}
-        self._chunk_order = itertools.count()
-        self._dispatching = False
+        self._dispatcher = Dispatcher(host, self.drive)
         self._closed = False
         self._stall: asyncio.TimerHandle | None = None
         self.remotes = Remotes(host, self)
@@ -349,7 +336,7 @@ class Streams:
 
     def detach(self, request: Stream) -> None:
         """The connection of a request is gone; it may come back."""
-        self._policy.remove(request._flow)
+        self._dispatcher.forget(request)
         request._core.detach()
         self.drive(request)
 
@@ -361,15 +348,15 @@ class Streams:
         while actions := core.take():
             for action in actions:
                 if isinstance(action, Write):
-                    self._queue(request, action.chunk)
+                    self._dispatcher.queue(request, action.chunk)
                 elif isinstance(action, LayerFinal):
                     self._say_final(request, action)
                 elif isinstance(action, Finished):
                     self._say_finished(request, action)
                 elif isinstance(action, Flush):
-                    self._flush(request, action.chunk)
+                    self._dispatcher.flush(request, action.chunk)
                 elif isinstance(action, Stop):
-                    self._cancel(request)
+                    self._dispatcher.cancel(request)
                 else:
                     self._end(request)
         if (
@@ -381,159 +368,18 @@ class Streams:
             # Nobody confirms: what has been acknowledged is all there is to know.
             core.announced((), complete=True)
             self.drive(request)
-        self._dispatch()
-
-    def _queue(self, request: Stream, chunk: Chunk) -> None:
-        remote = request.remote
-        assert remote is not None
-        peer = remote.live_peer
-        planes = len(self._host.cache.group(chunk.key[0]).rows(chunk.key[1]))
-        self._owners[chunk] = (request, remote)
-        self._policy.push(
-            request._flow,
-            chunk,
-            peer=remote,
-            device=peer.device,
-            layer=chunk.key[1],
-            n_bytes=chunk.n_bytes,
-            n_wrs=planes * len(chunk.local_ids) + 2,
-        )
-
-    def _dispatch(self) -> None:
-        """Give devices what their windows have room for."""
-        if self._dispatching:
-            return
-        self._dispatching = True
-        try:
-            while (chunk := self._policy.pop()) is not None:
-                self._post(chunk)
-        finally:
-            self._dispatching = False
-
-    def _post(self, chunk: Chunk) -> None:
-        request, remote = self._owners.pop(chunk)
-        peer = remote.peer
-        tag = request._core.posting(chunk) if peer is not None else None
-        if tag is None or peer is None:
-            self._policy.done(chunk)
-            return
-        due = request._flow.deadline
-        try:
-            transfer = peer.start(
-                chunk.key[0],
-                chunk.key[1],
-                chunk.local_ids,
-                chunk.remote_ids,
-                request.request_id,
-                (tag.generation, tag.total, self._digest(request, chunk, tag)),
-                due if math.isfinite(due) else None,
-                request._flow.priority,
-                functools.partial(self._written, request, remote, chunk),
-            )
-        except KVXferError as error:
-            self._policy.done(chunk)
-            request._core.written(chunk, ok=False)
-            gone = isinstance(error, BrokenPeerError | ClosedResourceError)
-            if remote.is_direct or not gone:
-                reason = f"layer {chunk.key[1]} cannot be written: {error}"
-                request._core.stop(
-                    End(EndCode.FAILED, reason, chunk.key[1], cause=error)
-                )
-            self.drive(request)
-            return
-        request.transfers[transfer] = chunk
-        self.drive(request)
-
-    def _digest(self, request: Stream, chunk: Chunk, tag: Tag) -> int:
-        if not request.checksum or not tag.final:
-            return 0
-        return self._layer_digest(request, chunk.key)
-
-    def _layer_digest(self, request: Stream, key: Key) -> int:
-        from kvxfer.digest import digest
-
-        ids = request._core.source_ids(key)
-        return digest(self._host.cache.group(key[0]), key[1], ids) if ids.size else 0
-
-    def _written(
-        self, request: Stream, remote: Remote, chunk: Chunk, transfer: Transfer
-    ) -> None:
-        """A chunk has ended, well or badly."""
-        request.transfers.pop(transfer, None)
-        self._policy.done(chunk)
-        request._n_wrs += transfer.n_wrs
-        if transfer.abandoned:
-            request.abandoned = True
-        ok = not transfer.abandoned and transfer.outcome is Outcome.DONE
-        if not ok and transfer.outcome is Outcome.FAILED and remote.peer is not None:
-            # Whether the peer has executed it is not known: before it has been fenced
-            # nobody may be told that nothing can land any more.
-            remote.peer.break_("a write failed")
-        if not ok and request._core.is_live and remote.is_direct:
-            assert remote.peer is not None
-            layer, error = remote.peer.error_of(transfer)
-            request._core.stop(End(EndCode.FAILED, str(error), layer, cause=error))
-        stopped = not transfer.abandoned and transfer.outcome is Outcome.EXPIRED
-        request._core.written(chunk, ok=ok, stopped=stopped)
-        self.drive(request)
-
-    def _flush(self, request: Stream, chunk: Chunk) -> None:
-        """Write a block again, so that a record follows what was stopped."""
-        remote = request.remote
-        offer = request._core.offer
-        if remote is None or remote.peer is None or remote.is_direct or offer is None:
-            request._core.flushed(chunk, ok=False)
-            return
-        try:
-            transfer = remote.peer.start(
-                chunk.key[0],
-                chunk.key[1],
-                chunk.local_ids[:1],
-                chunk.remote_ids[:1],
-                request.request_id,
-                (offer.generation, 0, 0),
-                0.0,  # a deadline that is past: before all else
-                0,
-                functools.partial(self._flushed, request, remote, chunk),
-            )
-        except KVXferError:
-            request._core.flushed(chunk, ok=False)
-            return
-        request.timers.append(
-            asyncio.get_running_loop().call_later(
-                self._options.drain_timeout, self._unflushed, remote, transfer
-            )
-        )
-
-    def _unflushed(self, remote: Remote, transfer: Transfer) -> None:
-        if not transfer.ended and remote.peer is not None:
-            remote.peer.break_("a write could not be drained")
-
-    def _flushed(
-        self, request: Stream, remote: Remote, chunk: Chunk, transfer: Transfer
-    ) -> None:
-        if transfer.abandoned:
-            request.abandoned = True
-        ok = not transfer.abandoned and transfer.outcome is Outcome.DONE
-        if not ok and remote.peer is not None:
-            remote.peer.break_("a write failed")
-        request._core.flushed(chunk, ok=ok)
-        self.drive(request)
-
-    def _cancel(self, request: Stream) -> None:
-        self._policy.remove(request._flow)
-        for task in list(request.waits):
-            task.cancel()
-        for transfer in list(request.transfers):
-            if request.remote is not None and request.remote.peer is not None:
-                request.remote.peer.stop(transfer)
+        self._dispatcher.dispatch()
 
     def _say_final(self, request: Stream, action: LayerFinal) -> None:
         remote = request.remote
         offer = request._core.offer
         if remote is None or remote.is_direct or offer is None:
             return
-        digest = self._layer_digest(request, action.key) if request.checksum else 0
+        digest = (
+            self._dispatcher.layer_digest(request, action.key)
+            if request.checksum
+            else 0
+        )
         remote.send(
             wire.LayersFinal(
                 conn_id=remote.conn_id,
@@ -617,12 +463,11 @@ class Streams:
         waiting: list[LayerWaits] = []
         for request in list(self._requests.values()):
             waiting += self._waiting(request)
-        loads = tuple(
-            PeerLoad(getattr(remote, "address", ""), load.n_bytes, load.n_wrs)
-            for remote, load in list(self._policy.peers.items())
-        )
         return ClientStatistics(
-            dict(states), self.remotes.n_parked, tuple(waiting), loads
+            dict(states),
+            self.remotes.n_parked,
+            tuple(waiting),
+            self._dispatcher.loads(),
         )
 
     def _waiting(self, request: Stream) -> list[LayerWaits]:
@@ -638,8 +483,7 @@ class Streams:
                 lacks = Lacks.EARLIER
             n = int(piece.local_ids.size)
             found.append(LayerWaits(request.request_id, *piece.key, n, lacks))
-        full = self._policy.blocked(request._flow)
-        lacks = Lacks.WINDOW if full else Lacks.TURN
+        lacks = self._dispatcher.lacks(request)
         blocks: collections.Counter[Key] = collections.Counter()
         for _, _, item in list(request._flow.waiting):
             blocks[item.value.key] += len(item.value.local_ids)
