@@ -24,6 +24,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,7 +188,10 @@ def _arena(seed: int) -> Arena:
 class Prefill:
     """A prefill side that can be closed and made anew at the same address."""
 
-    def __init__(self, seed: int, rng: random.Random) -> None:
+    def __init__(
+        self, seed: int, rng: random.Random, options: Mapping[str, Any]
+    ) -> None:
+        self.options = options
         self.pool = Pool(
             arena(n_blocks=N_BLOCKS, layers=LAYERS, planes=PLANES, seed=seed), rng
         )
@@ -196,11 +200,11 @@ class Prefill:
 
     async def open(self) -> None:
         """Open a client, at the address of the one before."""
-        client = Client(self.pool.arena.cache, listen=self.listen, **OPTIONS)
+        client = Client(self.pool.arena.cache, listen=self.listen, **self.options)
         try:
             await client.open()
         except AddressInUseError:  # somebody was quicker
-            client = Client(self.pool.arena.cache, listen="127.0.0.1:0", **OPTIONS)
+            client = Client(self.pool.arena.cache, listen="127.0.0.1:0", **self.options)
             await client.open()
         assert client.listening is not None
         self.listen = client.listening
@@ -216,7 +220,10 @@ class Prefill:
 class Decode:
     """A decode side that can be closed and made anew at the same address."""
 
-    def __init__(self, seed: int, rng: random.Random) -> None:
+    def __init__(
+        self, seed: int, rng: random.Random, options: Mapping[str, Any]
+    ) -> None:
+        self.options = options
         self.pool = Pool(
             arena(n_blocks=N_BLOCKS, layers=LAYERS, planes=PLANES, seed=seed), rng
         )
@@ -225,7 +232,7 @@ class Decode:
 
     async def open(self) -> None:
         """Open a server, at the address of the one before."""
-        options = {"host": "127.0.0.1", **OPTIONS}
+        options = {"host": "127.0.0.1", **self.options}
         server = Server(self.pool.arena.cache, port=self.port, **options)
         try:
             await server.open()
@@ -243,16 +250,27 @@ class Decode:
 
 
 class Chaos:
-    """One run."""
+    """One run.
 
-    def __init__(self, seed: int, *, tasks: int = 16) -> None:
+    Args:
+      tasks: Requests at a time.
+      faults: Whether devices are given fault plans; only the software device takes
+        them.
+      **options: For all endpoints, instead of those of :data:`OPTIONS`.
+    """
+
+    def __init__(
+        self, seed: int, *, tasks: int = 16, faults: bool = True, **options: Any
+    ) -> None:
+        options = {**OPTIONS, **options}
         self.seed = seed
         self.rng = random.Random(seed)
         self.counts = Counts()
         self.tasks = tasks
-        self.prefills = [Prefill(10 + i, self.rng) for i in range(2)]
-        self.decodes = [Decode(20 + i, self.rng) for i in range(2)]
+        self.prefills = [Prefill(10 + i, self.rng, options) for i in range(2)]
+        self.decodes = [Decode(20 + i, self.rng, options) for i in range(2)]
         self.sides: list[Prefill | Decode] = [*self.prefills, *self.decodes]
+        self.faults = faults
         self.serial = 0
         self.stop_at = 0.0
 
@@ -302,13 +320,15 @@ class Chaos:
         else:
             endpoint = self.rng.choice(self.decodes).server
             plans = SERVER_FAULTS
-        if endpoint is not None:
+        if endpoint is not None and self.faults:
             plan = self.rng.choice(plans).format(**values)
             set_faults(endpoint, f"seed={self.rng.randrange(1_000_000)};{plan}")
             self.counts.faults += 1
 
     async def heal(self) -> None:
         """Take all plans back."""
+        if not self.faults:
+            return
         for endpoint in (
             *(p.client for p in self.prefills),
             *(d.server for d in self.decodes),
@@ -538,9 +558,9 @@ class One:
                     await asyncio.wait_for(wait(), 0.01)
 
 
-async def chaos(seconds: float, seed: int, *, tasks: int = 16) -> Counts:
-    """Run for so long."""
-    return await Chaos(seed, tasks=tasks).run(seconds)
+async def chaos(seconds: float, seed: int, **arguments: Any) -> Counts:
+    """Run for so long; see :class:`Chaos`."""
+    return await Chaos(seed, **arguments).run(seconds)
 
 
 def say(line: str) -> None:
