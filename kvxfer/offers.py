@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import logging
 import threading
 import time
@@ -198,8 +197,7 @@ class Offers:
         with self._lock:
             tickets = list(self._live.values())
         for ticket in tickets:
-            with contextlib.suppress(KVXferError):
-                await ticket.wait()
+            await ticket._over.wait()
 
     def finished(self) -> list[Ticket]:
         """Take the tickets that are over; see ``Server.finished``."""
