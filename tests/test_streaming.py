@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvxfer import Client, Server
+from kvxfer import Client, Server, wire
 from kvxfer.errors import (
     BrokenPeerError,
     ChecksumError,
@@ -609,14 +609,16 @@ async def test_a_broken_connection_is_rebuilt_and_others_never_notice() -> None:
 
 async def test_acknowledged_is_not_yet_visible_and_an_abort_waits_for_that() -> None:
     """A device that acknowledges at once and puts bytes in place a second later."""
-    async with streamed(big(1), big(2), peer_window_bytes=1 << 20) as pair:
+    # Of sixty WRs sixteen fit at a time: the abort finds a chunk in its middle.
+    async with streamed(big(1), big(2), sq_depth=16) as pair:
         ids = list(range(60))
         ticket = pair.server.offer(pair.prefill, "r", {"main": ids})
         request = pair.client.open("r")
         await until(lambda: request.state is RequestState.STREAMING)
         set_faults(pair.server, "act=posted_write_delay,us=1000000")
-        request.ready(None, ids)
-        await until(lambda: request.metrics.bytes > 0)
+        request.ready(0, ids)
+        await until(lambda: request.layer_state(0) is LayerState.POSTED)
+        assert request.metrics.bytes == 0
         await request.abort()
         await over(ticket)
         before = pair.target.memory.copy()
@@ -629,6 +631,24 @@ async def test_acknowledged_is_not_yet_visible_and_an_abort_waits_for_that() -> 
         await asyncio.wait_for(again.wait(), SOON)
         after = expected(pair.source, pair.target, before, range(4), range(60, 64))
         assert (pair.target.memory == after).all()
+
+
+async def test_what_an_old_connection_says_is_not_believed_on_the_new_one() -> None:
+    async with streamed() as pair:
+        ticket = pair.server.offer(pair.prefill, "r", {"main": [5]})
+        await until(lambda: pair.client.statistics().parked_offers == 1)
+        remotes = pair.client._streams_now().remotes
+        (remote,) = remotes._by_invite.values()
+        (old,) = remotes.peers()
+        (_, offer, _) = remotes._parked["r"]
+        old.break_("a test")
+        # A connection that has begun to break does not say that anything is over.
+        assert not remote.send(wire.Ended(conn_id=1, generation=1, code="aborted"))
+        await until(lambda: remotes.peers() not in ([], [old]))
+        await ticket.abort()
+        await until(lambda: pair.client.statistics().parked_offers == 0)
+        remotes._on_message(remote, old, offer)
+        assert pair.client.statistics().parked_offers == 0
 
 
 async def test_a_broken_connection_gives_no_word_that_nothing_can_land() -> None:
