@@ -138,7 +138,7 @@ class Inbound:
     @property
     def aux(self) -> bytes:
         """What came along with the end; of several sources, the first that had some."""
-        return next((s.aux for s in self._sources.values() if s.aux), b"")
+        return next((s.aux for s in list(self._sources.values()) if s.aux), b"")
 
     @property
     def sources(self) -> list[Hashable]:

@@ -302,13 +302,16 @@ class Outbound:
         return np.array([latest[i] for i in sorted(latest)], np.int64)
 
     def waiting(self) -> list[tuple[Piece, bool]]:
-        """Pieces not given out yet; true: they wait for an earlier one."""
-        return [
-            (piece, self._is_blocked(layer, piece))
-            for layer in self._layers.values()
-            for piece in layer.pieces
-            if not piece.queued
-        ]
+        """Pieces not given out yet; true: they wait for an earlier one. Any thread."""
+        found = []
+        for layer in list(self._layers.values()):
+            pieces = list(layer.pieces)
+            found += [
+                (piece, _is_blocked(pieces, piece))
+                for piece in pieces
+                if not piece.queued
+            ]
+        return found
 
     def take(self) -> list[Action]:
         """Return what is to be done, each thing once, in its order."""
@@ -496,14 +499,6 @@ class Outbound:
             # Nothing of it is written any more, and nobody asks for its pieces.
             layer.pieces = [p for p in layer.pieces if p.queued and not p.settled]
 
-    def _is_blocked(self, layer: _Layer, piece: Piece) -> bool:
-        for earlier in layer.pieces:
-            if earlier is piece:
-                return False
-            if not earlier.settled and earlier.shares(piece):
-                return True
-        raise InternalError("a piece that is not its layer's")
-
     def _go_on(self, key: Key) -> None:
         """Give out what may be written of a layer; say so if it is complete."""
         offer = self.offer
@@ -521,7 +516,7 @@ class Outbound:
                 )
             return
         for piece in layer.pieces:
-            if not piece.queued and piece.open and not self._is_blocked(layer, piece):
+            if not piece.queued and piece.open and not _is_blocked(layer.pieces, piece):
                 try:
                     self._give_out(piece, offer)
                 except LayoutError as error:
@@ -575,3 +570,13 @@ class Outbound:
         self._told_finished = True
         self._set_state(RequestState.FINISHING)
         self._actions.append(Finished(self._records, self._aux))
+
+
+def _is_blocked(pieces: list[Piece], piece: Piece) -> bool:
+    """Whether an earlier piece of a layer has to be acknowledged first."""
+    for earlier in pieces:
+        if earlier is piece:
+            return False
+        if not earlier.settled and earlier.shares(piece):
+            return True
+    raise InternalError("a piece that is not its layer's")

@@ -165,7 +165,8 @@ class Admission(Generic[T]):
 
     def blocked(self, flow: Flow[T]) -> bool:
         """Whether what a request would send next finds its window full."""
-        return bool(flow.waiting) and not self._may_go(flow)
+        # Other threads may ask, while what waits is on its way.
+        return any(not self._fits(item) for _, _, item in flow.waiting[:1])
 
     @property
     def waiting(self) -> int:
@@ -173,7 +174,9 @@ class Admission(Generic[T]):
         return sum(len(flow.waiting) for flow in self._flows)
 
     def _may_go(self, flow: Flow[T]) -> bool:
-        item = flow.waiting[0][2]
+        return self._fits(flow.waiting[0][2])
+
+    def _fits(self, item: _Item[T]) -> bool:
         n_bytes, n_wrs = item.n_bytes, item.n_wrs
         peer = self.peers.get(item.peer)
         device = self.devices.get(item.device)

@@ -459,7 +459,9 @@ class Streams:
 
     def statistics(self) -> ClientStatistics:
         """Say what goes on; see ``Client.statistics``."""
-        states = collections.Counter(r.state.value for r in self._requests.values())
+        states = collections.Counter(
+            r.state.value for r in list(self._requests.values())
+        )
         waiting: list[LayerWaits] = []
         for request in list(self._requests.values()):
             waiting += self._waiting(request)
@@ -479,8 +481,7 @@ class Streams:
             elif core.offer is None or core.state is RequestState.OPEN:
                 lacks = Lacks.OFFER
             else:
-                assert is_blocked
-                lacks = Lacks.EARLIER
+                lacks = Lacks.EARLIER if is_blocked else Lacks.TURN
             n = int(piece.local_ids.size)
             found.append(LayerWaits(request.request_id, *piece.key, n, lacks))
         lacks = self._dispatcher.lacks(request)

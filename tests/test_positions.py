@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvxfer.errors import LayoutError
@@ -13,6 +13,7 @@ from kvxfer.positions import Spans, Window, overlap, runs_of
 small = st.integers(0, 40)
 
 
+@settings(deadline=None)
 @given(small, small, small, small)
 def test_overlap_is_the_intersection(
     first: int, n: int, offer_first: int, offer_n: int
@@ -30,6 +31,7 @@ def test_overlap_is_the_intersection(
     assert part.skip + part.n == n
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(small, st.integers(0, 12))), small)
 def test_spans_are_a_set(runs: list[tuple[int, int]], start: int) -> None:
     spans = Spans()
@@ -51,6 +53,7 @@ def test_spans_are_a_set(runs: list[tuple[int, int]], start: int) -> None:
     assert copy == spans
 
 
+@settings(deadline=None)
 @given(st.lists(small), st.integers(0, 9))
 def test_runs_are_what_is_consecutive(positions: list[int], _: int) -> None:
     found = list(runs_of(np.array(positions, np.int64)))
@@ -58,6 +61,7 @@ def test_runs_are_what_is_consecutive(positions: list[int], _: int) -> None:
     assert all(found[i][1] != found[i + 1][0] for i in range(len(found) - 1))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 99), unique=True), small, st.data())
 def test_a_window_knows_its_blocks(
     ids: list[int], first: int, data: st.DataObject

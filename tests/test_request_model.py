@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvxfer.errors import LayoutError, ProtocolError
@@ -268,6 +268,7 @@ class World:
         pytest.fail(f"no end: {self.outbound.state}, {self.inbound.state}")
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_every_block_holds_what_was_ready_last(seed: int) -> None:
     rng = random.Random(seed)
@@ -296,6 +297,7 @@ def test_every_block_holds_what_was_ready_last(seed: int) -> None:
     assert {block for _, block in world.memory} <= own
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**32), st.booleans())
 def test_an_abort_leaves_nothing_in_flight(seed: int, by_writer: bool) -> None:
     rng = random.Random(seed)

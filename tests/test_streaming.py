@@ -310,6 +310,11 @@ async def test_threads_drive_requests_and_poll() -> None:
             for layer in range(3):
                 request.ready(layer, [i, i + 8], final=True)
             request.finish(name.encode())
+            while not ticket._over.is_set:  # as an engine does between its steps
+                assert pair.client.statistics().requests.keys() <= set(RequestState)
+                assert request.metrics.bytes <= 3 * 2 * 512
+                assert set(ticket.layers_done) <= set(range(3))
+                ticket._over.wait_blocking(0.0001)
             assert ticket._over.wait_blocking(SOON)
             assert request._over.wait_blocking(SOON)
             assert ticket.state is TicketState.DONE and ticket.aux == name.encode()
