@@ -243,8 +243,8 @@ def collect_options(
     config: Path | None,
 ) -> dict[str, Any]:
     """Return the options of kvxfer that were given, once they were found good."""
-    found = {"device": device, "soft_wire": wire, "qps": qps, "chain": chain}
-    found["progress"] = progress
+    found = {"device": device, "soft_wire": wire, "qps_per_connection": qps}
+    found |= {"chain": chain, "progress": progress}
     given = {name: value for name, value in found.items() if value is not None}
     options = command.load_options(config, **given)
     if config is None:

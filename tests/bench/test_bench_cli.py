@@ -84,8 +84,9 @@ async def test_several_in_flight_of_several_threads(tmp_path: Path) -> None:
     found = await document(
         tmp_path,
         *("--sizes", "2K", "--depth", "2", "--threads", "2", "--planes", "k,v"),
-        *("--memory", "ordinary", "--batch", "16"),
+        *("--memory", "ordinary", "--batch", "16", "--qps", "2"),
     )
+    assert found["method"]["options"] == {"qps_per_connection": 2}
     (window,) = found["windows"]
     assert window["batches"] >= 4
     assert window["wrong_blocks"] == 0
