@@ -112,7 +112,7 @@ cdef enum:
 
 cdef enum Stage:
     DATA       # WRs of blocks are still to be posted
-    # What may stand between the two: one small READ behind all planes, as a flush.
+    FLUSH      # of the last operation: a small READ behind all planes, on each lane
     RECORD     # all data is posted; waits for credit, then record and immediate
     IMMEDIATE  # the record is posted
     OTHERS     # an immediate on each further QP that carried data
@@ -133,6 +133,7 @@ cdef struct Cursor:             # what is to be posted next
     uint64_t offset             # bytes of the block that are posted already
     uint32_t lanes              # bit mask: lanes that carried data
     uint32_t due                # of those, the ones that still get an immediate
+    uint32_t reads              # lanes that still get a READ
     uint64_t n_bytes            # posted so far
 
 cdef struct Op:                 # one layer of a submission
@@ -243,6 +244,8 @@ cdef struct Queue:              # one connection
     uint64_t max_records
     uint64_t records_sent
     uint64_t records_consumed
+    uint64_t flush_addr         # where READs that flush put what they read; 0: none
+    uint32_t flush_lkey
     # Notify ring of this side, where the peer writes.
     const char *own_ring
     uint64_t own_bytes

@@ -69,6 +69,7 @@ class Engine:
         qps: QueuePair | Sequence[QueuePair],
         rows: Sequence[Row],
         ring: Ring | None = None,
+        flush: tuple[int, int] | None = None,
     ) -> int: ...
     def add_target(
         self,

@@ -35,6 +35,7 @@ cdef enum:
     CHUNK_BYTES = 1 << 20
     TURN_BYTES = 4 << 20
     TURN_WRS = 4096
+    FLUSH_BYTES = 8
 
 cdef uint64_t RECEIVE_BIT = <uint64_t>1 << 37
 cdef uint64_t SEQUENCE_MASK = (<uint64_t>1 << 37) - 1
@@ -72,7 +73,9 @@ cdef bint has_credit(Queue *queue, Op *op) noexcept nogil:
 
 
 cdef uint32_t closing_lane(Op *op) noexcept nogil:
-    """The lane that the next WR of a notification goes to."""
+    """The lane that the next WR of a flush or a notification goes to."""
+    if op.cursor.stage == FLUSH:
+        return __builtin_ctz(op.cursor.reads)
     return __builtin_ctz(op.cursor.due) if op.cursor.stage == OTHERS else 0
 
 
@@ -80,7 +83,7 @@ cdef bint may_close(Queue *queue) noexcept nogil:
     """Whether the next notification can be posted, in part at least."""
     cdef Op *op = queue.first_closing
     return (op is not NULL and room_of(&queue.lanes[closing_lane(op)])
-            and (op.reserved or has_credit(queue, op)))
+            and (op.cursor.stage == FLUSH or op.reserved or has_credit(queue, op)))
 
 
 cdef int data_lane(Core *core, Queue *queue) noexcept nogil:
@@ -155,12 +158,12 @@ cdef void pump(Core *core) noexcept nogil:
 
 
 cdef bint post_closing(Core *core, Queue *queue) noexcept nogil:
-    """Post what there is room for of the first waiting notification."""
+    """Post what there is room for of the first waiting flush and notification."""
     cdef:
         Op *op = queue.first_closing
         uint32_t lane = closing_lane(op)
         bint more
-    if not op.reserved:
+    if op.cursor.stage != FLUSH and not op.reserved:
         reserve_record(queue, op)
     more = post_chunk(core, queue, lane, op, 2, 0)
     if op.cursor.stage == POSTED:
@@ -301,7 +304,7 @@ cdef int post(Core *core, Lane *lane, uint32_t n, uint32_t *n_posted) noexcept n
         ibv_send_wr *bad = NULL
         int err
     # RC completes in order: the tail's CQE retires the whole chain.
-    tail.send_flags = IBV_SEND_SIGNALED
+    tail.send_flags |= IBV_SEND_SIGNALED
     tail.next = NULL
     err = ibv_post_send(lane.qp, wrs, &bad)
     tail.send_flags = 0
@@ -335,9 +338,17 @@ cdef uint32_t build(
             cursor.lanes |= 1 << lane
             if cursor.plane == op.row.n_planes:
                 cursor.due = cursor.lanes & ~<uint32_t>1
-                cursor.stage = POSTED if queue.ring is NULL else RECORD
+                cursor.reads = lanes_to_flush(queue, op)
+                cursor.stage = FLUSH if cursor.reads else after_flush(queue)
             continue
-        if cursor.stage == RECORD:
+        if cursor.stage == FLUSH:
+            if not cursor.reads & (<uint32_t>1 << lane):
+                break
+            write_flush(queue, op, &core.template.wrs[n])
+            cursor.reads &= ~(<uint32_t>1 << lane)
+            if cursor.reads == 0:
+                cursor.stage = after_flush(queue)
+        elif cursor.stage == RECORD:
             if lane or not (op.reserved or (
                     queue.first_closing is NULL and has_credit(queue, op))):
                 break
@@ -358,6 +369,21 @@ cdef uint32_t build(
         core.template.planes[n] = NULL
         n += 1
     return n
+
+
+cdef uint32_t lanes_to_flush(Queue *queue, Op *op) noexcept nogil:
+    """The lanes that get a READ behind an operation's data: bit mask.
+
+    All of them behind the last of a submission, since any of its operations may have
+    used any; none behind the others.
+    """
+    if queue.flush_addr == 0 or op is not &op.batch.ops[op.batch.n_ops - 1]:
+        return 0
+    return (<uint32_t>1 << queue.n_lanes) - 1
+
+
+cdef Stage after_flush(Queue *queue) noexcept nogil:
+    return POSTED if queue.ring is NULL else RECORD
 
 
 cdef uint32_t build_data(
@@ -385,9 +411,31 @@ cdef uint32_t build_data(
     return n
 
 
+cdef void write_flush(Queue *queue, Op *op, ibv_send_wr *wr) noexcept nogil:
+    """The READ of some of the last bytes: it is answered when all are in place."""
+    cdef const kvx_plane *plane = &queue.planes[
+        op.row.first_plane + op.row.n_planes - 1]
+    wr.opcode = IBV_WR_RDMA_READ
+    wr.send_flags = 0
+    wr.num_sge = 1
+    wr.sg_list[0].addr = queue.flush_addr
+    wr.sg_list[0].length = <uint32_t>min(FLUSH_BYTES, plane.block_bytes)
+    wr.sg_list[0].lkey = queue.flush_lkey
+    wr.wr.rdma.remote_addr = (
+        plane.remote_base
+        + op.batch.remote[op.batch.n_ids - 1] * plane.remote_stride)
+    wr.wr.rdma.rkey = plane.rkey
+
+
+cdef unsigned int fence(Queue *queue) noexcept nogil:
+    """What makes a WR wait for the answers of the READs before it."""
+    return IBV_SEND_FENCE if queue.flush_addr else 0
+
+
 cdef void write_record(Queue *queue, Op *op, ibv_send_wr *wr) noexcept nogil:
     """The WR that carries the record from our copy of the ring to the peer's."""
     wr.opcode = IBV_WR_RDMA_WRITE
+    wr.send_flags = fence(queue)
     wr.num_sge = 1
     wr.sg_list[0].addr = <uint64_t><uintptr_t>(
         queue.ring + op.ring_start % queue.ring_bytes)
@@ -401,6 +449,7 @@ cdef void write_record(Queue *queue, Op *op, ibv_send_wr *wr) noexcept nogil:
 cdef void write_immediate(Queue *queue, Op *op, ibv_send_wr *wr) noexcept nogil:
     """The WR without bytes that has the peer look at the record."""
     wr.opcode = IBV_WR_RDMA_WRITE_WITH_IMM
+    wr.send_flags = fence(queue) if op.cursor.stage == OTHERS else 0
     wr.num_sge = 0
     wr.wr.rdma.remote_addr = queue.ring_remote
     wr.wr.rdma.rkey = queue.ring_rkey

@@ -163,9 +163,12 @@ class Connections:
             check_fit(host.geometry, geometry)
         adapter, agreed = await host.agree(hello.devices)
         options = self._options
+        access = Access.REMOTE_WRITE
+        if hello.features & wire.FEATURE_FLUSH:
+            access |= Access.REMOTE_READ
         link = await Link.open(
             adapter,
-            Access.REMOTE_WRITE,
+            access,
             receives=options.notify_receives,
             gid=agreed.our_gid,
             n_qps=min(hello.n_qps, options.qps_per_connection),

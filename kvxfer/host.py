@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvxfer import agreement, devices, wire
+from kvxfer import agreement, cuda, devices, wire
 from kvxfer._engine import RingArrival
 from kvxfer.adapter import Adapter
 from kvxfer.cache import KVCache
@@ -68,6 +68,9 @@ class Host:
       access: What peers may do with the cache.
     """
 
+    flushes: bool
+    """Whether writes end with a READ that has them in place; once open."""
+
     def __init__(self, cache: KVCache, access: Access, options: Options) -> None:
         self.cache = cache
         self.options = options
@@ -101,6 +104,7 @@ class Host:
         self._on_failed = on_failed
         self._on_broken = on_broken
         self._opening = asyncio.Lock()
+        self.flushes = _flushes(self.cache, self.options.flush)
         self.cache._pin()
         try:
             verdicts = devices.survey(self.options)
@@ -295,3 +299,22 @@ def _for_gpu_memory(usable: list[devices.Verdict]) -> list[devices.Verdict]:
             "memory: KVCache.allocate and a copy on either side.",
         )
     return nics
+
+
+def _flushes(cache: KVCache, option: str) -> bool:
+    """Say whether to flush: as told, or by the generation of the cache's GPU.
+
+    A GPU of compute capability 8.x may see a completion before the bytes.
+    """
+    if option != "auto":
+        return option == "initiator_read"
+    on_gpu = [region.addr for region in cache.regions if not region.on_host]
+    if not on_gpu:
+        return False
+    try:
+        driver = cuda.load()
+        gpu = driver.gpu_of(on_gpu[0])
+        return gpu is not None and driver.compute_capability(gpu)[0] == 8
+    except DeviceUnavailableError as error:
+        _log.warning("no flush: the GPU's generation is not known: %s", error)
+        return False

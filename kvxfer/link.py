@@ -37,6 +37,8 @@ _TOKEN_BYTES = 32
 # names, and no peer may make it pin more.
 _MIN_RING_BYTES = 1 << 12
 _MAX_RING_BYTES = 1 << 26
+# A page for the few bytes that a flush reads.
+_FLUSH_BYTES = 4096
 
 
 class LinkState(enum.Enum):
@@ -83,6 +85,7 @@ class Link:
         self._n_connected = 0
         self._last_wire = "none"
         self._ring: RingMemory | None = None
+        self._flush: RingMemory | None = None
         self._psns: list[int] = []
         self._tokens: list[bytes] = []
         self._failing: asyncio.Task[None] | None = None
@@ -275,9 +278,17 @@ class Link:
         return max(1, max_ids(self._ring.length, request_bytes))
 
     async def start_initiator(
-        self, rows: Sequence[_engine.Row], ring: NotifyRing | None
+        self,
+        rows: Sequence[_engine.Row],
+        ring: NotifyRing | None,
+        *,
+        flush: bool = False,
     ) -> None:
-        """Let the engine write through these QPs, into ``rows`` of the peer."""
+        """Let the engine write through these QPs, into ``rows`` of the peer.
+
+        Args:
+          flush: Have a few bytes read behind each submission.
+        """
         adapter = self.adapter
         parameters: _engine.Ring | None = None
         if ring is not None:
@@ -295,9 +306,19 @@ class Link:
                 ring.length,
                 ring.receives,
             )
+        target: tuple[int, int] | None = None
+        if flush:
+            place = await adapter.call(self._make_flush)
+            target = (place.addr, place.mr.lkey)
         self.slot = adapter.engine.add_initiator(
-            self._qps[: self._n_connected], rows, parameters
+            self._qps[: self._n_connected], rows, parameters, target
         )
+
+    def _make_flush(self) -> RingMemory:
+        # Host memory, whatever the cache lies in: some NICs put short READs there by
+        # the processor.
+        self._flush = RingMemory(self.adapter, _FLUSH_BYTES, Access.LOCAL_WRITE)
+        return self._flush
 
     async def start_target(self, ring_bytes: int, receives: int) -> NotifyRing | None:
         """Let the peer write notify records; return what it must know for that.
@@ -423,8 +444,9 @@ class Link:
             self._look()
             adapter.engine.remove(self.slot)
             self.slot = -1
-        if self._ring is not None:
-            await adapter.call(self._ring.close)
+        for memory in (self._ring, self._flush):
+            if memory is not None:
+                await adapter.call(memory.close)
 
 
 async def numeric_address(host: str) -> str:

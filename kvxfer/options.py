@@ -164,12 +164,15 @@ def _parse_float(_option: Option, value: object) -> float:
     return number
 
 
-def _parse_str(_option: Option, value: object) -> str:
+def _parse_str(option: Option, value: object) -> str:
     if not isinstance(value, str | os.PathLike):
         raise TypeError(value)
     text = str(os.fspath(value)).strip()
     if not text:
         raise ValueError(value)
+    if option.name == "flush" and text.lower() in _TRUE | _FALSE:
+        # The variable of other systems is a switch.
+        return "initiator_read" if text.lower() in _TRUE else "none"
     return text
 
 
@@ -329,6 +332,13 @@ class Options:
         False,
         "Let the device write cache memory in any order on the bus.",
         also=("KVCACHE_RELAX_ORDERING",),
+    )
+    flush: str = _option(
+        "auto",
+        "READ behind each write that has it in place: auto takes it for GPUs of "
+        "compute capability 8.x.",
+        choices=("auto", "none", "initiator_read"),
+        also=("KVCACHE_GDRCOPY_FLUSH_ENABLE",),
     )
     sq_depth: int = _option(
         2048, "Send-queue slots of each QP.", unit="WRs", low=16, high=32768
@@ -607,10 +617,8 @@ class Setting:
 
 #: Variables of other systems that ask for what kvxfer does not do, and why.
 WITHOUT_EFFECT: dict[str, str] = {
-    "KVCACHE_GDRCOPY_FLUSH_ENABLE": "arrivals are told by a write with immediate "
-    "data, behind the data; no READ is made to flush GPU memory",
     "KVCACHE_VERIFY_READ": "nothing is read back, as nothing is elsewhere",
-    "KVCACHE_DEBUG_OUTPUT": "it shows bytes of the READ that is not made",
+    "KVCACHE_DEBUG_OUTPUT": "the bytes of a READ that flushes mean nothing",
     "KV_CACHE_SOCKET_IFNAME": "no system reads this name; KVCACHE_SOCKET_IFNAME is "
     "the one",
 }

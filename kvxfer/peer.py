@@ -186,7 +186,9 @@ class Peer:
         return messages.Hello(
             incarnation=host.incarnation,
             versions=messages.VERSIONS,
-            features=messages.FEATURES,
+            features=messages.FEATURES
+            if host.flushes
+            else messages.FEATURES & ~messages.FEATURE_FLUSH,
             role="initiator",
             agent=f"kvxfer {__version__}",
             geometry=host.wire_geometry,
@@ -207,6 +209,10 @@ class Peer:
             raise VersionMismatchError(
                 f"{self.address} is of a release that knows no shards"
             )
+        if host.flushes and not offer.features & messages.FEATURE_FLUSH:
+            raise VersionMismatchError(
+                f"{self.address} is of a release that cannot be flushed by READs"
+            )
         self._route = build(
             host.cache.groups,
             host.lkey_of(adapter),
@@ -223,7 +229,9 @@ class Peer:
         )
         try:
             await link.connect(offer.endpoint.qps, self._control.peer_address)
-            await link.start_initiator(self._route.rows, offer.endpoint.ring)
+            await link.start_initiator(
+                self._route.rows, offer.endpoint.ring, flush=host.flushes
+            )
         except BaseException:
             await link.close()
             raise

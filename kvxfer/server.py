@@ -115,7 +115,9 @@ class Server:
             if options is None
             else dataclasses.replace(options, **overrides)
         )
-        self._host = Host(cache, Access.LOCAL_WRITE | Access.REMOTE_WRITE, self.options)
+        # What is read is read to flush, through the QPs of those who ask for that.
+        access = Access.LOCAL_WRITE | Access.REMOTE_WRITE | Access.REMOTE_READ
+        self._host = Host(cache, access, self.options)
         self._control: ControlServer | None = None
         self._connections = Connections(self._host, self)
         self._offers: Offers | None = None

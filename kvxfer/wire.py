@@ -27,6 +27,7 @@ from kvxfer.errors import ProtocolError, VersionMismatchError
 __all__ = [
     "FEATURES",
     "FEATURE_DRAIN",
+    "FEATURE_FLUSH",
     "FEATURE_REQUESTS",
     "FEATURE_SHARDS",
     "HANDSHAKE_VERSION",
@@ -89,10 +90,12 @@ VERSIONS: tuple[int, int] = (1, 1)
 FEATURE_SHARDS = 1 << 0
 #: Feature bit: requests, whose blocks are offered by the side that is written to.
 FEATURE_REQUESTS = 1 << 1
-#: Feature bits that this release knows.
-#: Drain and Drained.
+#: Feature bit: Drain and Drained.
 FEATURE_DRAIN = 1 << 2
-FEATURES = FEATURE_SHARDS | FEATURE_REQUESTS | FEATURE_DRAIN
+#: Feature bit: the dialer reads some bytes of what it wrote, to have all in place.
+FEATURE_FLUSH = 1 << 3
+#: Feature bits that this release knows.
+FEATURES = FEATURE_SHARDS | FEATURE_REQUESTS | FEATURE_DRAIN | FEATURE_FLUSH
 
 MAX_MESSAGE_BYTES = 4 << 20
 #: Blocks in one offer, all groups together.

@@ -24,7 +24,7 @@ from tests.endpoints import SOON, Bytes, noise
 if TYPE_CHECKING:
     from kvxfer._engine import Pair, Row
 
-WRITABLE = Access.LOCAL_WRITE | Access.REMOTE_WRITE
+WRITABLE = Access.LOCAL_WRITE | Access.REMOTE_WRITE | Access.REMOTE_READ
 
 
 class End:
@@ -51,7 +51,7 @@ class End:
     def new_qp(self, limits: QPLimits) -> QueuePair:
         """Make a QP in INIT."""
         qp = QueuePair(self.pd, self.engine.cq, limits)
-        qp.to_init(access=Access.REMOTE_WRITE)
+        qp.to_init(access=Access.REMOTE_WRITE | Access.REMOTE_READ)
         return qp
 
     def connect(self, qp: QueuePair, other: End, others_qp: QueuePair) -> None:
@@ -113,6 +113,7 @@ class Rig:
         receives: int = 8,
         notify: bool = True,
         lanes: int = 1,
+        flush: bool = False,
         **engine: Any,
     ) -> None:
         self.shape = shape or Shape()
@@ -149,7 +150,10 @@ class Rig:
         for ours, theirs in self.pairs:
             self.source.connect(ours, self.target, theirs)
         self.slot = self.source.engine.add_initiator(
-            [ours for ours, _ in self.pairs], self.rows(), ring if notify else None
+            [ours for ours, _ in self.pairs],
+            self.rows(),
+            ring if notify else None,
+            self.flush_target() if flush else None,
         )
 
     def pair(self, index: int, **changes: int) -> Pair:
@@ -165,6 +169,11 @@ class Rig:
             "rkey": self.target.mr.rkey,
         }
         return tuple({**found, **changes}.values())  # type: ignore[return-value]
+
+    def flush_target(self) -> tuple[int, int]:
+        """Eight bytes for what a flush reads: the last of our copy of the ring."""
+        ring = self.source.ring
+        return ring.ctypes.data + ring.nbytes - 8, self.source.ring_mr.lkey
 
     def rows(self) -> list[Row]:
         """Return the table that the initiator writes by."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
@@ -89,7 +89,7 @@ def _plane_pair(rig: Rig, index: int) -> PlanePair:
     ],
 )
 def test_neighbours_at_the_target_are_gathered(
-    options: dict[str, int], n_wrs: int
+    options: dict[str, Any], n_wrs: int
 ) -> None:
     shape = Shape(remote_stride=64, n_planes=1)
     with Rig(shape, notify=False, **options) as rig:

@@ -59,6 +59,7 @@ static inline void kvx_set_constants(struct kvx_template *t, uint32_t i,
 	struct ibv_send_wr *wr = &t->wrs[i];
 
 	wr->opcode = IBV_WR_RDMA_WRITE;
+	wr->send_flags = 0;
 	wr->num_sge = 1;
 	wr->wr.rdma.rkey = plane->rkey;
 	wr->sg_list->lkey = plane->lkey;
