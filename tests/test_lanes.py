@@ -65,6 +65,29 @@ def test_an_arrival_means_every_byte_on_every_qp(data: st.DataObject) -> None:
         assert rig.source.engine.unretired(rig.slot) == 0
 
 
+@pytest.mark.parametrize("held", [0, 1, 2])
+def test_nothing_is_announced_before_the_last_qp(held: int) -> None:
+    """Whichever it is: with its data still on the way there is no arrival."""
+    with Rig(depth=64, lanes=3, stripe_bytes=640, chain=4) as rig:
+        ids = rig.submit(range(40), range(40))
+        for i, (ours, theirs) in enumerate(rig.pairs):
+            if i != held:
+                rig.target.connect(theirs, rig.source, ours)
+        # 80 blocks, ten at a time: 30, 30 and 20; the first has the record
+        # too, and each an immediate.
+        left = [32, 31, 21][held]
+        rig.source.wait(lambda: rig.source.engine.unretired(rig.slot) == left)
+        rig.target.wait(lambda: True)
+        assert rig.target.found == []
+        assert rig.source.engine.in_flight == 1
+        ours, theirs = rig.pairs[held]
+        rig.target.connect(theirs, rig.source, ours)
+        (arrival,) = arrivals_of(rig, 1)
+        assert (rig.target.memory == rig.expected(range(40), range(40), [0])).all()
+        assert len(decode(rig, arrival).block_ids) == 40
+        rig.finish(ids)
+
+
 def test_many_at_once_arrive_in_order() -> None:
     with Rig(depth=16, receives=64, ring_bytes=1 << 16, lanes=3, stripe_bytes=200) as r:
         ids = [r.submit(range(n), range(n), [n % 3])[0] for n in range(1, 41)]
