@@ -330,7 +330,7 @@ def test_int64_is_not_copied() -> None:
         b"123",
         {1, 2},
         range(1 << 63, (1 << 63) + 2),
-        iter([1, 2]),
+        pytest.param(iter([1, 2]), id="iterator"),
     ],
     ids=repr,
 )
