@@ -270,9 +270,12 @@ class Peer:
                 hint="Connect to another server.",
             )
         link = self.link
-        ended = link.adapter.scheduler.write(
-            link.slot, plan, local_ids, remote_ids, request
-        )
+        try:
+            ended = link.adapter.scheduler.write(
+                link.slot, plan, local_ids, remote_ids, request
+            )
+        except ClosedResourceError as error:
+            raise self._failed_meanwhile() from error
         n_blocks = len(local_ids) * len(plan.layers)
         if isinstance(ended, Transfer):
             ended.n_blocks = n_blocks
@@ -364,15 +367,18 @@ class Peer:
         """
         self._ensure_connected()
         scheduler = self.link.adapter.scheduler
-        transfer = scheduler.submit(
-            self.link.slot,
-            self.plan(group, [layer]),
-            local_ids,
-            remote_ids,
-            request_id.encode(),
-            make_key(deadline, priority, layer),
-            tag,
-        )
+        try:
+            transfer = scheduler.submit(
+                self.link.slot,
+                self.plan(group, [layer]),
+                local_ids,
+                remote_ids,
+                request_id.encode(),
+                make_key(deadline, priority, layer),
+                tag,
+            )
+        except ClosedResourceError as error:
+            raise self._failed_meanwhile() from error
         self._begin_write()
         began = time.monotonic()
 
@@ -434,6 +440,14 @@ class Peer:
             self._idle.set()
             if self.draining:
                 self._control.send_drained()
+
+    def _failed_meanwhile(self) -> BrokenPeerError:
+        """The QP has failed, and the engine's word of it is still on its way."""
+        self.break_("a WR failed")
+        return BrokenPeerError(
+            f"the connection to {self.address} has just broken: a WR failed",
+            hint="Connect again.",
+        )
 
     def _ensure_connected(self) -> None:
         if self.state is PeerState.CONNECTED:

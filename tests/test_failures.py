@@ -123,6 +123,17 @@ async def test_local_memory_that_is_not_registered() -> None:
 # -- timeouts -----------------------------------------------------------------------
 
 
+async def test_a_write_between_the_failure_and_the_word_of_it() -> None:
+    """The engine knows that the queue has failed before the loop has been told."""
+    async with connected() as pair:
+        link = pair.peer.link
+        link.adapter.engine.abort(link.slot)
+        assert pair.peer.connected
+        error = await failure_of(pair.client.write_cache(pair.peer, [1], [2]))
+        assert type(error) is BrokenPeerError
+        assert not pair.peer.connected
+
+
 async def test_a_timeout_leaves_the_connection_usable() -> None:
     async with connected(big(1), big(2), sq_depth=16) as pair:
         ids = range(64)
