@@ -69,7 +69,7 @@ class Engine:
         qps: QueuePair | Sequence[QueuePair],
         rows: Sequence[Row],
         ring: Ring | None = None,
-        flush: tuple[int, int] | None = None,
+        flush_to: tuple[int, int] | None = None,
     ) -> int: ...
     def add_target(
         self,

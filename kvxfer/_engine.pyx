@@ -305,7 +305,7 @@ cdef class Engine:
             raise ClosedResourceError(f"there is no queue {slot}")
         return self.core.queues[slot]
 
-    def add_initiator(self, qps not None, rows, ring=None, flush=None):
+    def add_initiator(self, qps not None, rows, ring=None, flush_to=None):
         """Add the QPs to a peer whose memory this side writes; return the slot.
 
         Args:
@@ -316,8 +316,8 @@ cdef class Engine:
             their position.
           ring: The peer's notify ring and our copy of it: ``(local_addr, lkey,
             remote_addr, rkey, length, max_records)``; None: no notifications.
-          flush: ``(local_addr, lkey)`` of eight bytes that may be written: behind the
-            last WR of each submission some bytes of the last block are read into
+          flush_to: ``(local_addr, lkey)`` of eight bytes that may be written: behind
+            the last WR of each submission some bytes of the last block are read into
             them, which the peer's device answers when all of it is in place. None:
             no such READ. The peer's QP and memory must permit it.
         """
@@ -356,8 +356,8 @@ cdef class Engine:
                 queue.ring_rkey = rkey
                 queue.ring_bytes = length
                 queue.max_records = max_records
-            if flush is not None:
-                queue.flush_addr, queue.flush_lkey = flush
+            if flush_to is not None:
+                queue.flush_addr, queue.flush_lkey = flush_to
         except BaseException:
             self._drop_queue(queue)
             raise

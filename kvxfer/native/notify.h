@@ -30,10 +30,11 @@ struct kvx_notify_record {
 	uint16_t group;
 	uint16_t n_qps; /* how many QPs carried data and an immediate */
 	uint16_t request_bytes;
-	uint16_t flags;	 /* 0 */
-	uint64_t digest; /* of the layer, with `total` alone; 0: none */
+	uint16_t flags;	     /* 0 */
+	uint64_t digest;     /* of the layer, with `total` alone; 0: none */
 	uint64_t generation; /* of the offer that it fulfils; 0: none */
-	uint64_t total; /* records of its layer under that offer; 0: more come */
+	uint64_t
+		total; /* records of its layer under that offer; 0: more come */
 	/* request id, padded to 8 bytes; then n_ids block ids, uint32 each */
 };
 
