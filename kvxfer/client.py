@@ -323,6 +323,7 @@ class Client:
         loop = asyncio.get_running_loop()
         start = loop.time()
         deadline = start + timeout
+        refusal: RefusedError | None = None
         while True:
             # Whoever tries again at once, in a loop of their own, waits here.
             pause = self._backoffs.wait(address, loop.time())
@@ -334,9 +335,13 @@ class Client:
                 counters.connects["failed"] += 1
                 await peer.close()
                 pause = self._backoffs.failed(address, loop.time())
-                busy = isinstance(error, RefusedError) and error.code == "busy"
-                if busy and loop.time() + pause < deadline:
-                    continue
+                if isinstance(error, RefusedError) and error.code == "busy":
+                    refusal = error
+                    if loop.time() + pause < deadline:
+                        continue
+                if refusal is not None and isinstance(error, ConnectTimeoutError):
+                    # What was said before says more than that time was up.
+                    raise refusal from error
                 raise
             self._backoffs.worked(address)
             counters.connects["new" if old is None else "again"] += 1

@@ -455,7 +455,12 @@ class ControlClient:
 
     def link_send(self, link: Link, frame: bytes) -> str:
         """Send one frame to the listener."""
-        return try_send(self._dealer, [frame]) if self._dealer else "not connected"
+        if self._dealer is None:
+            return "not connected"
+        problem = try_send(self._dealer, [frame])
+        # ZMQ has already given up on a listener that refused this side's keys, and
+        # the event that says so is about to be read: it has the better words.
+        return problem if self._heard_zmq or self._keys is None else ""
 
     async def link_job(self, link: Link, job: Action) -> None:
         """Call the delegate's coroutine for ``job``."""
