@@ -425,8 +425,10 @@ class ControlServer:
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
         while True:
-            for _ in range(FRAMES_A_TURN):
-                self._link_event(await monitor.recv_multipart())
+            # Events are taken by _catch_up alone: one that waited in a future here
+            # would be heard behind the Hello of a link that has its descriptor.
+            await monitor.poll()
+            self._catch_up()
             await asyncio.sleep(0)
 
     def _link_event(self, frames: list[bytes]) -> None:
