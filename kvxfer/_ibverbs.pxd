@@ -223,6 +223,8 @@ cdef extern from "verbs_table.h" nogil:
         ibv_mr *(*reg_mr)(ibv_pd *, void *, size_t, unsigned int) noexcept nogil
         ibv_mr *(*reg_dmabuf_mr)(
             ibv_pd *, uint64_t, size_t, uint64_t, int, unsigned int) noexcept nogil
+        ibv_mr *(*reg_mr_fd)(
+            ibv_pd *, int, uint64_t, void *, size_t, unsigned int) noexcept nogil
         int (*dereg_mr)(ibv_mr *) noexcept nogil
         ibv_comp_channel *(*create_comp_channel)(ibv_context *) noexcept nogil
         int (*destroy_comp_channel)(ibv_comp_channel *) noexcept nogil

@@ -78,6 +78,9 @@ class MemoryRegion(Handle):
         addr: int,
         length: int,
         access: Access = Access.LOCAL_WRITE,
+        *,
+        fd: int = -1,
+        offset: int = 0,
     ) -> None: ...
     @staticmethod
     def from_dmabuf(

@@ -269,8 +269,8 @@ cdef class Device(Handle):
         completes every WR at once and moves nothing, for measuring.
       address: Numeric address at which peers reach this process; only the
         software device listens there, default loopback.
-      wire: How the software device's bytes may travel: ``auto``, ``cma`` (same
-        host) or ``tcp``; None: as ``KVXFER_SOFT_WIRE`` says.
+      wire: How the software device's bytes may travel: ``auto``, ``shm`` or
+        ``cma`` (both: same host) or ``tcp``; None: as ``KVXFER_SOFT_WIRE`` says.
       path: The libibverbs to load instead of the system's.
 
     Raises:
@@ -503,6 +503,10 @@ cdef class MemoryRegion(Handle):
       addr: Address of the first byte.
       length: Bytes, at least 1.
       access: :class:`Access` flags.
+      fd: The file that is mapped there, shared, or -1. The software device lets
+        peers on this host map it as well, where it is a memory file sealed against
+        shrinking. The caller may close it afterwards.
+      offset: Where in the file ``addr`` is.
 
     Raises:
       VerbsError: EFAULT where the memory is not mapped or not writable, ENOMEM
@@ -510,8 +514,10 @@ cdef class MemoryRegion(Handle):
     """
 
     def __init__(self, ProtectionDomain pd not None, addr, length,
-                 access=Access.LOCAL_WRITE):
+                 access=Access.LOCAL_WRITE, *, fd=-1, offset=0):
         cdef:
+            int c_fd = fd
+            uint64_t c_offset = offset
             void *c_addr = <void *><uintptr_t>addr
             size_t c_length = length
             unsigned int c_access = access
@@ -522,7 +528,8 @@ cdef class MemoryRegion(Handle):
             raise UsageError("a MemoryRegion is made once")
         table = pd.device.table
         with nogil:
-            self.mr = table.reg_mr(pd.pd, c_addr, c_length, c_access)
+            self.mr = table.reg_mr_fd(
+                pd.pd, c_fd, c_offset, c_addr, c_length, c_access)
             if self.mr is NULL:
                 err = errno
         if self.mr is NULL:
@@ -590,27 +597,6 @@ cdef class MemoryRegion(Handle):
         return self.mr.rkey
 
 
-cdef int take_cq_events(
-    kvx_verbs_table *table, ibv_comp_channel *channel, ibv_cq *cq,
-    unsigned int *unacked,
-) noexcept nogil:
-    """Take all events that wait for a CQ; acknowledge them in batches.
-
-    Return how many. The channel is the CQ's own and does not block.
-    """
-    cdef:
-        ibv_cq *found
-        void *context
-        int n = 0
-    while table.get_cq_event(channel, &found, &context) == 0:
-        n += 1
-        unacked[0] += 1
-        if unacked[0] >= ACK_BATCH:
-            table.ack_cq_events(cq, unacked[0])
-            unacked[0] = 0
-    return n
-
-
 cdef class CompletionQueue(Handle):
     """A completion queue with its completion channel: ibv_create_cq(3).
 
@@ -659,6 +645,20 @@ cdef class CompletionQueue(Handle):
                 err = self.device.table.destroy_comp_channel(self.channel)
         return err
 
+    cdef int take_events(self) noexcept nogil:
+        """Take all waiting events; acknowledge them in batches. Return how many."""
+        cdef:
+            ibv_cq *cq
+            void *context
+            int n = 0
+        while self.device.table.get_cq_event(self.channel, &cq, &context) == 0:
+            n += 1
+            self.unacked += 1
+            if self.unacked >= ACK_BATCH:
+                self.device.table.ack_cq_events(self.cq, self.unacked)
+                self.unacked = 0
+        return n
+
     @property
     def depth(self):
         """WCs that fit."""
@@ -674,8 +674,7 @@ cdef class CompletionQueue(Handle):
     def drain_events(self):
         """Take all waiting events and return how many there were."""
         self._ensure_open()
-        return take_cq_events(
-            self.device.table, self.channel, self.cq, &self.unacked)
+        return self.take_events()
 
     def arm(self, *, solicited_only=False):
         """Ask for one event at the next completion, ibv_req_notify_cq(3).
@@ -790,9 +789,9 @@ cdef class QueuePair(Handle):
 
     @property
     def wire(self):
-        """How the bytes travel: ``rdma``, or of the software device ``tcp``,
-        ``cma`` (same host) or, before the first contact, ``none``; ``null`` if
-        they do not."""
+        """How the bytes travel: ``rdma``, or of the software device ``shm``, ``cma``
+        (both: same host), ``tcp`` or, before the first contact, ``none``; ``null``
+        if they do not."""
         cdef char name[KVX_WIRE_NAME_BYTES]
         self._ensure_open()
         with nogil:

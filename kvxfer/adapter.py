@@ -150,6 +150,14 @@ class Adapter:
             mr, way = registration.register(self.pd, region, access)
             self._regions.append(mr)
             self.ways.add(way)
+        if _log.isEnabledFor(logging.INFO):
+            _log.info(
+                "%s: registered %d bytes in %d regions, on pages of %d bytes",
+                self.spec.name,
+                sum(region.length for region in cache.regions),
+                len(self._regions),
+                cache.page_bytes,
+            )
         self._engine = Engine(
             device,
             cq_depth=min(
@@ -162,7 +170,6 @@ class Adapter:
             window_bytes=options.peer_window_bytes,
             device_window_bytes=options.device_window_bytes,
             max_wr_bytes=self.port.max_msg_bytes,
-            progress=options.progress,
         )
 
     def look(self) -> None:

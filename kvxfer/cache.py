@@ -32,9 +32,9 @@ from kvxfer.layout import (
 from kvxfer.memory import (
     Region,
     Span,
-    address_range,
     map_memory,
     merge_regions,
+    page_bytes,
     round_up,
 )
 from kvxfer.tensors import TensorMemory, inspect_tensor, is_tensor, place_blocks
@@ -235,10 +235,12 @@ class KVCache:
     ) -> KVCache:
         """Make a cache in zeroed host memory of its own.
 
-        The memory is one anonymous mapping that is filled in as it is touched.
-        Each layer of each plane starts on a multiple of 4096 bytes; the planes
-        of a layer follow one another. It is released when the cache is closed
-        and the last array from :meth:`view` is gone.
+        The memory is one mapping that is filled in as it is touched. Each layer
+        of each plane starts on a multiple of 4096 bytes; the planes of a layer
+        follow one another. It is released when the cache is closed and the last
+        array from :meth:`view` is gone. It is a memory file, which peers of the
+        software device on this host can map as well; so a process forked from
+        this one shares it, instead of getting a copy.
 
         Args:
           n_blocks: Blocks in each layer.
@@ -268,14 +270,15 @@ class KVCache:
                 f"{count} blocks of {min(sizes.values())} bytes: both must be 1 or more"
             )
         ranges = {name: round_up(count * size) for name, size in sizes.items()}
-        owner, base = map_memory(len(held) * sum(ranges.values()))
+        span = map_memory(len(held) * sum(ranges.values()))
+        assert span.allocation is not None
+        base = span.allocation[0]
         places: dict[str, dict[int, PlaneLayer]] = {name: {} for name in names}
         for layer in held:
             for name, size in sizes.items():
                 tag = _for_plane("dtype", dtype, name, names)
                 places[name][layer] = PlaneLayer(base, count, size, size, tag)
                 base += ranges[name]
-        span = Span(address_range(owner), True, owner)
         spans = {(group, name, layer): span for name in names for layer in held}
         return cls([_group(group, places)], _spans=spans)
 
@@ -321,6 +324,20 @@ class KVCache:
         """Bytes of all blocks."""
         places = (entry.place for entry in self._entries.values())
         return sum(place.n_blocks * place.block_bytes for place in places)
+
+    @property
+    def page_bytes(self) -> int:
+        """Size of the memory pages that the cache is on now.
+
+        2 MiB where (nearly) all of it is on huge pages, which the software device
+        asks for when it registers memory of :meth:`allocate`; else the system's
+        page. 0: nothing of it is in host memory yet.
+
+        Raises:
+          ClosedResourceError: The cache is closed.
+        """
+        sizes = {page_bytes(region.addr, region.length) for region in self.regions}
+        return min(sizes - {0}, default=0)
 
     @property
     def in_use(self) -> int:

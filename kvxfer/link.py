@@ -12,12 +12,9 @@ import asyncio
 import enum
 import ipaddress
 import logging
-import mmap
 import secrets
 import socket
 from collections.abc import Sequence
-
-import numpy as np
 
 from kvxfer import _engine, devices
 from kvxfer._verbs import MemoryRegion, QueuePair
@@ -26,6 +23,7 @@ from kvxfer.agreement import is_global
 from kvxfer.errors import ControlError, InternalError, KVXferError, ProtocolError
 from kvxfer.gids import GID
 from kvxfer.logs import bind
+from kvxfer.memory import Span, map_memory
 from kvxfer.notify import max_ids
 from kvxfer.verbs_types import Access, PeerHint, QPLimits, QPPath
 from kvxfer.wire import NotifyRing, QPInfo
@@ -54,19 +52,18 @@ class RingMemory:
     """Page-aligned memory for notify records, registered on an adapter."""
 
     def __init__(self, adapter: Adapter, length: int, access: Access) -> None:
-        self._memory = mmap.mmap(-1, length)
+        self._memory: Span | None = map_memory(length)
+        assert self._memory.allocation is not None
         self.length = length
-        self.addr = int(np.frombuffer(self._memory, np.uint8).ctypes.data)
-        try:
-            self.mr = MemoryRegion(adapter.pd, self.addr, length, access)
-        except BaseException:
-            self._memory.close()
-            raise
+        self.addr = self._memory.allocation[0]
+        self.mr = MemoryRegion(
+            adapter.pd, self.addr, length, access, fd=self._memory.fd
+        )
 
     def close(self) -> None:
         """Deregister, then unmap. Twice is fine."""
         self.mr.close()
-        self._memory.close()
+        self._memory = None
 
 
 class Link:

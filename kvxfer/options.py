@@ -454,14 +454,10 @@ class Options:
         256, "Handshakes a server keeps pending at once.", low=1, high=65536
     )
     soft_wire: str = _option(
-        "auto", "Wire of the software device.", choices=("auto", "cma", "tcp")
+        "auto", "Wire of the software device.", choices=("auto", "shm", "cma", "tcp")
     )
     progress: str = _option(
-        "adaptive",
-        "Who sees to what is in flight: the event loop (event), a thread that looks "
-        "without pause (spin), or the loop while it is little and else a thread that "
-        "sleeps in between (adaptive).",
-        choices=("adaptive", "event", "spin"),
+        "event", "How completions are waited for.", choices=("event",)
     )
 
     metrics_port: int | None = _option(

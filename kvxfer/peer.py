@@ -65,8 +65,8 @@ class WriteResult:
       wrs: WRs that it took, notifications included.
       seconds: From the call to the acknowledgement of the last byte.
       device: Name of the device that moved them.
-      wire: How they travelled: ``rdma``; of the software device ``tcp``, or ``cma``
-        on the same host. ``null`` of the null device: they did not.
+      wire: How they travelled: ``rdma``; of the software device ``tcp``, or ``shm``
+        or ``cma`` on the same host. ``null`` of the null device: they did not.
       layers: The layers written.
     """
 

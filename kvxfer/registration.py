@@ -53,7 +53,10 @@ def register(
         message has the reasons.
     """
     if region.on_host:
-        return MemoryRegion(pd, region.addr, region.length, access), HOST
+        mr = MemoryRegion(
+            pd, region.addr, region.length, access, fd=region.fd, offset=region.offset
+        )
+        return mr, HOST
     reasons: list[str] = []
     try:
         driver = load()

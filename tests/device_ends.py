@@ -24,6 +24,7 @@ from kvxfer._verbs import (
     ProtectionDomain,
     QueuePair,
 )
+from kvxfer.cache import KVCache
 from kvxfer.verbs_types import (
     SGE,
     WC,
@@ -48,6 +49,8 @@ class Target:
     name: str
     provider: Literal["soft", "null", "libibverbs"]
     wire: str | None = None
+    shared: bool = False
+    """The buffers are memory that a peer on this host can map."""
     gid_index: int = 0
     library: str | None = None
     """Of libibverbs; None: the system's."""
@@ -96,7 +99,17 @@ class End:
     def __init__(self, target: Target, spec: Spec) -> None:
         self.target = target
         self.spec = spec
-        self.buffer: NDArray[np.uint8] = np.zeros(spec.size, np.uint8)
+        self.cache: KVCache | None = None
+        self.buffer: NDArray[np.uint8]
+        fd = -1
+        if target.shared:
+            self.cache = KVCache.allocate(
+                n_layers=1, n_blocks=1, block_bytes=spec.size, planes=("all",)
+            )
+            self.buffer = self.cache.view(0, "all")[0]
+            fd = self.cache.regions[0].fd
+        else:
+            self.buffer = np.zeros(spec.size, np.uint8)
         self.addr: int = self.buffer.ctypes.data
         self.device = Device(
             target.name,
@@ -106,12 +119,15 @@ class End:
         )
         self.pd = ProtectionDomain(self.device)
         self.cq = CompletionQueue(self.device, spec.cq_depth)
-        self.mr = MemoryRegion(self.pd, self.addr, spec.size, spec.mr_access)
+        self.mr = MemoryRegion(self.pd, self.addr, spec.size, spec.mr_access, fd=fd)
         self.qp = QueuePair(self.pd, self.cq, spec.limits)
         self.psn = secrets.randbits(24)
 
     def close(self) -> None:
         self.device.close()
+        if self.cache is not None:
+            self.buffer = np.zeros(0, np.uint8)  # the memory goes with its last view
+            self.cache.close()
 
     @property
     def gid(self) -> bytes:

@@ -218,7 +218,7 @@ async def endpoints(
             yield source, target, client, server
 
 
-@pytest.mark.parametrize("soft_wire", ["tcp", "cma"])
+@pytest.mark.parametrize("soft_wire", ["tcp", "cma", "shm"])
 async def test_no_secret_is_ever_in_a_log(
     keys: Keys, soft_wire: str, caplog: pytest.LogCaptureFixture
 ) -> None:

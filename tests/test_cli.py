@@ -112,7 +112,7 @@ async def test_an_endpoint_and_a_push(number: int, host: str, tmp_path: Path) ->
             assert event["blocks"] == 40
             assert event["bytes"] == 2 * 40 * 512
             assert event["seconds"] > 0
-            assert (event["device"], event["wire"]) == ("soft0", "cma")
+            assert (event["device"], event["wire"]) == ("soft0", "shm")
         for layer in (0, 1):
             event = await serve.event()
             assert event.pop("peer")

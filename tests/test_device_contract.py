@@ -15,6 +15,9 @@ from tests.device_ends import Rig, Target
 SOFT = [
     pytest.param(Target("soft0", "soft", wire="tcp"), id="soft-tcp"),
     pytest.param(Target("soft0", "soft", wire="cma"), id="soft-cma"),
+    pytest.param(Target("soft0", "soft", wire="shm", shared=True), id="soft-shm"),
+    # Memory that cannot be mapped: its bytes go through the ring.
+    pytest.param(Target("soft0", "soft", wire="shm"), id="soft-shm-plain"),
 ]
 
 

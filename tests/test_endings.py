@@ -29,7 +29,7 @@ from tests.endpoints import (
 )
 
 
-@pytest.fixture(params=["tcp", "cma"], autouse=True)
+@pytest.fixture(params=["tcp", "cma", "shm"], autouse=True)
 def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How bytes travel in this run of the test."""
     monkeypatch.setenv("KVXFER_SOFT_WIRE", request.param)

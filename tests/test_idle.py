@@ -37,7 +37,7 @@ PROGRAM = """
 """
 
 
-@pytest.mark.parametrize("wire", ["tcp", "cma"])
+@pytest.mark.parametrize("wire", ["tcp", "cma", "shm"])
 async def test_an_idle_connection_takes_no_processor_time(
     wire: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

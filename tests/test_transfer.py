@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kvxfer import KVCache
 from tests.endpoints import Arena, arena, connected, expected, noise, scattered, take
 
-WIRES = ["tcp", "cma"]
+WIRES = ["tcp", "cma", "shm"]
 
 
 @pytest.fixture(params=WIRES, autouse=True)

@@ -76,6 +76,14 @@ static struct ibv_mr *reg_dmabuf_mr(struct ibv_pd *pd, uint64_t offset,
 	return lib.reg_dmabuf_mr(pd, offset, length, iova, fd, (int)access);
 }
 
+static struct ibv_mr *reg_mr_fd(struct ibv_pd *pd, int fd, uint64_t offset,
+				void *addr, size_t length, unsigned int access)
+{
+	(void)fd;
+	(void)offset;
+	return reg_mr(pd, addr, length, access);
+}
+
 static int bind_peer(struct ibv_qp *qp, const struct kvx_peer_hint *hint)
 {
 	(void)qp;
@@ -137,6 +145,7 @@ int kvx_load_libibverbs(const char *path, struct kvx_verbs_table *table,
 	table->query_port = query_port;
 	table->reg_mr = reg_mr;
 	table->reg_dmabuf_mr = reg_dmabuf_mr;
+	table->reg_mr_fd = reg_mr_fd;
 	table->bind_peer = bind_peer;
 	table->wire_name = wire_name;
 	table->set_faults = set_faults;

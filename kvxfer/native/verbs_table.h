@@ -50,8 +50,8 @@ struct kvx_verbs_table {
 	/*
 	 * A NIC ignores what follows the device. address: numeric address that
 	 * peers reach this process at, where the software device listens; NULL:
-	 * loopback. wire: "auto", "cma" or "tcp"; NULL: as KVXFER_SOFT_WIRE
-	 * says.
+	 * loopback. wire: "auto", "shm", "cma" or "tcp"; NULL: as
+	 * KVXFER_SOFT_WIRE says.
 	 */
 	struct ibv_context *(*open_device)(struct ibv_device *device,
 					   const char *address,
@@ -78,6 +78,16 @@ struct kvx_verbs_table {
 	struct ibv_mr *(*reg_dmabuf_mr)(struct ibv_pd *pd, uint64_t offset,
 					size_t length, uint64_t iova, int fd,
 					unsigned int access);
+	/*
+	 * The same of memory that is a file: fd from offset on, mapped shared at
+	 * addr, as ibv_reg_dmabuf_mr has it. The software device lets peers on
+	 * this host map the file, if it is a memfd that is sealed against
+	 * shrinking; for others fd is not looked at. -1: no file. fd stays the
+	 * caller's and may be closed.
+	 */
+	struct ibv_mr *(*reg_mr_fd)(struct ibv_pd *pd, int fd, uint64_t offset,
+				    void *addr, size_t length,
+				    unsigned int access);
 	/* After this has returned, no remote write lands in the region. */
 	int (*dereg_mr)(struct ibv_mr *mr);
 
@@ -108,9 +118,9 @@ struct kvx_verbs_table {
 
 	/* Say what else is known of the peer; before RTR. */
 	int (*bind_peer)(struct ibv_qp *qp, const struct kvx_peer_hint *hint);
-	/* How the QP's bytes travel: "rdma" on a NIC; "tcp", "cma" or, before
-	 * the first contact with the peer, "none" on the software device;
-	 * "null" on the null device. */
+	/* How the QP's bytes travel: "rdma" on a NIC; "shm", "cma", "tcp" or,
+	 * before the first contact with the peer, "none" on the software
+	 * device; "null" on the null device. */
 	void (*wire_name)(struct ibv_qp *qp, char name[KVX_WIRE_NAME_BYTES]);
 
 	/*

@@ -115,8 +115,8 @@ static int take_read_data(struct soft_conn *conn)
 	if (want) {
 		if (!conn->readable)
 			return 0;
-		got = readv(conn->fd, conn->ctx->local_iov,
-			    read_ranges(qp, want));
+		got = soft_stream_recv(conn, conn->ctx->local_iov,
+				       read_ranges(qp, want), true);
 		if (got < 0 && errno == EFAULT) {
 			soft_qp_fail(qp, &no_memory, NULL);
 			return 0;

@@ -1,14 +1,15 @@
-/* Moving data into place: the part that both wires share. */
+/* Moving data into place: the part that all wires share. */
 #define _GNU_SOURCE
 #include <errno.h>
 
-#include "internal.h"
+#include "wire_shm.h"
 
 /* The ranges of one chunk, in ctx->local_iov (to) and ctx->remote_iov (from). */
 struct chunk {
 	struct soft_conn *conn;
 	int n_local, n_remote;
 	size_t bytes;
+	uint16_t fetch; /* DESC_FETCH, or 0: the bytes come with the stream */
 };
 
 static bool add(struct iovec *iov, int *n, uint64_t addr, size_t len)
@@ -35,7 +36,7 @@ static bool add_pair(struct chunk *chunk, uint64_t to, uint64_t from,
 	if (chunk->n_local == MAX_IOV - 1 || chunk->n_remote == MAX_IOV - 1)
 		return false;
 	add(ctx->local_iov, &chunk->n_local, to, len);
-	if (chunk->conn->wire == WIRE_CMA)
+	if (chunk->fetch)
 		add(ctx->remote_iov, &chunk->n_remote, from, len);
 	chunk->bytes += len;
 	return true;
@@ -43,7 +44,7 @@ static bool add_pair(struct chunk *chunk, uint64_t to, uint64_t from,
 
 /* The part of a SEND that goes into the SGE at its present offset. */
 static uint64_t recv_range(const struct soft_qp *qp, uint64_t offset,
-			   size_t *len)
+			   size_t *len, uint32_t *lkey)
 {
 	const struct soft_rq *rq = &qp->rq;
 	const struct ibv_sge *sge = rq->sges +
@@ -54,7 +55,26 @@ static uint64_t recv_range(const struct soft_qp *qp, uint64_t offset,
 		offset -= sge->length;
 	if (*len > sge->length - offset)
 		*len = sge->length - offset;
+	*lkey = sge->lkey;
 	return sge->addr + offset;
+}
+
+/* Where the next *len bytes of a descriptor go, or fewer of them. */
+static uint64_t target(struct soft_conn *conn, const struct frame_desc *desc,
+		       uint64_t off, uint64_t message_off, size_t *len)
+{
+	bool send = desc->op == OP_SEND;
+	uint64_t to = desc->raddr + off;
+	struct soft_mr *mr;
+	uint32_t lkey;
+
+	if (send)
+		to = recv_range(conn->qp, message_off, len, &lkey);
+	if (conn->wire != WIRE_SHM)
+		return to;
+	mr = send ? soft_find_lkey(conn->ctx, lkey) :
+		    soft_find_rkey(conn->ctx, desc->rkey);
+	return soft_shm_place(conn->shm, mr, to);
 }
 
 /* Add what is left of a descriptor. False: the chunk is full. */
@@ -70,9 +90,7 @@ static bool add_desc(struct chunk *chunk, const struct frame_desc *desc,
 			len = CHUNK_BYTES - chunk->bytes;
 		if (!len)
 			return false;
-		to = desc->op == OP_SEND ?
-			     recv_range(chunk->conn->qp, message_off, &len) :
-			     desc->raddr + off;
+		to = target(chunk->conn, desc, off, message_off, &len);
 		if (!add_pair(chunk, to, desc->laddr + off, len))
 			return false;
 		off += len;
@@ -97,6 +115,11 @@ static void gather(struct chunk *chunk)
 		if (desc->op == OP_SEND && i != rx->at)
 			return; /* its RECV is looked at first */
 		if (rx->faults && rx->faults[i].act != rx->faults[rx->at].act)
+			return;
+		if (off < desc->len && !chunk->bytes)
+			chunk->fetch = desc->flags & DESC_FETCH;
+		if (off < desc->len &&
+		    chunk->fetch != (desc->flags & DESC_FETCH))
 			return;
 		if (!add_desc(chunk, desc, off, message_off))
 			return;
@@ -134,6 +157,7 @@ static void advance(struct soft_conn *conn, size_t bytes)
 			if (soft_needs_recv(desc))
 				return; /* completes with its RECV */
 			conn->qp->rx_seq++;
+			rx->awaited |= (desc->flags & DESC_SIGNALED) != 0;
 		}
 	}
 }
@@ -146,7 +170,9 @@ static enum chunk_result receive(struct chunk *chunk)
 	if (!conn->readable)
 		return CHUNK_WAIT;
 	do {
-		got = readv(conn->fd, conn->ctx->local_iov, chunk->n_local);
+		got = soft_stream_recv(conn, conn->ctx->local_iov,
+				       chunk->n_local,
+				       conn->shm && conn->shm->guarded);
 	} while (got < 0 && errno == EINTR);
 	if (got > 0) {
 		chunk->bytes = (size_t)got;
@@ -170,7 +196,7 @@ enum chunk_result soft_skip_payload(struct soft_conn *conn)
 	if (!conn->readable)
 		return CHUNK_WAIT;
 	do {
-		got = recv(conn->fd, NULL, part, MSG_TRUNC);
+		got = soft_stream_skip(conn, part);
 	} while (got < 0 && errno == EINTR);
 	if (got > 0) {
 		conn->rx->skip -= (size_t)got;
@@ -190,13 +216,18 @@ enum chunk_result soft_move_chunk(struct soft_conn *conn)
 	struct soft_landing *landing = NULL;
 	bool faulty = conn->rx->faults != NULL;
 
+	if (conn->shm)
+		conn->shm->guarded = false;
 	gather(&chunk);
 	if (faulty && chunk.bytes)
 		landing = soft_inject_detour(conn, &chunk.n_local,
 					     &chunk.n_remote, &chunk.bytes);
-	if (chunk.bytes && conn->wire == WIRE_CMA)
-		result = soft_cma_pull(conn, chunk.n_local, chunk.n_remote,
-				       &chunk.bytes);
+	if (chunk.bytes && chunk.fetch)
+		result = conn->wire == WIRE_SHM ?
+				 soft_shm_pull(conn, chunk.n_local,
+					       chunk.n_remote, &chunk.bytes) :
+				 soft_cma_pull(conn, chunk.n_local,
+					       chunk.n_remote, &chunk.bytes);
 	else if (chunk.bytes)
 		result = receive(&chunk);
 	if (faulty && chunk.bytes)

@@ -7,7 +7,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
-#include "internal.h"
+#include "wire_shm.h"
 
 #define MAX_GREETING 256	       /* strangers at a time */
 #define GREETING_NS (5000 * NS_PER_MS) /* to say hello */
@@ -54,9 +54,8 @@ static void tune_for_peer(int fd, const struct sockaddr_storage *peer)
 				 sizeof(cubic) - 1);
 }
 
-/* Takes fd over, also on failure. */
-static struct soft_conn *new_conn(struct soft_context *ctx, int fd,
-				  enum conn_state state)
+struct soft_conn *soft_new_conn(struct soft_context *ctx, int fd,
+				enum conn_state state)
 {
 	struct epoll_event event = { .events = EPOLLIN | EPOLLOUT | EPOLLRDHUP |
 					       EPOLLET };
@@ -82,10 +81,29 @@ fail:
 	return NULL;
 }
 
+struct soft_conn *soft_greet(struct soft_context *ctx, int fd)
+{
+	struct soft_conn *conn;
+
+	if (ctx->n_greeting >= MAX_GREETING) {
+		close(fd);
+		return NULL;
+	}
+	conn = soft_new_conn(ctx, fd, CONN_HELLO);
+	if (!conn)
+		return NULL;
+	ctx->n_greeting++;
+	/* Try at once; EAGAIN will say if that was too early. */
+	conn->readable = conn->writable = true;
+	soft_ready(conn);
+	conn->deadline_ns = ctx->now_ns + GREETING_NS;
+	soft_want_timer(ctx, conn->deadline_ns);
+	return conn;
+}
+
 void soft_accept(struct soft_context *ctx)
 {
 	struct sockaddr_storage peer;
-	struct soft_conn *conn;
 	socklen_t length;
 	int i, fd;
 
@@ -95,21 +113,9 @@ void soft_accept(struct soft_context *ctx)
 			     SOCK_CLOEXEC | SOCK_NONBLOCK);
 		if (fd < 0)
 			return;
-		if (ctx->n_greeting >= MAX_GREETING) {
-			close(fd);
-			continue;
-		}
 		soft_tune_socket(ctx, fd);
 		tune_for_peer(fd, &peer);
-		conn = new_conn(ctx, fd, CONN_HELLO);
-		if (!conn)
-			continue;
-		ctx->n_greeting++;
-		/* Try at once; EAGAIN will say if that was too early. */
-		conn->readable = conn->writable = true;
-		soft_ready(conn);
-		conn->deadline_ns = ctx->now_ns + GREETING_NS;
-		soft_want_timer(ctx, conn->deadline_ns);
+		soft_greet(ctx, fd);
 	}
 }
 
@@ -138,7 +144,7 @@ struct soft_conn *soft_dial(struct soft_qp *qp,
 		errno = err;
 		return NULL;
 	}
-	conn = new_conn(ctx, fd, CONN_DIALING);
+	conn = soft_new_conn(ctx, fd, CONN_DIALING);
 	if (!conn) {
 		errno = ENOMEM;
 		return NULL;
@@ -163,6 +169,8 @@ void soft_conn_close(struct soft_conn *conn)
 	if (conn->qp && conn->qp->in == conn)
 		conn->qp->in = NULL;
 	conn->qp = NULL;
+	if (conn->shm)
+		soft_shm_unlink(conn->shm);
 	list_remove(&conn->ready_link);
 	list_remove(&conn->link);
 	list_append(&ctx->dead, &conn->link);
@@ -186,64 +194,9 @@ void soft_conn_free_dead(struct soft_context *ctx)
 			free(conn->rx->faults);
 		free(conn->rx);
 		free(conn->late);
+		soft_shm_free(conn->shm);
 		free(conn);
 	}
-}
-
-bool soft_conn_flush(struct soft_conn *conn)
-{
-	ssize_t done;
-
-	while (conn->out_off < conn->out_len) {
-		if (!conn->writable)
-			return true;
-		done = send(conn->fd, conn->out + conn->out_off,
-			    conn->out_len - conn->out_off, MSG_NOSIGNAL);
-		if (done >= 0) {
-			conn->out_off += (size_t)done;
-		} else if (errno == EAGAIN) {
-			conn->writable = false;
-		} else if (errno != EINTR) {
-			return false;
-		}
-	}
-	conn->out_off = conn->out_len = 0;
-	return true;
-}
-
-bool soft_conn_put(struct soft_conn *conn, const struct frame_header *header,
-		   const uint8_t *payload)
-{
-	size_t need = FRAME_HEADER_BYTES + header->payload_len;
-
-	if (need > sizeof(conn->out) - conn->out_len)
-		return false; /* a peer that never reads its answers */
-	frame_put_header(conn->out + conn->out_len, header);
-	if (header->payload_len)
-		memcpy(conn->out + conn->out_len + FRAME_HEADER_BYTES, payload,
-		       header->payload_len);
-	conn->out_len += need;
-	return soft_conn_flush(conn);
-}
-
-int soft_conn_fill(struct soft_conn *conn, uint8_t *buffer, size_t *have,
-		   size_t want)
-{
-	ssize_t got;
-
-	while (*have < want) {
-		if (!conn->readable)
-			return 0;
-		got = recv(conn->fd, buffer + *have, want - *have, 0);
-		if (got > 0) {
-			*have += (size_t)got;
-		} else if (got < 0 && errno == EAGAIN) {
-			conn->readable = false;
-		} else if (got == 0 || errno != EINTR) {
-			return -1;
-		}
-	}
-	return 1;
 }
 
 /* The peer has been told; read on, so that its data does not turn our close

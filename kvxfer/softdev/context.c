@@ -10,7 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "internal.h"
+#include "wire_shm.h"
 
 #define SOCKET_BUFFER_BYTES (4u << 20)
 
@@ -93,10 +93,12 @@ static void orphan(struct soft_context *ctx)
 		close(conn->fd);
 		conn->fd = -1;
 	}
+	if (ctx->local_fd >= 0)
+		close(ctx->local_fd);
 	close(ctx->listen_fd);
 	close(ctx->epoll_fd);
 	close(ctx->kick_fd);
-	ctx->listen_fd = ctx->epoll_fd = ctx->kick_fd = -1;
+	ctx->listen_fd = ctx->local_fd = ctx->epoll_fd = ctx->kick_fd = -1;
 	ctx->has_thread = false;
 }
 
@@ -124,8 +126,10 @@ static uint32_t allowed_wires(const char *wire)
 		return 1u << WIRE_TCP;
 	if (wire && !strcmp(wire, "cma"))
 		return 1u << WIRE_CMA;
+	if (wire && !strcmp(wire, "shm"))
+		return 1u << WIRE_SHM;
 	if (!wire || !*wire || !strcmp(wire, "auto"))
-		return 1u << WIRE_TCP | 1u << WIRE_CMA;
+		return 1u << WIRE_TCP | 1u << WIRE_CMA | 1u << WIRE_SHM;
 	return 0;
 }
 
@@ -200,8 +204,8 @@ static int open_fds(struct soft_context *ctx)
 
 static void close_fds(struct soft_context *ctx)
 {
-	int fds[] = { ctx->listen_fd, ctx->epoll_fd, ctx->kick_fd,
-		      ctx->verbs.context.async_fd };
+	int fds[] = { ctx->listen_fd, ctx->local_fd, ctx->epoll_fd,
+		      ctx->kick_fd, ctx->verbs.context.async_fd };
 	size_t i;
 
 	for (i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
@@ -245,13 +249,14 @@ static void init_context(struct soft_context *ctx, struct ibv_device *device)
 	list_init(&ctx->ready);
 	list_init(&ctx->run);
 	list_init(&ctx->dead);
+	list_init(&ctx->shms);
 	list_init(&ctx->events);
 	list_init(&ctx->port_err.link);
 	list_init(&ctx->port_active.link);
 	list_init(&ctx->gid_change.link);
 	list_init(&ctx->device_fatal.link);
 	pthread_mutex_init(&ctx->plan.lock, NULL);
-	ctx->listen_fd = ctx->epoll_fd = ctx->kick_fd = -1;
+	ctx->listen_fd = ctx->local_fd = ctx->epoll_fd = ctx->kick_fd = -1;
 	ctx->timer_ns = NEVER;
 }
 
@@ -325,6 +330,7 @@ static struct ibv_context *start(struct soft_context *ctx, int err)
 		return NULL;
 	}
 	soft_make_gid(&ctx->bound, &ctx->gid);
+	soft_local_listen(ctx);
 
 	pthread_mutex_lock(&contexts_lock);
 	list_append(&contexts, &ctx->link);

@@ -115,8 +115,11 @@ int soft_poll_cq(struct ibv_cq *ibcq, int num_entries, struct ibv_wc *wc)
 		return -1;
 	}
 	/* An overrun leaves ready non-zero, so that it is noticed below. */
-	if (!atomic_load_explicit(&cq->ready, memory_order_acquire))
-		return 0;
+	if (!atomic_load_explicit(&cq->ready, memory_order_acquire)) {
+		soft_poll_direct(to_context(ibcq->context));
+		if (!atomic_load_explicit(&cq->ready, memory_order_acquire))
+			return 0;
+	}
 
 	pthread_mutex_lock(&cq->lock);
 	while (n < num_entries && cq->tail != cq->head) {

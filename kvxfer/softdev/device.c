@@ -6,7 +6,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
-#include "internal.h"
+#include "wire_shm.h"
 
 #define MAX_EVENTS 64
 #define TURN_ITEMS 16 /* queues and connections served between two looks */
@@ -112,6 +112,7 @@ static void look_around(struct soft_context *ctx)
 {
 	soft_lock(ctx);
 	ctx->now_ns = soft_now_ns();
+	soft_shm_awake(ctx);
 	take_kicks(ctx);
 	if (atomic_exchange(&ctx->cq_overrun, false))
 		fail_overrun(ctx);
@@ -119,6 +120,8 @@ static void look_around(struct soft_context *ctx)
 		run_timers(ctx);
 	if (soft_faulty(ctx))
 		soft_inject_look(ctx);
+	if (soft_shm_poll(ctx))
+		ctx->spin_until_ns = ctx->now_ns + SPIN_NS;
 	soft_unlock(ctx);
 }
 
@@ -164,6 +167,8 @@ static void mark_ready(struct soft_conn *conn, uint32_t events)
 		conn->writable = true;
 	if (events & (EPOLLHUP | EPOLLERR))
 		conn->broken = true;
+	if (conn->shm)
+		conn->shm->packets = true;
 	soft_ready(conn);
 }
 
@@ -179,6 +184,8 @@ static void take_events(struct soft_context *ctx,
 			soft_event_fd_clear(ctx->kick_fd);
 		else if (events[i].data.ptr == &ctx->listen_fd)
 			soft_accept(ctx);
+		else if (events[i].data.ptr == &ctx->local_fd)
+			soft_local_accept(ctx);
 		else
 			mark_ready(events[i].data.ptr, events[i].events);
 	}
@@ -208,7 +215,10 @@ static void wait_for_events(struct soft_context *ctx, bool more)
 	/* No event is in hand that could still point to one of them. */
 	soft_conn_free_dead(ctx);
 	timeout = sleep_ms(ctx->now_ns, ctx->timer_ns);
+	ctx->sleep_ns = ctx->timer_ns;
 	if (more || ctx->now_ns < ctx->spin_until_ns)
+		timeout = 0;
+	if (timeout && !soft_shm_sleep(ctx))
 		timeout = 0;
 	soft_unlock(ctx);
 

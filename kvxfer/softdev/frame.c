@@ -221,7 +221,7 @@ static enum frame_error check_desc(const struct frame_desc *desc)
 {
 	if (desc->flags & ~DESC_FLAGS)
 		return FRAME_BAD_FLAGS;
-	if ((desc->flags & (DESC_IMM | DESC_SOLICITED)) &&
+	if ((desc->flags & (DESC_IMM | DESC_SOLICITED | DESC_SIGNALED)) &&
 	    !(desc->flags & DESC_END))
 		return FRAME_BAD_FLAGS;
 	if (desc->len > FRAME_MAX_MESSAGE || desc->total > FRAME_MAX_MESSAGE)
@@ -238,7 +238,8 @@ static enum frame_error check_desc(const struct frame_desc *desc)
 	case OP_READ:
 	case OP_FETCH_ADD:
 	case OP_COMPARE_SWAP:
-		if ((desc->flags & ~DESC_SOLICITED) != (DESC_START | DESC_END))
+		if ((desc->flags & ~(DESC_SOLICITED | DESC_SIGNALED)) !=
+		    (DESC_START | DESC_END))
 			return FRAME_BAD_FLAGS;
 		return FRAME_OK;
 	default:
@@ -278,8 +279,8 @@ static enum frame_error follow(struct frame_message *message,
 }
 
 enum frame_error frame_get_table(const uint8_t *in,
-				 const struct frame_header *header,
-				 bool payload, struct frame_message *message,
+				 const struct frame_header *header, bool fetch,
+				 struct frame_message *message,
 				 struct frame_desc *desc)
 {
 	struct frame_message after = *message;
@@ -292,14 +293,16 @@ enum frame_error frame_get_table(const uint8_t *in,
 	for (i = 0; i < header->n_desc; i++) {
 		get_desc(in + (size_t)i * FRAME_DESC_BYTES, &desc[i]);
 		error = check_desc(&desc[i]);
+		if (!error && desc[i].flags & DESC_FETCH && !fetch)
+			error = FRAME_BAD_FLAGS;
 		if (!error)
 			error = follow(&after, &desc[i]);
 		if (error)
 			return error;
-		if (!frame_fetches(desc[i].op))
+		if (!frame_fetches(desc[i].op) && !(desc[i].flags & DESC_FETCH))
 			sum += desc[i].len;
 	}
-	if (header->payload_len != (payload ? sum : 0))
+	if (header->payload_len != sum)
 		return FRAME_BAD_LENGTH;
 
 	*message = after;

@@ -11,9 +11,10 @@
  *   initiator -> responder   HELLO, then REQUEST frames
  *   responder -> initiator   WELCOME, then ACK, NAK, READ_RESP, BUSY frames
  *
- * A REQUEST is a header, n_desc descriptors and, on the tcp wire, the payload
- * of its WRITE and SEND descriptors back to back. A WR is one or more
- * descriptors, the first marked START and the last END, and may span frames.
+ * A REQUEST is a header, n_desc descriptors and the payload, back to back, of
+ * those WRITE and SEND descriptors that are not marked FETCH. A WR is one or
+ * more descriptors, the first marked START and the last END, and may span
+ * frames.
  */
 #ifndef KVX_SOFT_FRAME_H
 #define KVX_SOFT_FRAME_H
@@ -28,7 +29,7 @@
 #define FRAME_HEADER_BYTES 32u
 #define FRAME_DESC_BYTES 32u
 #define FRAME_HELLO_BYTES 192u
-#define FRAME_MAX_DESC 512u
+#define FRAME_MAX_DESC 1023u /* with a nonce, what process_vm_readv takes */
 #define FRAME_ATOMIC_BYTES 8u
 #define FRAME_MAX_PAYLOAD (4u << 20)
 #define FRAME_MAX_MESSAGE (1u << 30)
@@ -54,7 +55,7 @@ enum frame_answer {
 	ANSWER_TRACE_ME,  /* cma needs a prctl(PR_SET_PTRACER, seq) first */
 };
 
-enum frame_wire { WIRE_NONE = 0, WIRE_TCP = 1, WIRE_CMA = 2 };
+enum frame_wire { WIRE_NONE = 0, WIRE_TCP = 1, WIRE_CMA = 2, WIRE_SHM = 3 };
 
 /* FRAME_READ_RESP flags */
 #define RESP_END 1u /* these are the last bytes of the READ */
@@ -83,7 +84,9 @@ static inline bool frame_fetches(uint16_t op)
 #define DESC_END 2u	  /* last descriptor of its WR */
 #define DESC_IMM 4u	  /* imm is valid on the END descriptor */
 #define DESC_SOLICITED 8u /* on END: the receive completion is solicited */
-#define DESC_FLAGS 15u
+#define DESC_FETCH 16u	  /* bytes are to be had at laddr, none follow */
+#define DESC_SIGNALED 32u /* on END: somebody waits for the acknowledgement */
+#define DESC_FLAGS 63u
 
 enum frame_error {
 	FRAME_OK = 0,
@@ -110,7 +113,8 @@ struct frame_header {
 
 struct frame_desc {
 	uint64_t raddr; /* in the responder's memory; 0 for SEND */
-	uint64_t laddr; /* in the initiator's memory on the cma wire, else 0 */
+	uint64_t
+		laddr; /* FETCH: in the initiator's memory, as the wire has it */
 	uint32_t rkey;
 	uint32_t len;
 	uint16_t op;
@@ -164,13 +168,13 @@ void frame_put_desc(uint8_t out[FRAME_DESC_BYTES],
 /*
  * Decode and check the descriptor table of a REQUEST.
  *
- * in: header->n_desc * FRAME_DESC_BYTES bytes. payload: whether WRITE and SEND
- * bytes follow the table (tcp) or are fetched (cma). message: where the stream
+ * in: header->n_desc * FRAME_DESC_BYTES bytes. fetch: whether descriptors may be
+ * marked FETCH; on the tcp wire nothing can be fetched. message: where the stream
  * was; updated only on FRAME_OK. desc: room for FRAME_MAX_DESC.
  */
 enum frame_error frame_get_table(const uint8_t *in,
-				 const struct frame_header *header,
-				 bool payload, struct frame_message *message,
+				 const struct frame_header *header, bool fetch,
+				 struct frame_message *message,
 				 struct frame_desc *desc);
 
 void frame_put_hello(uint8_t out[FRAME_HELLO_BYTES],

@@ -6,7 +6,7 @@
 
 #include <errno.h>
 
-#include "internal.h"
+#include "wire_shm.h"
 
 static const struct soft_failure refused = { IBV_WC_RETRY_EXC_ERR,
 					     KVX_SOFT_REFUSED };
@@ -17,9 +17,32 @@ static uint32_t offered_wires(const struct soft_qp *qp)
 
 	if (qp->no_cma)
 		wires &= ~(1u << WIRE_CMA);
+	if (qp->no_shm)
+		wires &= ~(1u << WIRE_SHM);
 	if (qp->wire_out != WIRE_NONE)
 		wires &= 1u << qp->wire_out;
 	return wires;
+}
+
+/* Which of them this connection can be: the unix socket is for those who share
+ * memory or may read each other's, and cma does without it where need be. */
+static uint32_t wires_of(const struct soft_conn *conn, uint32_t wires)
+{
+	const uint32_t shm = 1u << WIRE_SHM, tcp = 1u << WIRE_TCP;
+
+	return wires & ~(conn->shm ? tcp : shm);
+}
+
+/* What to propose on it. Memory that cannot be mapped is better read where it
+ * is than copied into the ring, so shm is for those who have some that can. */
+static uint32_t proposed(const struct soft_conn *conn)
+{
+	const struct soft_qp *qp = conn->qp;
+	uint32_t wires = wires_of(conn, offered_wires(qp));
+	const uint32_t shm = 1u << WIRE_SHM;
+
+	return wires == shm || to_pd(qp->ibv.pd)->n_shared ? wires :
+							     wires & ~shm;
 }
 
 void soft_send_hello(struct soft_conn *conn)
@@ -32,7 +55,7 @@ void soft_send_hello(struct soft_conn *conn)
 		.src_qpn = qp->ibv.qp_num,
 		.dst_qpn = qp->attr.dest_qp_num,
 		.psn = qp->attr.sq_psn,
-		.wires = offered_wires(qp),
+		.wires = proposed(conn),
 		.rnr_retry = qp->attr.rnr_retry,
 		.pid = (uint32_t)getpid(),
 		.pid_ns = ctx->pid_ns,
@@ -46,6 +69,8 @@ void soft_send_hello(struct soft_conn *conn)
 	memcpy(hello.token, qp->hint.remote_token, sizeof(hello.token));
 	soft_random(qp->nonce, sizeof(qp->nonce));
 	memcpy(hello.nonce, qp->nonce, sizeof(hello.nonce));
+	if (conn->shm)
+		soft_shm_begin(conn->shm, qp->nonce);
 	frame_put_hello(body, &hello);
 
 	conn->state = CONN_HELLO;
@@ -96,14 +121,18 @@ static struct frame_header choose_wire(struct soft_conn *conn,
 	struct soft_context *ctx = conn->ctx;
 	struct frame_header answer = { .type = FRAME_WELCOME,
 				       .arg = ANSWER_OK };
-	uint32_t wires = hello->wires & ctx->wires;
+	uint32_t wires = wires_of(conn, hello->wires & ctx->wires);
 	int err = EOPNOTSUPP;
 
 	if (qp->wire_in != WIRE_NONE)
 		wires &= 1u << qp->wire_in;
-	if (wires & 1u << WIRE_CMA)
+	if (conn->shm && !soft_shm_probe(conn->shm, hello))
+		wires = 0;
+	if (wires & 1u << WIRE_CMA && !(wires & 1u << WIRE_SHM))
 		err = soft_cma_probe(ctx, hello);
-	if (!err) {
+	if (wires & 1u << WIRE_SHM) {
+		answer.seq = WIRE_SHM;
+	} else if (!err) {
 		answer.seq = WIRE_CMA;
 	} else if (err == EPERM) {
 		answer.arg = ANSWER_TRACE_ME;
@@ -169,18 +198,20 @@ void soft_answer_hello(struct soft_conn *conn)
 	}
 	/* The peer says nothing more before it has this, so closing right
 	 * after it loses nothing. */
-	if (!soft_conn_put(conn, &answer, NULL) || answer.arg != ANSWER_OK)
+	if (!soft_conn_put(conn, &answer, NULL) || answer.arg != ANSWER_OK) {
 		soft_conn_close(conn);
-	else
-		soft_ready(conn);
+		return;
+	}
+	if (conn->shm)
+		soft_shm_up(conn->shm);
+	soft_ready(conn);
 }
 
 static bool start(struct soft_conn *conn, uint64_t wire)
 {
 	struct soft_qp *qp = conn->qp;
 
-	if ((wire != WIRE_TCP && wire != WIRE_CMA) ||
-	    !(offered_wires(qp) & 1u << wire))
+	if (wire > WIRE_SHM || !(proposed(conn) & 1u << wire))
 		return false;
 	conn->tx = calloc(1, sizeof(*conn->tx));
 	if (!conn->tx)
@@ -189,10 +220,14 @@ static bool start(struct soft_conn *conn, uint64_t wire)
 	conn->wire = (enum frame_wire)wire;
 	conn->in_len = 0;
 	qp->wire_out = conn->wire;
+	/* Through a socket it would be a system call for each chain. */
+	atomic_store(&qp->direct, conn->shm != NULL);
 	qp->dial = DIAL_UP;
 	qp->was_up = true;
 	qp->backoff_ms = 0;
 	qp->progress_ns = conn->ctx->now_ns;
+	if (conn->shm)
+		soft_shm_up(conn->shm);
 	soft_run(qp);
 	soft_ready(conn);
 	return true;
@@ -212,6 +247,22 @@ static void allow_trace(struct soft_qp *qp, uint64_t pid)
 		soft_qp_fail(qp, &refused, NULL);
 }
 
+/* The peer does not want us, or not by this road. */
+static void refuse(struct soft_conn *conn)
+{
+	struct soft_qp *qp = conn->qp;
+
+	if (conn->shm)
+		qp->no_shm = true;
+	if (!conn->shm || !offered_wires(qp)) {
+		soft_qp_fail(qp, &refused, NULL);
+		return;
+	}
+	soft_conn_close(conn);
+	qp->dial = DIAL_IDLE;
+	soft_run(qp);
+}
+
 void soft_take_welcome(struct soft_conn *conn)
 {
 	struct soft_qp *qp = conn->qp;
@@ -229,7 +280,7 @@ void soft_take_welcome(struct soft_conn *conn)
 	if (answer.arg == ANSWER_OK && start(conn, answer.seq))
 		return;
 	if (answer.arg == ANSWER_REFUSED) {
-		soft_qp_fail(qp, &refused, NULL);
+		refuse(conn);
 		return;
 	}
 	if (answer.arg == ANSWER_TRACE_ME) {

@@ -2,7 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
-#include "internal.h"
+#include "wire_shm.h"
 
 #define BACKOFF_MAX_MS 50
 /* A process may have to wait this long for a CPU; a NIC never does. */
@@ -67,6 +67,11 @@ void soft_initiator_timer(struct soft_qp *qp)
 
 	if (!qp->active || qp_state(qp) != IBV_QPS_RTS)
 		return;
+	/* An answer that nobody has looked at yet is a sign of life. */
+	if (qp->out && qp->out->shm && soft_shm_answered(qp->out)) {
+		qp->progress_ns = ctx->now_ns;
+		soft_ready(qp->out);
+	}
 	if (budget != NEVER && ctx->now_ns >= qp->progress_ns + budget) {
 		soft_qp_fail(qp, &no_answer, NULL);
 		return;
@@ -87,6 +92,15 @@ static void dial(struct soft_qp *qp)
 	struct sockaddr_storage address;
 
 	qp->dial = DIAL_BUSY;
+	if (soft_local_first(qp)) {
+		if (soft_local_dial(qp))
+			return;
+		/* Not on this host, or not with such a wire. */
+		if (errno != ECONNREFUSED || soft_only_local(qp)) {
+			soft_out_lost(qp, errno == ECONNREFUSED);
+			return;
+		}
+	}
 	errno = 0;
 	if (soft_resolve(qp_context(qp), &qp->peer_gid, qp->hint.address,
 			 &address) ||
@@ -163,15 +177,16 @@ static bool send_chunk(struct soft_qp *qp)
 {
 	struct soft_context *ctx = qp_context(qp);
 	struct soft_conn *conn = qp->out;
-	struct msghdr message = { .msg_iov = ctx->local_iov };
 	ssize_t sent;
+	int n;
 
 	if (!still_registered(qp, conn->tx)) {
 		soft_qp_fail(qp, &no_memory, NULL);
 		return false;
 	}
-	message.msg_iovlen = (size_t)gather(ctx, conn->tx);
-	sent = sendmsg(conn->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+	n = gather(ctx, conn->tx);
+	sent = soft_stream_send(conn, ctx->local_iov, n,
+				conn->tx->at_iov < conn->tx->n_iov);
 	if (sent >= 0) {
 		qp->progress_ns = ctx->now_ns;
 		advance(conn->tx, (size_t)sent);

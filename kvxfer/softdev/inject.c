@@ -7,7 +7,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "internal.h"
+#include "wire_shm.h"
 
 int soft_set_faults(struct ibv_context *context, const char *plan, size_t *at)
 {
@@ -129,10 +129,12 @@ static void die(struct soft_qp *qp)
 {
 	struct soft_late *late = soft_frame_late(qp);
 	size_t left = late ? late->length / 2 : 0, off = 0;
+	struct iovec iov;
 	ssize_t sent;
 
 	while (left && qp->out) {
-		sent = send(qp->out->fd, late->bytes + off, left, MSG_NOSIGNAL);
+		iov = (struct iovec){ late->bytes + off, left };
+		sent = soft_stream_send(qp->out, &iov, 1, false);
 		if (sent < 0 && errno != EAGAIN && errno != EINTR)
 			break;
 		off += sent > 0 ? (size_t)sent : 0;
@@ -241,11 +243,13 @@ bool soft_inject_hang_up(struct soft_qp *qp)
 void soft_inject_late(struct soft_conn *conn)
 {
 	struct soft_late *late = conn->late;
+	struct iovec iov;
 	ssize_t sent = 1;
 
 	while (sent > 0 && late->sent < late->length) {
-		sent = send(conn->fd, late->bytes + late->sent,
-			    late->length - late->sent, MSG_NOSIGNAL);
+		iov = (struct iovec){ late->bytes + late->sent,
+				      late->length - late->sent };
+		sent = soft_stream_send(conn, &iov, 1, false);
 		late->sent += sent > 0 ? (size_t)sent : 0;
 	}
 	if (sent < 0 && (errno == EAGAIN || errno == EINTR)) {
@@ -307,6 +311,7 @@ static void change_gid(struct soft_context *ctx)
 	struct soft_qp *qp;
 
 	soft_make_gid(&ctx->bound, &ctx->gid);
+	soft_local_listen(ctx); /* under the new name */
 	for (at = ctx->conns.next; at != &ctx->conns; at = next) {
 		next = at->next;
 		conn = soft_of(at, struct soft_conn, link);

@@ -41,7 +41,8 @@
 #define SOFT_MAX_INLINE 512
 #define SOFT_MAX_CQE 4194303
 #define SOFT_MAX_RD_ATOMIC 16
-#define SOFT_BUCKETS 1024u /* of each hash table; a power of two */
+#define SOFT_BUCKETS 1024u  /* of each hash table; a power of two */
+#define SHM_MAX_REGIONS 256 /* memfds that an adapter shares with its peers */
 
 #define CHUNK_BYTES (1u << 20) /* moved at most per hold of ctx->lock */
 #define MAX_IOV 1024	       /* the kernel's limit per call */
@@ -52,6 +53,8 @@
 struct soft_context;
 struct soft_qp;
 struct soft_conn;
+struct soft_shm;
+struct soft_map;
 
 /* --- events -------------------------------------------------------------- */
 
@@ -75,12 +78,20 @@ struct soft_channel {
 struct soft_pd {
 	struct ibv_pd ibv;
 	atomic_int users;
+	atomic_int n_shared; /* MRs that are memfds */
 };
 
 struct soft_mr {
 	struct ibv_mr ibv;
 	unsigned int access;
 	struct soft_mr *next_lkey, *next_rkey; /* hash chains, by ctx->lock */
+	/* Memory that is a memfd; fd is ours. -1: it is not. */
+	int fd;
+	uint64_t offset; /* of addr in it */
+	uint32_t slot;	 /* its place in ctx->shared */
+	uint64_t serial; /* no other MR of the adapter ever has it */
+	struct soft_map
+		*map; /* where a responder puts bytes; made when needed */
 };
 
 /* --- completion queues --------------------------------------------------- */
@@ -240,9 +251,11 @@ struct soft_qp {
 	struct soft_conn *out;
 	enum dial_state dial;
 	bool was_up;
+	atomic_bool direct; /* post_send may frame WRs itself: it is quick */
 	bool active;	    /* WRs are outstanding: the retry timer runs */
 	bool trace_allowed; /* answered TRACE_ME once */
 	bool no_cma;	    /* and it did not help */
+	bool no_shm;	    /* the unix socket led nowhere */
 	uint32_t backoff_ms;
 	uint64_t dial_at_ns;  /* DIAL_BACKOFF: when to try again */
 	uint64_t progress_ns; /* last sign of life while WRs are on their way */
@@ -313,6 +326,7 @@ struct soft_rx {
 	uint32_t acks_owed;
 	bool again;    /* the frame repeats what was executed */
 	uint64_t skip; /* RX_SKIP: payload of it still to be thrown away */
+	bool awaited;  /* one of them is for a WR that somebody waits for */
 	/* RNR */
 	bool parked;
 	uint32_t rnr_tries;
@@ -358,6 +372,7 @@ struct soft_conn {
 	uint64_t peer_nonce_addr;
 	uint8_t peer_nonce[FRAME_NONCE_BYTES];
 
+	struct soft_shm *shm; /* a unix socket; NULL: TCP */
 	struct soft_tx *tx;
 	struct soft_rx *rx;
 };
@@ -379,23 +394,26 @@ struct soft_context {
 	uint32_t wires; /* allowed, bit mask */
 	enum soft_strict strict;
 	uint64_t pid_ns;
-	int listen_fd, epoll_fd, kick_fd;
+	int listen_fd, local_fd, epoll_fd, kick_fd;
 
 	pthread_mutex_t gate, lock; /* soft_lock() */
 	struct soft_qp *qp_table[SOFT_BUCKETS];
 	struct soft_mr *lkeys[SOFT_BUCKETS], *rkeys[SOFT_BUCKETS];
 	uint64_t
 		mr_generation; /* moves with every registration and the end of one */
-	struct soft_list qps, conns, ready, run, dead;
+	struct soft_mr *shared[SHM_MAX_REGIONS];
+	struct soft_list qps, conns, ready, run, dead, shms;
 	uint32_t n_qps,
 		n_greeting; /* incoming connections before their hello */
 	uint64_t timer_ns;  /* when somebody wants to be looked at, or NEVER */
-	uint64_t now_ns;    /* of this turn of the device thread */
+	uint64_t sleep_ns; /* until when the device thread sleeps, if it does */
+	uint64_t now_ns;   /* of this turn of the device thread */
 	uint64_t spin_until_ns;
 	size_t socket_buffer; /* bytes; 0: leave it to the kernel */
 
 	_Atomic(struct soft_qp *) kicks;
 	atomic_bool asleep, poked;
+	atomic_uint n_rings; /* outgoing connections that use shared memory */
 	atomic_bool cq_overrun; /* some CQ: find its QPs */
 	atomic_bool stop;
 	bool has_thread; /* by ctx->lock */
@@ -458,6 +476,13 @@ static inline struct soft_context *qp_context(const struct soft_qp *qp)
 	return to_context(qp->ibv.context);
 }
 
+/* Has it WRs that have not left yet? */
+static inline bool soft_unsent(const struct soft_qp *qp)
+{
+	return qp->sq.next !=
+	       atomic_load_explicit(&qp->sq.head, memory_order_acquire);
+}
+
 static inline int qp_state(struct soft_qp *qp)
 {
 	return atomic_load_explicit(&qp->state, memory_order_acquire);
@@ -510,7 +535,13 @@ struct ibv_mr *soft_reg_mr(struct ibv_pd *pd, void *addr, size_t length,
 struct ibv_mr *soft_reg_dmabuf_mr(struct ibv_pd *pd, uint64_t offset,
 				  size_t length, uint64_t iova, int fd,
 				  unsigned int access);
+struct ibv_mr *soft_reg_mr_fd(struct ibv_pd *pd, int fd, uint64_t offset,
+			      void *addr, size_t length, unsigned int access);
 int soft_dereg_mr(struct ibv_mr *mr);
+struct soft_mr *soft_find_lkey(struct soft_context *ctx, uint32_t lkey);
+struct soft_mr *soft_find_rkey(struct soft_context *ctx, uint32_t rkey);
+/* Give the MR a mapping of its own; ctx->lock held. Without, map stays NULL. */
+void soft_map_mr(struct soft_mr *mr);
 /* Checks; ctx->lock held. Return the vendor_err, or 0 if all is well. */
 uint32_t soft_check_local(struct soft_context *ctx, struct ibv_pd *pd,
 			  const struct ibv_sge *sge, unsigned int access);
@@ -520,6 +551,8 @@ uint32_t soft_check_remote(struct soft_context *ctx, struct ibv_pd *pd,
 
 /* maps.c */
 int soft_check_mapped(uintptr_t addr, size_t length, bool write);
+/* Is the memory at addr the bytes of fd from offset on? */
+bool soft_is_mapping_of(uintptr_t addr, size_t length, int fd, uint64_t offset);
 
 /* event.c */
 struct ibv_comp_channel *soft_create_comp_channel(struct ibv_context *context);
@@ -617,6 +650,11 @@ void soft_want_timer(struct soft_context *ctx, uint64_t when_ns);
 /* connection.c; ctx->lock held */
 void soft_tune_socket(const struct soft_context *ctx, int fd);
 void soft_accept(struct soft_context *ctx);
+/* Take over fd, also on failure. */
+struct soft_conn *soft_new_conn(struct soft_context *ctx, int fd,
+				enum conn_state state);
+/* The same for a caller who has yet to say hello. */
+struct soft_conn *soft_greet(struct soft_context *ctx, int fd);
 struct soft_conn *soft_dial(struct soft_qp *qp,
 			    const struct sockaddr_storage *address);
 void soft_conn_close(struct soft_conn *conn);
@@ -625,6 +663,18 @@ void soft_conn_service(struct soft_conn *conn);
 void soft_conn_expire(struct soft_conn *conn);
 /* Say no more, and close when the peer has read what was said. */
 void soft_conn_finish(struct soft_conn *conn);
+
+/* stream.c; ctx->lock held */
+/*
+ * As sendmsg(2) and readv(2), never waiting, on whatever carries the connection.
+ * user: some ranges are the application's, which may have unmapped them.
+ */
+ssize_t soft_stream_send(struct soft_conn *conn, const struct iovec *iov, int n,
+			 bool user);
+ssize_t soft_stream_recv(struct soft_conn *conn, const struct iovec *iov, int n,
+			 bool user);
+/* Throw up to n bytes away. As readv(2). */
+ssize_t soft_stream_skip(struct soft_conn *conn, size_t n);
 /* Queue a small frame and try to send it. False: the connection is lost. */
 bool soft_conn_put(struct soft_conn *conn, const struct frame_header *header,
 		   const uint8_t *payload);
@@ -637,6 +687,12 @@ int soft_conn_fill(struct soft_conn *conn, uint8_t *buffer, size_t *have,
 void soft_send_hello(struct soft_conn *conn);
 void soft_answer_hello(struct soft_conn *conn);
 void soft_take_welcome(struct soft_conn *conn);
+
+/* direct.c: the device's work done by the application's thread; no lock held */
+/* Send what has been posted. False: the device thread has to be kicked. */
+bool soft_post_direct(struct soft_qp *qp);
+/* Take the answers that have come through shared memory. */
+void soft_poll_direct(struct soft_context *ctx);
 
 /* initiator.c; ctx->lock held */
 /* Dial, or send what the QP has, one chunk. True: there is more to do now. */

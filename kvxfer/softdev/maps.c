@@ -4,6 +4,8 @@
 #include <stdbool.h>
 #include <stdio.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 
 #include "internal.h"
 
@@ -59,4 +61,29 @@ int soft_check_mapped(uintptr_t addr, size_t length, bool write)
 	err = check_lines(maps, addr, length, write);
 	fclose(maps);
 	return err;
+}
+
+bool soft_is_mapping_of(uintptr_t addr, size_t length, int fd, uint64_t offset)
+{
+	unsigned long first, past, at, major, minor, inode;
+	FILE *maps = fopen("/proc/self/maps", "re");
+	uintptr_t end = addr + length;
+	struct stat status;
+	bool found = false;
+	char flags[5];
+
+	if (!maps || fstat(fd, &status)) {
+		if (maps)
+			fclose(maps);
+		return false;
+	}
+	while (!found &&
+	       fscanf(maps, "%lx-%lx %4s %lx %lx:%lx %lu%*[^\n]", &first, &past,
+		      flags, &at, &major, &minor, &inode) == 7)
+		found = first <= addr && end <= past && flags[3] == 's' &&
+			inode == status.st_ino &&
+			makedev(major, minor) == status.st_dev &&
+			at + (addr - first) == offset;
+	fclose(maps);
+	return found;
 }

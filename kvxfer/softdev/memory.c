@@ -1,9 +1,12 @@
 /* Protection domains and memory regions. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
-#include "internal.h"
+#include "wire_shm.h"
 
 #define KNOWN_ACCESS                                                        \
 	((unsigned int)(IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE |  \
@@ -53,7 +56,7 @@ static struct soft_mr **rkey_bucket(struct soft_context *ctx, uint32_t rkey)
 	return &ctx->rkeys[rkey & (SOFT_BUCKETS - 1)];
 }
 
-static struct soft_mr *find_lkey(struct soft_context *ctx, uint32_t lkey)
+struct soft_mr *soft_find_lkey(struct soft_context *ctx, uint32_t lkey)
 {
 	struct soft_mr *mr = *lkey_bucket(ctx, lkey);
 
@@ -62,13 +65,63 @@ static struct soft_mr *find_lkey(struct soft_context *ctx, uint32_t lkey)
 	return mr;
 }
 
-static struct soft_mr *find_rkey(struct soft_context *ctx, uint32_t rkey)
+struct soft_mr *soft_find_rkey(struct soft_context *ctx, uint32_t rkey)
 {
 	struct soft_mr *mr = *rkey_bucket(ctx, rkey);
 
 	while (mr && mr->ibv.rkey != rkey)
 		mr = mr->next_rkey;
 	return mr;
+}
+
+static void drop_fd(struct soft_mr *mr)
+{
+	if (mr->fd >= 0)
+		close(mr->fd);
+	mr->fd = -1;
+}
+
+/* Give the MR a slot by which peers name it; without one its bytes are sent. */
+static void share_mr(struct soft_context *ctx, struct soft_mr *mr)
+{
+	uint32_t slot = 0;
+
+	if (mr->fd < 0)
+		return;
+	while (slot < SHM_MAX_REGIONS && ctx->shared[slot])
+		slot++;
+	if (slot == SHM_MAX_REGIONS) {
+		drop_fd(mr);
+		return;
+	}
+	mr->slot = slot;
+	ctx->shared[slot] = mr;
+	atomic_fetch_add(&to_pd(mr->ibv.pd)->n_shared, 1);
+}
+
+static void unshare_mr(struct soft_context *ctx, struct soft_mr *mr)
+{
+	if (mr->fd < 0)
+		return;
+	soft_shm_forget(ctx, mr);
+	ctx->shared[mr->slot] = NULL;
+	atomic_fetch_sub(&to_pd(mr->ibv.pd)->n_shared, 1);
+	if (mr->map)
+		soft_unmap(mr->map);
+	free(mr->map);
+	drop_fd(mr);
+}
+
+void soft_map_mr(struct soft_mr *mr)
+{
+	struct soft_map *map = calloc(1, sizeof(*map));
+
+	if (map && soft_map(map, mr->fd, mr->offset, mr->ibv.length,
+			    PROT_READ | PROT_WRITE)) {
+		free(map);
+		map = NULL;
+	}
+	mr->map = map;
 }
 
 /*
@@ -81,10 +134,10 @@ static void insert_mr(struct soft_context *ctx, struct soft_mr *mr)
 
 	do {
 		soft_random(&mr->ibv.lkey, sizeof(mr->ibv.lkey));
-	} while (!mr->ibv.lkey || find_lkey(ctx, mr->ibv.lkey));
+	} while (!mr->ibv.lkey || soft_find_lkey(ctx, mr->ibv.lkey));
 	do {
 		soft_random(&mr->ibv.rkey, sizeof(mr->ibv.rkey));
-	} while (!mr->ibv.rkey || find_rkey(ctx, mr->ibv.rkey) ||
+	} while (!mr->ibv.rkey || soft_find_rkey(ctx, mr->ibv.rkey) ||
 		 mr->ibv.rkey == mr->ibv.lkey);
 
 	bucket = lkey_bucket(ctx, mr->ibv.lkey);
@@ -93,7 +146,8 @@ static void insert_mr(struct soft_context *ctx, struct soft_mr *mr)
 	bucket = rkey_bucket(ctx, mr->ibv.rkey);
 	mr->next_rkey = *bucket;
 	*bucket = mr;
-	ctx->mr_generation++;
+	mr->serial = ++ctx->mr_generation;
+	share_mr(ctx, mr);
 }
 
 static void remove_mr(struct soft_context *ctx, struct soft_mr *mr)
@@ -108,6 +162,7 @@ static void remove_mr(struct soft_context *ctx, struct soft_mr *mr)
 		at = &(*at)->next_rkey;
 	*at = mr->next_rkey;
 	ctx->mr_generation++;
+	unshare_mr(ctx, mr);
 }
 
 static int check_registration(uintptr_t addr, size_t length,
@@ -129,6 +184,22 @@ static int check_registration(uintptr_t addr, size_t length,
 struct ibv_mr *soft_reg_mr(struct ibv_pd *pd, void *addr, size_t length,
 			   unsigned int access)
 {
+	return soft_reg_mr_fd(pd, -1, 0, addr, length, access);
+}
+
+/* The descriptor for our own use, or -1 where it cannot be shared: it is not
+ * the memory that is registered, or could be cut short under a peer. */
+static int usable_fd(int fd, uint64_t offset, const void *addr, size_t length)
+{
+	if (fd < 0 || soft_check_sealed(fd, offset, length) ||
+	    !soft_is_mapping_of((uintptr_t)addr, length, fd, offset))
+		return -1;
+	return fcntl(fd, F_DUPFD_CLOEXEC, 0);
+}
+
+struct ibv_mr *soft_reg_mr_fd(struct ibv_pd *pd, int fd, uint64_t offset,
+			      void *addr, size_t length, unsigned int access)
+{
 	struct soft_context *ctx = to_context(pd->context);
 	struct soft_mr *mr = NULL;
 	int err;
@@ -149,6 +220,10 @@ struct ibv_mr *soft_reg_mr(struct ibv_pd *pd, void *addr, size_t length,
 	mr->ibv.addr = addr;
 	mr->ibv.length = length;
 	mr->access = access;
+	mr->fd = usable_fd(fd, offset, addr, length);
+	mr->offset = offset;
+	if (mr->fd >= 0)
+		soft_make_huge(addr, length);
 	soft_lock(ctx);
 	insert_mr(ctx, mr);
 	soft_unlock(ctx);
@@ -206,7 +281,7 @@ uint32_t soft_check_local(struct soft_context *ctx, struct ibv_pd *pd,
 
 	if (sge->length == 0)
 		return 0;
-	mr = find_lkey(ctx, sge->lkey);
+	mr = soft_find_lkey(ctx, sge->lkey);
 	if (!mr)
 		return KVX_SOFT_NO_LKEY;
 	if (mr->ibv.pd != pd)
@@ -226,7 +301,7 @@ uint32_t soft_check_remote(struct soft_context *ctx, struct ibv_pd *pd,
 
 	if (length == 0) /* as on a NIC: no bytes, no key */
 		return 0;
-	mr = find_rkey(ctx, rkey);
+	mr = soft_find_rkey(ctx, rkey);
 	if (!mr)
 		return KVX_SOFT_NO_RKEY;
 	if (mr->ibv.pd != pd)

@@ -149,7 +149,7 @@ int soft_post_send(struct ibv_qp *ibqp, struct ibv_send_wr *wr,
 	if (qp->sq.sums)
 		soft_strict_leave(qp);
 
-	if (head != first && state == IBV_QPS_RTS)
+	if (head != first && state == IBV_QPS_RTS && !soft_post_direct(qp))
 		soft_kick(qp);
 	return err;
 }

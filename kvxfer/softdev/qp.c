@@ -289,6 +289,7 @@ void soft_wire_name(struct ibv_qp *ibqp, char name[KVX_WIRE_NAME_BYTES])
 		[WIRE_NONE] = "none",
 		[WIRE_TCP] = "tcp",
 		[WIRE_CMA] = "cma",
+		[WIRE_SHM] = "shm",
 	};
 	struct soft_context *ctx = to_context(ibqp->context);
 	enum frame_wire wire = WIRE_NONE;

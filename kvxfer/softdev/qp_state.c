@@ -3,7 +3,7 @@
 #include <errno.h>
 #include <string.h>
 
-#include "internal.h"
+#include "wire_shm.h"
 
 #define QPN_MASK 0xffffffu
 #define QP_ACCESS                                                          \
@@ -147,12 +147,15 @@ void soft_qp_hang_up(struct soft_qp *qp)
 {
 	/* From here on what a responder pulls from us no longer counts. */
 	explicit_bzero(qp->nonce, sizeof(qp->nonce));
+	if (qp->out && qp->out->shm)
+		soft_shm_end_life(qp->out->shm);
 	/* What was acknowledged is in place before anybody learns of the end. */
 	soft_inject_land(qp, NEVER);
 	if (qp->out && !soft_inject_hang_up(qp))
 		soft_conn_close(qp->out);
 	if (qp->in)
 		soft_conn_close(qp->in);
+	atomic_store(&qp->direct, false);
 	qp->dial = DIAL_IDLE;
 	qp->active = false;
 	qp->local = (struct soft_failure){ 0 };
@@ -213,7 +216,8 @@ static void reset(struct soft_qp *qp)
 	memset(&qp->peer_gid, 0, sizeof(qp->peer_gid));
 	memset(&qp->hint, 0, sizeof(qp->hint));
 	qp->wire_out = qp->wire_in = WIRE_NONE;
-	qp->was_up = qp->trace_allowed = qp->no_cma = qp->active = false;
+	qp->was_up = qp->trace_allowed = qp->active = false;
+	qp->no_cma = qp->no_shm = false;
 	qp->reads_out = 0;
 	qp->read_offset = 0;
 	qp->rx_seq = 0;

@@ -103,13 +103,12 @@ enum chunk_result soft_send_read(struct soft_conn *conn)
 		{ (void *)(uintptr_t)(from + desc->len - rx->read_left),
 		  rx->read_frame_left },
 	};
-	struct msghdr message = { .msg_iov = iov, .msg_iovlen = 2 };
 	ssize_t sent;
 
 	if (conn->out_len || !conn->writable)
 		return CHUNK_WAIT; /* answers keep their order */
 	do {
-		sent = sendmsg(conn->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+		sent = soft_stream_send(conn, iov, 2, true);
 	} while (sent < 0 && errno == EINTR);
 	if (sent < 0 && errno == EAGAIN) {
 		conn->writable = false;

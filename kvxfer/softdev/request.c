@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "internal.h"
+#include "wire_shm.h"
 
 /* A frame that is being put together. */
 struct builder {
@@ -85,6 +85,8 @@ static uint16_t end_flags(const struct soft_wqe *wqe)
 		flags |= DESC_IMM;
 	if (wqe->flags & IBV_SEND_SOLICITED)
 		flags |= DESC_SOLICITED;
+	if (wqe->signaled)
+		flags |= DESC_SIGNALED;
 	return flags;
 }
 
@@ -103,9 +105,9 @@ static void put_operands(const struct soft_sq *sq, const struct soft_wqe *wqe,
 	}
 }
 
-/* One descriptor for the next len bytes of the WR. */
+/* One descriptor for the next len bytes of the WR; flags: DESC_FETCH or 0. */
 static void put_desc(struct builder *b, const struct soft_wqe *wqe,
-		     uint64_t laddr, uint64_t len)
+		     uint64_t laddr, uint64_t len, uint16_t flags)
 {
 	struct soft_sq *sq = &b->qp->sq;
 	uint16_t op = opcode_of(wqe);
@@ -113,6 +115,7 @@ static void put_desc(struct builder *b, const struct soft_wqe *wqe,
 		.laddr = laddr,
 		.len = (uint32_t)len,
 		.op = op,
+		.flags = flags,
 		.imm = wqe->imm,
 		.total = (uint32_t)wqe->length,
 	};
@@ -184,7 +187,7 @@ static void put_with_payload(struct builder *b, uint64_t seq)
 		skip = 0;
 	}
 	if (put || wqe->length == 0)
-		put_desc(b, wqe, 0, put);
+		put_desc(b, wqe, 0, put, 0);
 }
 
 /* cma: one descriptor a range; the responder fetches the bytes. */
@@ -197,7 +200,7 @@ static void put_ranges(struct builder *b, uint64_t seq)
 	uint32_t i, n = soft_wqe_sges(b->qp, seq, &one, &sges);
 
 	if (wqe->length == 0) {
-		put_desc(b, wqe, 0, 0);
+		put_desc(b, wqe, 0, 0, 0);
 		return;
 	}
 	for (i = 0; i < n && b->n_desc < FRAME_MAX_DESC; i++) {
@@ -205,7 +208,64 @@ static void put_ranges(struct builder *b, uint64_t seq)
 			skip -= sges[i].length;
 			continue;
 		}
-		put_desc(b, wqe, sges[i].addr + skip, sges[i].length - skip);
+		put_desc(b, wqe, sges[i].addr + skip, sges[i].length - skip,
+			 DESC_FETCH);
+		skip = 0;
+	}
+}
+
+/* shm: put len bytes from addr on; false: the frame is full. */
+static bool put_range(struct builder *b, const struct soft_wqe *wqe,
+		      const struct ibv_sge *sge, uint64_t skip)
+{
+	struct soft_mr *mr = wqe->flags & IBV_SEND_INLINE ?
+				     NULL :
+				     soft_find_lkey(qp_context(b->qp),
+						    sge->lkey);
+	uint64_t addr = sge->addr + skip, len = sge->length - skip, laddr;
+
+	if (mr && soft_shm_name(b->qp->out, mr, addr, &laddr, &b->full)) {
+		put_desc(b, wqe, laddr, len, DESC_FETCH);
+		return true;
+	}
+	if (len > CHUNK_BYTES)
+		len = CHUNK_BYTES;
+	if (len > FRAME_MAX_PAYLOAD - b->payload)
+		len = FRAME_MAX_PAYLOAD - b->payload;
+	if (b->full || !len || !put_iov(b->tx, addr, len)) {
+		b->full = true;
+		return false;
+	}
+	b->payload += len;
+	put_desc(b, wqe, 0, len, 0);
+	return true;
+}
+
+/* shm: what lies in a memfd is fetched, the rest goes along. */
+static void put_mixed(struct builder *b, uint64_t seq)
+{
+	const struct soft_wqe *wqe = &b->qp->sq.ring[seq & b->qp->sq.mask];
+	uint64_t skip = b->qp->sq.next_offset, before;
+	const struct ibv_sge *sges;
+	struct ibv_sge one;
+	uint32_t i, n = soft_wqe_sges(b->qp, seq, &one, &sges);
+
+	if (wqe->length == 0) {
+		put_desc(b, wqe, 0, 0, 0);
+		return;
+	}
+	for (i = 0; i < n; i++) {
+		if (skip >= sges[i].length) {
+			skip -= sges[i].length;
+			continue;
+		}
+		while (skip < sges[i].length) {
+			before = b->qp->sq.next_offset;
+			if (b->n_desc == FRAME_MAX_DESC ||
+			    !put_range(b, wqe, &sges[i], skip))
+				return;
+			skip += b->qp->sq.next_offset - before;
+		}
 		skip = 0;
 	}
 }
@@ -215,10 +275,12 @@ static void put_wr(struct builder *b, uint64_t seq)
 	const struct soft_wqe *wqe = &b->qp->sq.ring[seq & b->qp->sq.mask];
 
 	if (soft_fetches(wqe)) {
-		put_desc(b, wqe, 0, wqe->length);
+		put_desc(b, wqe, 0, wqe->length, 0);
 		b->qp->reads_out++;
 	} else if (b->qp->wire_out == WIRE_CMA) {
 		put_ranges(b, seq);
+	} else if (b->qp->wire_out == WIRE_SHM) {
+		put_mixed(b, seq);
 	} else {
 		put_with_payload(b, seq);
 	}

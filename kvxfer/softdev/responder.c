@@ -2,7 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
-#include "internal.h"
+#include "wire_shm.h"
 
 #define DRAIN_NS (2000 * NS_PER_MS)
 #define RNR_FOR_EVER 7
@@ -43,8 +43,17 @@ static bool answer(struct soft_conn *conn, enum frame_type type,
 				       .seq = conn->qp->rx_seq,
 				       .arg = (uint32_t)(wait_ns / 1000) };
 
+	bool good;
+
+	/* Through shared memory it is found when somebody looks. */
+	if (conn->shm)
+		conn->shm->quiet = type == FRAME_ACK && !conn->rx->awaited;
 	conn->rx->acks_owed = 0;
-	return soft_conn_put(conn, &header, NULL);
+	conn->rx->awaited = false;
+	good = soft_conn_put(conn, &header, NULL);
+	if (conn->shm)
+		conn->shm->quiet = false;
+	return good;
 }
 
 /*
@@ -175,7 +184,7 @@ static enum step take_table(struct soft_conn *conn)
 		return lost(conn);
 	if (got == 0)
 		return STEP_WAIT;
-	if (frame_get_table(rx->raw, &rx->header, conn->wire == WIRE_TCP,
+	if (frame_get_table(rx->raw, &rx->header, conn->wire != WIRE_TCP,
 			    rx->again ? &alone : &rx->message, rx->desc))
 		return lost(conn);
 	rx->raw_len = 0;
@@ -281,6 +290,7 @@ static enum step use_recv(struct soft_conn *conn, const struct frame_desc *desc)
 		return check_recv(conn, desc);
 	soft_inject_land(qp, NEVER);
 	qp->rx_seq++;
+	rx->awaited |= (desc->flags & DESC_SIGNALED) != 0;
 	/* The acknowledgement leaves first, as a NIC's does: whoever learns of
 	 * the message here may end this QP at once, and the initiator must not
 	 * be told that it failed. */
@@ -405,7 +415,8 @@ void soft_respond(struct soft_conn *conn)
 {
 	enum step what = STEP_ON;
 
-	if (!soft_conn_flush(conn)) {
+	if ((conn->shm && !soft_shm_alive(conn->shm)) ||
+	    !soft_conn_flush(conn)) {
 		soft_conn_close(conn);
 		return;
 	}

@@ -153,6 +153,7 @@ void kvx_load_softdev(struct kvx_verbs_table *table)
 		.dealloc_pd = soft_dealloc_pd,
 		.reg_mr = soft_reg_mr,
 		.reg_dmabuf_mr = soft_reg_dmabuf_mr,
+		.reg_mr_fd = soft_reg_mr_fd,
 		.dereg_mr = soft_dereg_mr,
 		.create_comp_channel = soft_create_comp_channel,
 		.destroy_comp_channel = soft_destroy_comp_channel,

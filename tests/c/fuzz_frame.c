@@ -13,7 +13,7 @@
 #include "harness.h"
 
 static void believe(const struct frame_header *header,
-		    const struct frame_desc *desc, bool payload,
+		    const struct frame_desc *desc, bool fetch,
 		    const struct frame_message *before,
 		    const struct frame_message *after)
 {
@@ -32,11 +32,12 @@ static void believe(const struct frame_header *header,
 			CHECK(desc[i].total <= FRAME_MAX_MESSAGE);
 		}
 		open = !(desc[i].flags & DESC_END);
-		if (!frame_fetches(desc[i].op))
+		CHECK(fetch || !(desc[i].flags & DESC_FETCH));
+		if (!frame_fetches(desc[i].op) && !(desc[i].flags & DESC_FETCH))
 			sum += desc[i].len;
 	}
 	CHECK(open == after->open);
-	CHECK(header->payload_len == (payload ? sum : 0));
+	CHECK(header->payload_len == sum);
 	CHECK(header->payload_len <= FRAME_MAX_PAYLOAD);
 	CHECK(after->remaining <= FRAME_MAX_MESSAGE);
 }
@@ -47,7 +48,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	struct frame_message message = { 0 }, before;
 	struct frame_header header;
 	struct frame_hello hello;
-	bool payload = size & 1;
+	bool fetch = size & 1;
 	size_t table;
 
 	while (size >= FRAME_HEADER_BYTES) {
@@ -64,10 +65,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 			if (size < table)
 				break;
 			before = message;
-			if (frame_get_table(data, &header, payload, &message,
+			if (frame_get_table(data, &header, fetch, &message,
 					    desc))
 				break;
-			believe(&header, desc, payload, &before, &message);
+			believe(&header, desc, fetch, &before, &message);
 		}
 		if (size < table + header.payload_len)
 			break;
@@ -112,7 +113,8 @@ static uint32_t edge(void)
 }
 
 /* A WR of some descriptors, mostly well made. */
-static uint32_t make_wr(struct frame_desc *desc, uint32_t room, uint64_t *sum)
+static uint32_t make_wr(struct frame_desc *desc, uint32_t room, bool fetch,
+			uint64_t *sum)
 {
 	static const uint16_t ops[] = {
 		OP_WRITE, OP_WRITE,	OP_SEND,
@@ -137,13 +139,15 @@ static uint32_t make_wr(struct frame_desc *desc, uint32_t room, uint64_t *sum)
 					   (i == n - 1 ? DESC_END : 0));
 		if (op != OP_SEND)
 			at += desc[i].len;
-		if (!frame_fetches(op))
+		if (fetch && !frame_fetches(op) && random_below(2))
+			desc[i].flags |= DESC_FETCH;
+		else if (!frame_fetches(op))
 			*sum += desc[i].len;
 	}
 	return n;
 }
 
-static size_t make_frame(uint8_t *out, bool payload)
+static size_t make_frame(uint8_t *out, bool fetch)
 {
 	static struct frame_desc desc[FRAME_MAX_DESC];
 	struct frame_header header = { .type = FRAME_REQUEST };
@@ -152,8 +156,9 @@ static size_t make_frame(uint8_t *out, bool payload)
 
 	while (header.n_desc < want)
 		header.n_desc += make_wr(desc + header.n_desc,
-					 FRAME_MAX_DESC - header.n_desc, &sum);
-	header.payload_len = payload ? (uint32_t)sum : 0;
+					 FRAME_MAX_DESC - header.n_desc, fetch,
+					 &sum);
+	header.payload_len = (uint32_t)sum;
 	switch (random_below(12)) {
 	case 0:
 		header.type = (uint8_t)random_below(9);
@@ -173,19 +178,19 @@ static size_t make_frame(uint8_t *out, bool payload)
 		break;
 	case 5:
 		desc[random_below(header.n_desc)].flags = (uint16_t)
-			random_below(17);
+			random_below(65);
 		break;
 	}
 	frame_put_header(out, &header);
 	out += FRAME_HEADER_BYTES;
 	for (i = 0; i < header.n_desc && i < FRAME_MAX_DESC; i++)
 		frame_put_desc(out + i * FRAME_DESC_BYTES, &desc[i]);
-	return FRAME_HEADER_BYTES + i * FRAME_DESC_BYTES + (payload ? sum : 0);
+	return FRAME_HEADER_BYTES + i * FRAME_DESC_BYTES + sum;
 }
 
 int main(int argc, char **argv)
 {
-	static uint8_t work[65536];
+	static uint8_t work[1u << 20];
 	unsigned long rounds = argc > 1 ? strtoul(argv[1], NULL, 10) : 300000;
 	unsigned long round;
 	size_t size;
@@ -195,7 +200,7 @@ int main(int argc, char **argv)
 	for (round = 1; round <= rounds; round++) {
 		state = round * 0x9e3779b97f4a7c15u;
 		size = make_frame(work, round & 1);
-		if (size % 2 != (round & 1)) /* the parity says: payload */
+		if (size % 2 != (round & 1)) /* the parity says: fetch */
 			size++;
 		n = random_below(4) == 0 ? random_below(6) : 0;
 		for (i = 0; i < n; i++)

@@ -1,10 +1,12 @@
 #define _GNU_SOURCE
 #include "harness.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 struct kvx_verbs_table verbs;
 
@@ -34,6 +36,32 @@ static int given(int value, int standard)
 	return value == -1 ? 0 : value ? value : standard;
 }
 
+static bool on_shm(void)
+{
+	const char *wire = getenv("KVXFER_SOFT_WIRE");
+
+	return wire && !strcmp(wire, "shm");
+}
+
+int sealed_memory(size_t size)
+{
+	int fd = memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	CHECK(fd >= 0 && !ftruncate(fd, (off_t)size));
+	CHECK(!fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW));
+	return fd;
+}
+
+static void map_buffer(struct end *end, bool shared)
+{
+	int flags = shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+
+	end->fd = shared ? sealed_memory(end->size) : -1;
+	end->buffer = mmap(NULL, end->size, PROT_READ | PROT_WRITE, flags,
+			   end->fd, 0);
+	CHECK(end->buffer != MAP_FAILED);
+}
+
 void open_end(struct end *end, const struct options *options)
 {
 	struct ibv_qp_init_attr init = { .qp_type = IBV_QPT_RC };
@@ -54,11 +82,9 @@ void open_end(struct end *end, const struct options *options)
 				  end->channel, 0);
 	CHECK(end->pd && end->channel && end->cq);
 	end->size = options->size ? options->size : 1 << 20;
-	end->buffer = mmap(NULL, end->size, PROT_READ | PROT_WRITE,
-			   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	CHECK(end->buffer != MAP_FAILED);
-	end->mr = verbs.reg_mr(
-		end->pd, end->buffer, end->size,
+	map_buffer(end, !options->plain && on_shm());
+	end->mr = verbs.reg_mr_fd(
+		end->pd, end->fd, 0, end->buffer, end->size,
 		(unsigned int)given(options->mr_access, ALL_ACCESS));
 	CHECK(end->mr);
 	init.send_cq = init.recv_cq = end->cq;
@@ -81,6 +107,8 @@ void close_end(struct end *end)
 	CHECK(!verbs.dealloc_pd(end->pd));
 	CHECK(!verbs.close_device(end->context));
 	munmap(end->buffer, end->size);
+	if (end->fd >= 0)
+		close(end->fd);
 }
 
 struct card card_of(const struct end *end)

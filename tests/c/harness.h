@@ -31,7 +31,8 @@ struct end {
 	struct ibv_cq *cq;
 	struct ibv_qp *qp;
 	struct ibv_mr *mr;
-	uint8_t *buffer;
+	uint8_t *buffer; /* a memfd on the shm wire */
+	int fd;		 /* of the buffer, or -1 */
 	size_t size;
 	union ibv_gid gid;
 	uint32_t psn;
@@ -47,6 +48,7 @@ struct options {
 	bool sig_all;
 	uint8_t rd_atomic;
 	const char *address;
+	bool plain; /* on the shm wire as well: memory that is no file */
 };
 
 /* What one end has to know of the other; fit to be sent through a pipe. */
@@ -56,6 +58,8 @@ struct card {
 	uint64_t addr;
 };
 
+/* A memfd that a peer may map. */
+int sealed_memory(size_t size);
 void open_end(struct end *end, const struct options *options);
 void close_end(struct end *end);
 struct card card_of(const struct end *end);

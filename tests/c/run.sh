@@ -37,7 +37,7 @@ library() {
 library asan address,undefined &
 library tsan thread &
 wait
-for test in basic errors faults process strict stress; do
+for test in basic errors faults process shm strict stress; do
 	build "$test" address,undefined "$here/test_$test.c" "$out"/asan/*.o
 done
 build fuzz address,undefined "$here/fuzz_frame.c" "$out/asan/frame.o"
@@ -47,9 +47,9 @@ build race_faults thread "$here/test_faults.c" "$out"/tsan/*.o
 export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1
 export TSAN_OPTIONS=halt_on_error=1
 "$out/fuzz" "${ROUNDS:-200000}"
-for wire in tcp cma; do
+for wire in tcp cma shm; do
 	echo "wire $wire:"
-	for test in basic errors faults process strict stress races race_faults; do
+	for test in basic errors faults process shm strict stress races race_faults; do
 		KVXFER_SOFT_WIRE=$wire timeout 120 "$out/$test"
 	done
 done

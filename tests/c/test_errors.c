@@ -305,17 +305,18 @@ static void unmapped(bool source)
 	struct end a, b, *victim = source ? &a : &b;
 	struct card to;
 
-	make_pair(&a, &b, NULL);
+	make_pair(&a, &b, &(struct options){ .plain = true });
 	to = card_of(&b);
-	munmap(victim->buffer, victim->size);
+	/* Without leaving a hole that the device's own mappings might fill. */
+	CHECK(mmap(victim->buffer, victim->size, PROT_NONE,
+		   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1,
+		   0) == victim->buffer);
 	wr = write_wr(&a, &to, &sge, 0, 0, 10000);
 	CHECK(!post_one(&a, &wr));
 	reap(&a, &wc, 1);
 	CHECK(wc.status == (source ? IBV_WC_LOC_PROT_ERR : IBV_WC_REM_OP_ERR));
 	if (!source)
 		expect_async(&b, IBV_EVENT_QP_FATAL);
-	victim->buffer = mmap(NULL, victim->size, PROT_NONE,
-			      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	close_end(&a);
 	close_end(&b);
 	no_objects_left();

@@ -69,7 +69,7 @@ def test_moves_and_checks_bytes(
     assert 0 < row["avg_post_us"] <= row["avg_tx_us"]
     assert row["p50_tx_us"] <= row["p90_tx_us"] <= row["p99_tx_us"]
     assert row["avg_prep_us"] is row["aggregate_gb_s"] is None
-    assert "measured over soft0 (cma): memory copies, not a NIC" in said.err
+    assert "measured over soft0 (shm): memory copies, not a NIC" in said.err
 
 
 def test_table_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

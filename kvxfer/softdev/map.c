@@ -1,0 +1,139 @@
+/* Mapping memory files, ours and our peers'. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+
+#include "wire_shm.h"
+
+#define HUGE_BYTES (2u << 20)
+#define OFFSET_MAX (1ull << 47)	 /* more than any address space */
+#define FIRST_SETTLE_NS 20000000 /* a new mapping that is huge already */
+
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+
+int soft_check_sealed(int fd, uint64_t offset, uint64_t length)
+{
+	int seals = fcntl(fd, F_GET_SEALS);
+	struct stat status;
+	struct statfs system;
+
+	/* Memory of another kind (hugetlbfs for one) can run out of pages, and
+	 * touching what is not there ends the process. */
+	if (seals < 0 || !(seals & F_SEAL_SHRINK) || fstat(fd, &status) ||
+	    fstatfs(fd, &system) || system.f_type != TMPFS_MAGIC)
+		return EPERM;
+	if (offset > OFFSET_MAX || length > OFFSET_MAX || length == 0 ||
+	    (uint64_t)status.st_size < offset + length)
+		return EINVAL;
+	return 0;
+}
+
+/* Bytes that could be had without swapping; 0: not known. */
+static uint64_t available_memory(void)
+{
+	FILE *file = fopen("/proc/meminfo", "re");
+	unsigned long long kib = 0;
+	char line[128];
+
+	while (file && !kib && fgets(line, sizeof(line), file))
+		if (sscanf(line, "MemAvailable: %llu", &kib) != 1)
+			kib = 0;
+	if (file)
+		fclose(file);
+	return kib * 1024;
+}
+
+/*
+ * Small blocks are copied about twice as fast on huge pages. A page of each has
+ * to be there before the rest can be had, so this takes all of the memory now,
+ * as pinning it for a NIC does; a region that would need much of what is left
+ * stays as it is.
+ */
+void soft_make_huge(uint8_t *addr, size_t length)
+{
+	uint8_t *end = addr + length;
+	volatile const uint8_t *at;
+
+	addr = (uint8_t *)(((uintptr_t)addr + HUGE_BYTES - 1) &
+			   ~(uintptr_t)(HUGE_BYTES - 1));
+	if (addr >= end || (size_t)(end - addr) < HUGE_BYTES ||
+	    length > available_memory() / 2)
+		return;
+	length = (size_t)(end - addr) & ~(size_t)(HUGE_BYTES - 1);
+	for (at = addr; at < addr + length; at += HUGE_BYTES)
+		(void)*at;
+	(void)madvise(addr, length, MADV_COLLAPSE);
+}
+
+int soft_map(struct soft_map *map, int fd, uint64_t offset, size_t length,
+	     int prot)
+{
+	uint64_t first = offset & ~(uint64_t)(HUGE_BYTES - 1);
+	size_t size = (size_t)(offset - first) + length;
+	uint8_t *all, *at;
+
+	/* Address and offset must agree on where a huge page begins. */
+	all = mmap(NULL, size + HUGE_BYTES, PROT_NONE,
+		   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (all == MAP_FAILED)
+		return errno;
+	at = (uint8_t *)(((uintptr_t)all + HUGE_BYTES - 1) &
+			 ~(uintptr_t)(HUGE_BYTES - 1));
+	if (mmap(at, size, prot, MAP_SHARED | MAP_FIXED, fd, (off_t)first) ==
+	    MAP_FAILED) {
+		int err = errno;
+
+		munmap(all, size + HUGE_BYTES);
+		return err;
+	}
+	(void)madvise(all, size + HUGE_BYTES, MADV_DONTFORK);
+	*map = (struct soft_map){ .base = at + (offset - first),
+				  .length = length,
+				  .mapping = all,
+				  .mapped = size + HUGE_BYTES };
+	map->settled = (size_t)(at - all);
+	soft_map_settle(map, FIRST_SETTLE_NS);
+	return 0;
+}
+
+void soft_unmap(struct soft_map *map)
+{
+	if (map->base)
+		munmap(map->mapping, map->mapped);
+	*map = (struct soft_map){ 0 };
+}
+
+/*
+ * A file's huge pages are those of the file; that they are used as such is a
+ * matter of each mapping, and where the system does not do it by itself
+ * (shmem_enabled) it has to be asked. That is quick where the owner has huge
+ * pages already and slow where the pages have to be moved first; a kernel older
+ * than 6.1 refuses, which changes nothing but the speed.
+ */
+void soft_map_settle(struct soft_map *map, uint64_t budget_ns)
+{
+	uint8_t *from, *end = map->base + map->length;
+	uint64_t deadline;
+	size_t left;
+
+	if (!map->base || map->settled == map->mapped)
+		return;
+	deadline = soft_now_ns() + budget_ns;
+	do {
+		from = (uint8_t *)map->mapping + map->settled;
+		left = from < end ? (size_t)(end - from) : 0;
+		if (left < HUGE_BYTES) {
+			map->settled = map->mapped;
+			return;
+		}
+		(void)madvise(from, HUGE_BYTES, MADV_COLLAPSE);
+		map->settled += HUGE_BYTES;
+	} while (soft_now_ns() < deadline);
+}

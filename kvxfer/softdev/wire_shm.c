@@ -1,0 +1,430 @@
+/* The shm wire: rings, regions, and the copy. wire_shm.h has the idea. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "wire_shm.h"
+
+#define REGION_MAGIC 0x5246564bu /* "KVFR" */
+#define SETTLE_NS 200000	 /* for huge pages, beside each chunk */
+#define OFFSET_MASK ((1ull << SHM_SLOT_SHIFT) - 1)
+
+/* The packet that makes a region known, its memfd beside it, or lets it go
+ * (length 0). One host: both sides have the same byte order. */
+struct region_packet {
+	uint32_t magic, slot;
+	uint64_t offset, length;
+};
+
+#ifdef __SANITIZE_THREAD__
+uint64_t shm_words[SHM_WORDS][2];
+#endif
+
+static bool is_up(const struct soft_shm *shm)
+{
+	return !list_empty(&shm->link);
+}
+
+static void use_page(struct soft_shm *shm, uint8_t *memory, bool initiator)
+{
+	uint8_t *requests = memory + SHM_PAGE_BYTES;
+	uint8_t *answers = requests + SHM_RING_BYTES;
+
+	shm->page = (struct shm_page *)memory;
+	shm->out.pipe = initiator ? &shm->page->requests : &shm->page->answers;
+	shm->out.bytes = initiator ? requests : answers;
+	shm->in.pipe = initiator ? &shm->page->answers : &shm->page->requests;
+	shm->in.bytes = initiator ? answers : requests;
+}
+
+static bool map_page(struct soft_shm *shm, int fd, bool initiator)
+{
+	void *memory = mmap(NULL, SHM_TOTAL_BYTES, PROT_READ | PROT_WRITE,
+			    MAP_SHARED, fd, 0);
+
+	if (memory == MAP_FAILED)
+		return false;
+	(void)madvise(memory, SHM_TOTAL_BYTES, MADV_DONTFORK);
+	use_page(shm, memory, initiator);
+	return true;
+}
+
+static bool make_page(struct soft_shm *shm)
+{
+	const int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+	int fd = memfd_create("kvxfer-ring", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+	shm->ring_fd = fd;
+	return fd >= 0 && !ftruncate(fd, SHM_TOTAL_BYTES) &&
+	       !fcntl(fd, F_ADD_SEALS, seals) && map_page(shm, fd, true);
+}
+
+struct soft_shm *soft_shm_new(struct soft_conn *conn, bool initiator)
+{
+	struct soft_shm *shm = calloc(1, sizeof(*shm));
+
+	if (!shm)
+		return NULL;
+	list_init(&shm->link);
+	shm->conn = conn;
+	shm->ring_fd = -1;
+	if (initiator && !make_page(shm)) {
+		soft_shm_free(shm);
+		return NULL;
+	}
+	return shm;
+}
+
+static void drop_ring_fd(struct soft_shm *shm)
+{
+	if (shm->ring_fd >= 0)
+		close(shm->ring_fd);
+	shm->ring_fd = -1;
+}
+
+void soft_shm_free(struct soft_shm *shm)
+{
+	int i;
+
+	if (!shm)
+		return;
+	list_remove(&shm->link);
+	drop_ring_fd(shm);
+	if (shm->page)
+		munmap(shm->page, SHM_TOTAL_BYTES);
+	for (i = 0; i < SHM_MAX_REGIONS; i++)
+		soft_unmap(&shm->regions[i]);
+	free(shm);
+}
+
+void soft_shm_unlink(struct soft_shm *shm)
+{
+	if (is_up(shm) && shm->conn->outgoing)
+		atomic_fetch_sub(&shm->conn->ctx->n_rings, 1);
+	list_remove(&shm->link);
+}
+
+/* What page->life is while the QP lives. */
+static void set_life(struct soft_shm *shm, const uint8_t *nonce, bool initiator)
+{
+	memcpy(&shm->life, nonce, sizeof(shm->life));
+	shm->life |= 1; /* never what the end of a life looks like */
+	shm_meet(&shm->out, initiator ? shm->life : shm->life - 1);
+	shm_meet(&shm->in, initiator ? shm->life - 1 : shm->life);
+}
+
+void soft_shm_begin(struct soft_shm *shm, const uint8_t *nonce)
+{
+	memcpy(shm->page->nonce, nonce, FRAME_NONCE_BYTES);
+	set_life(shm, nonce, true);
+	atomic_store(&shm->page->life, shm->life);
+}
+
+void soft_shm_end_life(struct soft_shm *shm)
+{
+	if (shm->page)
+		atomic_store(&shm->page->life, 0);
+}
+
+bool soft_shm_probe(struct soft_shm *shm, const struct frame_hello *hello)
+{
+	bool good = shm->ring_fd >= 0 &&
+		    !soft_check_sealed(shm->ring_fd, 0, SHM_TOTAL_BYTES) &&
+		    map_page(shm, shm->ring_fd, false);
+
+	drop_ring_fd(shm);
+	set_life(shm, hello->nonce, false);
+	return good && soft_shm_alive(shm) &&
+	       !memcmp(shm->page->nonce, hello->nonce, FRAME_NONCE_BYTES);
+}
+
+void soft_shm_up(struct soft_shm *shm)
+{
+	drop_ring_fd(shm);
+	shm->packets = true;
+	list_append(&shm->conn->ctx->shms, &shm->link);
+	if (shm->conn->outgoing)
+		atomic_fetch_add(&shm->conn->ctx->n_rings, 1);
+	shm->conn->readable = shm->conn->writable = true;
+}
+
+bool soft_shm_alive(const struct soft_shm *shm)
+{
+	return atomic_load_explicit(&shm->page->life, memory_order_acquire) ==
+	       shm->life;
+}
+
+ssize_t soft_shm_send(struct soft_conn *conn, const struct iovec *iov, int n,
+		      bool user)
+{
+	struct soft_shm *shm = conn->shm;
+	struct iovec spans[2];
+	int64_t room;
+	ssize_t done;
+	int n_spans;
+
+	if (!is_up(shm)) {
+		done = soft_local_send(conn->fd, iov, n, shm->ring_fd);
+		return done;
+	}
+	room = shm_room(&shm->out);
+	if (room <= 0) {
+		errno = room ? EPROTO : EAGAIN;
+		return -1;
+	}
+	n_spans = shm_spans(&shm->out, (uint64_t)room, spans);
+	done = user ? soft_copy_guarded(spans, n_spans, iov, n) :
+		      (ssize_t)soft_copy(spans, n_spans, iov, n);
+	if (done > 0) {
+		shm_put(&shm->out, (uint64_t)done);
+		if (shm_wanted(&shm->out.pipe->data_wanted, !shm->quiet))
+			soft_shm_wake_peer(shm);
+	}
+	return done;
+}
+
+static bool add_region(struct soft_shm *shm, const struct region_packet *packet,
+		       int fd)
+{
+	struct soft_map *map;
+
+	if (packet->magic != REGION_MAGIC || packet->slot >= SHM_MAX_REGIONS)
+		return false;
+	map = &shm->regions[packet->slot];
+	soft_unmap(map);
+	if (packet->length == 0)
+		return true;
+	return fd >= 0 &&
+	       !soft_check_sealed(fd, packet->offset, packet->length) &&
+	       !soft_map(map, fd, packet->offset, packet->length, PROT_READ);
+}
+
+/* Read the packets that wait. False: the peer is gone, or makes no sense. */
+static bool take_packets(struct soft_conn *conn)
+{
+	struct soft_shm *shm = conn->shm;
+	struct region_packet packet;
+	struct iovec iov = { &packet, sizeof(packet) };
+	bool good = true;
+	ssize_t got;
+	int fd;
+
+	while (shm->packets && good) {
+		got = soft_local_recv(conn->fd, &iov, 1, &fd);
+		if (got < 0 && errno == EAGAIN)
+			shm->packets = false;
+		else if (got == sizeof(packet))
+			good = !conn->outgoing && add_region(shm, &packet, fd);
+		else if (got != 1) /* 1: woken, and awake */
+			good = got < 0 && errno == EINTR;
+		if (fd >= 0)
+			close(fd);
+	}
+	if (!good)
+		shm->gone = true;
+	return good;
+}
+
+/* A packet of the hello, with the memfd that comes beside it. */
+static ssize_t recv_packet(struct soft_conn *conn, const struct iovec *iov,
+			   int n)
+{
+	int fd;
+	ssize_t got = soft_local_recv(conn->fd, iov, n, &fd);
+
+	if (fd >= 0 && !conn->outgoing && conn->shm->ring_fd < 0)
+		conn->shm->ring_fd = fd;
+	else if (fd >= 0)
+		close(fd);
+	return got;
+}
+
+/* Bytes in the ring. 0: the peer has gone; -1 with errno, EAGAIN if there are
+ * none yet. */
+static int64_t arrived(struct soft_conn *conn)
+{
+	struct soft_shm *shm = conn->shm;
+	int64_t data;
+
+	data = shm_data(&shm->in);
+	if (data == 0) {
+		/* What it said before it closed is in the ring by then. */
+		take_packets(conn);
+		data = shm_data(&shm->in);
+	}
+	if (data <= 0) {
+		errno = data ? EPROTO : EAGAIN;
+		return data == 0 && shm->gone ? 0 : -1;
+	}
+	return data;
+}
+
+ssize_t soft_shm_recv(struct soft_conn *conn, const struct iovec *iov, int n,
+		      bool user)
+{
+	struct soft_shm *shm = conn->shm;
+	struct iovec spans[2];
+	int64_t data;
+	ssize_t done;
+	int n_spans;
+
+	if (!is_up(shm))
+		return recv_packet(conn, iov, n);
+	data = arrived(conn);
+	if (data <= 0)
+		return data;
+	n_spans = shm_spans(&shm->in, (uint64_t)data, spans);
+	done = user ? soft_copy_guarded(iov, n, spans, n_spans) :
+		      (ssize_t)soft_copy(iov, n, spans, n_spans);
+	if (done > 0 && shm_take(&shm->in, (uint64_t)done))
+		soft_shm_wake_peer(shm);
+	return done;
+}
+
+ssize_t soft_shm_skip(struct soft_conn *conn, size_t n)
+{
+	int64_t data = arrived(conn);
+
+	if (data <= 0)
+		return data;
+	if (n > (uint64_t)data)
+		n = (size_t)data;
+	if (shm_take(&conn->shm->in, n))
+		soft_shm_wake_peer(conn->shm);
+	return (ssize_t)n;
+}
+
+bool soft_shm_name(struct soft_conn *conn, const struct soft_mr *mr,
+		   uint64_t addr, uint64_t *laddr, bool *full)
+{
+	struct soft_shm *shm = conn->shm;
+	struct region_packet packet = { REGION_MAGIC, mr->slot, mr->offset,
+					mr->ibv.length };
+	struct iovec iov = { &packet, sizeof(packet) };
+
+	if (mr->fd < 0)
+		return false;
+	*laddr = (uint64_t)mr->slot << SHM_SLOT_SHIFT |
+		 (addr - (uintptr_t)mr->ibv.addr);
+	if (shm->told[mr->slot] == mr->serial)
+		return true;
+	if (soft_local_send(conn->fd, &iov, 1, mr->fd) < 0) {
+		*full = true;
+		if (errno == EAGAIN)
+			conn->writable = false;
+		else
+			shm->gone = true;
+		return false;
+	}
+	shm->told[mr->slot] = mr->serial;
+	atomic_fetch_add(&shm->page->told, 1);
+	return true;
+}
+
+bool soft_shm_answered(struct soft_conn *conn)
+{
+	if (!is_up(conn->shm) || conn->deaf || conn->ctx->port_down ||
+	    !shm_data(&conn->shm->in))
+		return false;
+	conn->readable = true;
+	return true;
+}
+
+void soft_shm_forget(struct soft_context *ctx, const struct soft_mr *mr)
+{
+	struct region_packet packet = { REGION_MAGIC, mr->slot, 0, 0 };
+	struct iovec iov = { &packet, sizeof(packet) };
+	struct soft_shm *shm;
+	struct soft_list *at;
+
+	for (at = ctx->shms.next; at != &ctx->shms; at = at->next) {
+		shm = soft_of(at, struct soft_shm, link);
+		if (shm->told[mr->slot] != mr->serial)
+			continue;
+		shm->told[mr->slot] = 0;
+		/* If it cannot be told now, the end of the connection does it. */
+		(void)soft_local_send(shm->conn->fd, &iov, 1, -1);
+		atomic_fetch_add(&shm->page->told, 1);
+	}
+}
+
+uint64_t soft_shm_place(struct soft_shm *shm, struct soft_mr *mr, uint64_t addr)
+{
+	/* Into a mapping of our own: as with a NIC's pinned pages, it does not
+	 * matter whether the application still has its own. */
+	if (mr && mr->fd >= 0 && !mr->map)
+		soft_map_mr(mr);
+	if (!mr || !mr->map) {
+		shm->guarded = true;
+		return addr;
+	}
+	return (uintptr_t)mr->map->base + (addr - (uintptr_t)mr->ibv.addr);
+}
+
+/* Know what the peer had told us of its regions when it wrote what we have just
+ * read. The socket's event may not have come yet. */
+static void hear(struct soft_conn *conn)
+{
+	struct soft_shm *shm = conn->shm;
+	uint64_t told = atomic_load(&shm->page->told);
+
+	if (told == shm->told_seen)
+		return;
+	shm->told_seen = told;
+	shm->packets = true;
+	take_packets(conn);
+}
+
+/* From the peer's words to our addresses, up to the first that is wrong. */
+static int find_sources(struct soft_conn *conn, int n_remote, size_t *bytes)
+{
+	struct iovec *remote = conn->ctx->remote_iov;
+	struct soft_map *map;
+	uint64_t name, offset;
+	size_t sum = 0;
+	int i;
+
+	for (i = 0; i < n_remote; i++) {
+		name = (uintptr_t)remote[i].iov_base;
+		offset = name & OFFSET_MASK;
+		if (name >> SHM_SLOT_SHIFT >= SHM_MAX_REGIONS)
+			break;
+		map = &conn->shm->regions[name >> SHM_SLOT_SHIFT];
+		if (!map->base || offset > map->length ||
+		    remote[i].iov_len > map->length - offset)
+			break;
+		if (i == 0)
+			soft_map_settle(map, SETTLE_NS);
+		remote[i].iov_base = map->base + offset;
+		sum += remote[i].iov_len;
+	}
+	if (sum < *bytes)
+		*bytes = sum;
+	return i;
+}
+
+enum chunk_result soft_shm_pull(struct soft_conn *conn, int n_local,
+				int n_remote, size_t *bytes)
+{
+	struct soft_shm *shm = conn->shm;
+	struct iovec *local = conn->ctx->local_iov;
+	struct iovec *remote = conn->ctx->remote_iov;
+	ssize_t done;
+
+	hear(conn);
+	n_remote = find_sources(conn, n_remote, bytes);
+	if (*bytes == 0)
+		return CHUNK_NO_SOURCE;
+	done = shm->guarded ?
+		       soft_copy_guarded(local, n_local, remote, n_remote) :
+		       (ssize_t)soft_copy(local, n_local, remote, n_remote);
+	/* Only now is it known that the source was still theirs to give. */
+	if (!soft_shm_alive(shm))
+		return CHUNK_LOST;
+	*bytes = done > 0 ? (size_t)done : 0;
+	return done > 0 ? CHUNK_MOVED : CHUNK_NO_DEST;
+}
