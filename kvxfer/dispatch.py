@@ -138,6 +138,8 @@ class Dispatcher:
         request.transfers.pop(transfer, None)
         self._policy.done(chunk)
         request._n_wrs += transfer.n_wrs
+        if remote.peer is not None:
+            request._way = (remote.peer.device, remote.peer.wire)
         if transfer.abandoned:
             request.abandoned = True
         ok = not transfer.abandoned and transfer.outcome is Outcome.DONE

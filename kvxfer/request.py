@@ -95,6 +95,7 @@ class Request:
         self._error: KVXferError | None = None
         self._over = Waiters()
         self._n_wrs = 0
+        self._way = ("", "")
 
     def __repr__(self) -> str:
         return f"<Request {self.request_id!r}, {self.state.value}>"
@@ -119,6 +120,8 @@ class Request:
             wrs=self._n_wrs,
             seconds=(self._died or time.monotonic()) - self._born,
             layers=self._core.times(),
+            device=self._way[0],
+            wire=self._way[1],
         )
 
     def layer_state(self, layer: int, group: str | None = None) -> LayerState:

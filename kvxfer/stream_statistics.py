@@ -81,9 +81,13 @@ class RequestMetrics:
       wrs: WRs that it took, notifications included.
       seconds: Since it was opened, until now or its end.
       layers: When each layer got how far.
+      device: Name of the device that moved them last; empty before.
+      wire: How they travelled, as in :class:`kvxfer.WriteResult`; empty before.
     """
 
     bytes: int
     wrs: int
     seconds: float
     layers: tuple[LayerTimes, ...]
+    device: str = ""
+    wire: str = ""

@@ -58,6 +58,7 @@ async def test_a_request_from_the_offer_to_the_last_layer() -> None:
         assert request.layer_state(2) is LayerState.VISIBLE
         metrics = request.metrics
         assert metrics.bytes == ticket.bytes_done == 3 * 3 * 512
+        assert (metrics.device, metrics.wire) == ("soft0", "cma")
         assert [times.layer for times in metrics.layers] == [0, 1, 2]
         for times in metrics.layers:
             stages = (times.ready, times.posted, times.acknowledged, times.visible)

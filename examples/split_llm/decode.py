@@ -1,7 +1,7 @@
-"""The decode process: takes KV caches into its blocks and goes on generating.
+"""The decode process: offers its blocks and goes on generating.
 
 Started by the driver. It never sees a prompt: what it knows of one is the number
-of its tokens, the first generated token, and the bytes that kvxfer wrote.
+of its tokens, and what kvxfer brings: the bytes, and behind them the first token.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import kvxfer
+from kvxfer.errors import NotQuiescentError
 
 from .channel import Calls, Json
 from .model import Model
@@ -21,24 +24,24 @@ from .paged import BlockAllocator, BlockPool, blocks_for
 
 
 class Landing:
-    """The blocks kept free for one request, and the layers that are in them."""
+    """The blocks offered for one request, and when what happened to it.
 
-    def __init__(self, n_tokens: int, block_ids: list[int], n_layers: int) -> None:
+    Attributes:
+      first_step: When the first step of the model began, by ``time.monotonic()``.
+    """
+
+    def __init__(
+        self, n_tokens: int, block_ids: list[int], ticket: kvxfer.Ticket
+    ) -> None:
         self.n_tokens = n_tokens
         self.block_ids = block_ids
-        self.complete = asyncio.Event()
-        self._missing = set(range(n_layers))
+        self.ticket = ticket
+        self.first_step = 0.0
 
-    def add(self, layer: int, block_ids: list[int]) -> None:
-        if block_ids != self.block_ids:
-            raise RuntimeError(
-                f"layer {layer} came for blocks {block_ids}, not {self.block_ids}"
-            )
-        if layer not in self._missing:
-            raise RuntimeError(f"layer {layer} was announced twice")
-        self._missing.remove(layer)
-        if not self._missing:
-            self.complete.set()
+    @property
+    def arrived(self) -> list[float]:
+        """When each layer was in place."""
+        return [self.ticket.arrived[layer] for layer in self.ticket.layers_done]
 
 
 class DecodeNode:
@@ -55,57 +58,89 @@ class DecodeNode:
         self._pool = pool
         self._allocator = allocator
         self._server = server
-        self._landings: dict[str, Landing] = {}
         # One thread computes for all requests, one token each in turn.
         self._compute = ThreadPoolExecutor(max_workers=1)
 
-    async def where(self) -> Json:
-        """Tell the driver where this node listens."""
-        return {"port": self._server.port}
+    async def offer(self, request_id: str, n_tokens: int, prefill: str) -> Landing:
+        """Keep blocks for a prompt of ``n_tokens`` and offer them to ``prefill``.
 
-    async def reserve(self, request_id: str, n_tokens: int) -> Json:
-        """Keep blocks for a prompt of ``n_tokens`` and say which."""
-        block_ids = self._allocator.take(blocks_for(n_tokens))
-        n_layers = self._model.shape.n_layers
-        self._landings[request_id] = Landing(n_tokens, block_ids, n_layers)
-        return {"block_ids": block_ids}
+        Waits until so many are free. ``tokens`` has to follow, which gives them back.
+        """
+        block_ids = await self._allocator.take_later(blocks_for(n_tokens))
+        try:
+            ticket = self._server.offer(prefill, request_id, {"main": block_ids})
+        except BaseException:
+            self._allocator.give(block_ids)
+            raise
+        return Landing(n_tokens, block_ids, ticket)
 
-    async def generate(
-        self, request_id: str, first_token: int, max_new_tokens: int
-    ) -> Json:
-        """Wait until every layer has landed, then continue after ``first_token``."""
-        landing = self._landings[request_id]
-        await landing.complete.wait()
+    async def tokens(self, landing: Landing, max_new_tokens: int) -> AsyncIterator[int]:
+        """Generate greedily, from the moment the last layer is in place.
+
+        The first token comes with the cache. The iterator must be run to its end or
+        closed: the blocks are given back then.
+
+        Raises:
+          kvxfer.KVXferError: The request ended badly.
+
+        Cancellation:
+          Aborts the request; so does closing the iterator. Raised when nothing of it
+          can land any more.
+        """
+        try:
+            cache = await self._gather(landing)
+            await landing.ticket.wait()
+            token = int.from_bytes(landing.ticket.aux, "little")
+        finally:
+            await landing.ticket.abort()
+            if not isinstance(landing.ticket.error, NotQuiescentError):
+                self._allocator.give(landing.block_ids)
         loop = asyncio.get_running_loop()
-        cache = await loop.run_in_executor(self._compute, self._rebuild, landing)
-        del self._landings[request_id]
-        self._allocator.give(landing.block_ids)
-        tokens = [first_token]
-        while len(tokens) < max_new_tokens and tokens[-1] != self._model.eos_token:
-            tokens.append(
-                await loop.run_in_executor(
-                    self._compute, self._model.step, cache, tokens[-1]
+        yield token
+        for _ in range(max_new_tokens - 1):
+            if token == self._model.eos_token:
+                return
+            landing.first_step = landing.first_step or time.monotonic()
+            token = await loop.run_in_executor(
+                self._compute, self._model.step, cache, token
+            )
+            yield token
+
+    async def _gather(self, landing: Landing) -> Any:
+        """Take each layer out of its blocks as soon as it is in place."""
+        layers = []
+        for layer in range(self._model.shape.n_layers):
+            await landing.ticket.wait_layer(layer)
+            layers.append(
+                await asyncio.to_thread(
+                    self._pool.read, layer, landing.block_ids, landing.n_tokens
                 )
             )
-        return {"tokens": tokens}
-
-    async def take_arrivals(self) -> None:
-        """Note what the server says has landed, for as long as it is open."""
-        async for arrival in self._server.arrivals():
-            landing = self._landings.get(arrival.request_id or "")
-            if landing is None:
-                raise RuntimeError(f"nobody waits for request {arrival.request_id!r}")
-            landing.add(arrival.layer, arrival.block_ids.tolist())
+        return self._model.cache_of(layers)
 
     def close(self) -> None:
         """Wait for the computation that still runs, if any."""
         self._compute.shutdown()
 
-    def _rebuild(self, landing: Landing) -> Any:
-        return self._model.cache_of(
-            self._pool.read(layer, landing.block_ids, landing.n_tokens)
-            for layer in range(self._model.shape.n_layers)
-        )
+
+class Desk:
+    """What the driver asks of the node, as calls that it can answer with JSON."""
+
+    def __init__(self, node: DecodeNode) -> None:
+        self._node = node
+
+    async def generate(
+        self, request_id: str, n_tokens: int, prefill: str, max_new_tokens: int
+    ) -> Json:
+        """Offer blocks to a prefill process, and generate when they are filled."""
+        landing = await self._node.offer(request_id, n_tokens, prefill)
+        tokens = [t async for t in self._node.tokens(landing, max_new_tokens)]
+        return {
+            "tokens": tokens,
+            "remote_block_ids": landing.block_ids,
+            "arrived": landing.arrived,
+            "first_step": landing.first_step,
+        }
 
 
 async def run(options: argparse.Namespace, calls: Calls) -> None:
@@ -115,27 +150,9 @@ async def run(options: argparse.Namespace, calls: Calls) -> None:
     with kvxfer.KVCache.from_tensors(pool.planes) as cache:
         async with kvxfer.Server(cache, host=options.host, port=0) as server:
             node = DecodeNode(model, pool, allocator, server)
-            serving = asyncio.ensure_future(
-                calls.serve(
-                    {
-                        "where": node.where,
-                        "reserve": node.reserve,
-                        "generate": node.generate,
-                    }
-                )
-            )
-            arriving = asyncio.ensure_future(node.take_arrivals())
             try:
-                # Whichever ends first ends the process; a failure shows here.
-                done, _ = await asyncio.wait(
-                    {serving, arriving}, return_when=asyncio.FIRST_COMPLETED
-                )
-                for task in done:
-                    task.result()
+                await calls.serve({"generate": Desk(node).generate})
             finally:
-                serving.cancel()
-                arriving.cancel()
-                await asyncio.gather(serving, arriving, return_exceptions=True)
                 node.close()
 
 

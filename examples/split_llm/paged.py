@@ -7,6 +7,7 @@ any order. That is what kvxfer moves, so the example has it too.
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,12 +35,15 @@ class BlockAllocator:
     """Hands out block ids in an order that looks like a long-running server's.
 
     Which ids a request gets depends on ``seed``, so two processes with different
-    seeds give the same request different blocks.
+    seeds give the same request different blocks. All calls are the event loop's.
     """
 
     def __init__(self, n_blocks: int, *, seed: int) -> None:
+        self._n_blocks = n_blocks
         self._free = list(range(n_blocks))
         random.Random(seed).shuffle(self._free)
+        self._turn = asyncio.Lock()
+        self._given = asyncio.Event()
 
     @property
     def n_free(self) -> int:
@@ -59,9 +63,27 @@ class BlockAllocator:
         taken, self._free = self._free[:n_blocks], self._free[n_blocks:]
         return taken
 
+    async def take_later(self, n_blocks: int) -> list[int]:
+        """Take ``n_blocks`` ids as soon as so many are free; first come, first served.
+
+        Raises:
+          MemoryError: There are fewer, free or not.
+
+        Cancellation:
+          None was taken.
+        """
+        if n_blocks > self._n_blocks:
+            raise MemoryError(f"{n_blocks} blocks wanted, there are {self._n_blocks}")
+        async with self._turn:
+            while n_blocks > len(self._free):
+                self._given.clear()
+                await self._given.wait()
+            return self.take(n_blocks)
+
     def give(self, block_ids: Sequence[int]) -> None:
         """Return ids that ``take`` gave; they are handed out again last."""
         self._free.extend(block_ids)
+        self._given.set()
 
 
 class BlockPool:
@@ -93,13 +115,15 @@ class BlockPool:
         block_ids: Sequence[int],
         keys: torch.Tensor,
         values: torch.Tensor,
+        first_token: int = 0,
     ) -> None:
         """Scatter one layer's ``[1, heads, tokens, dim]`` K and V into blocks.
 
-        Positions of the last block past the final token are left as they are.
+        The tokens are those of the request from ``first_token`` on, and ``block_ids``
+        all of its blocks. Every other place is left as it is.
         """
-        _scatter(self.k[layer], block_ids, keys)
-        _scatter(self.v[layer], block_ids, values)
+        _scatter(self.k[layer], block_ids, keys, first_token)
+        _scatter(self.v[layer], block_ids, values, first_token)
 
     def read(
         self, layer: int, block_ids: Sequence[int], n_tokens: int
@@ -115,21 +139,21 @@ class BlockPool:
 
 
 def _scatter(
-    pool: torch.Tensor, block_ids: Sequence[int], states: torch.Tensor
+    pool: torch.Tensor,
+    block_ids: Sequence[int],
+    states: torch.Tensor,
+    first_token: int,
 ) -> None:
     tokens = states[0].transpose(0, 1)
-    n_tokens = tokens.shape[0]
-    if blocks_for(n_tokens) != len(block_ids):
+    stop = first_token + tokens.shape[0]
+    if blocks_for(stop) > len(block_ids):
         raise ValueError(
-            f"{n_tokens} tokens fill {blocks_for(n_tokens)} blocks of "
-            f"{BLOCK_TOKENS}, not {len(block_ids)}"
+            f"{stop} tokens fill {blocks_for(stop)} blocks of {BLOCK_TOKENS}, not "
+            f"{len(block_ids)}"
         )
-    n_full, rest = divmod(n_tokens, BLOCK_TOKENS)
-    if n_full:
-        full = tokens[: n_full * BLOCK_TOKENS]
-        pool[list(block_ids[:n_full])] = full.reshape(n_full, *pool.shape[1:])
-    if rest:
-        pool[block_ids[n_full], :rest] = tokens[n_full * BLOCK_TOKENS :]
+    positions = torch.arange(first_token, stop)
+    blocks = torch.tensor(block_ids)[positions // BLOCK_TOKENS]
+    pool[blocks, positions % BLOCK_TOKENS] = tokens
 
 
 def _gather(

@@ -1,7 +1,7 @@
-"""The prefill process: computes prompts and writes their KV cache to its peer.
+"""The prefill process: computes prompts and streams their KV cache to its peer.
 
-Started by the driver. Each layer of a prompt leaves as soon as it is computed,
-while the model works on the next one.
+Started by the driver. A hook behind each decoder layer puts the layer's K and V into
+blocks and says so to kvxfer, which sends them while the next layer runs.
 """
 
 from __future__ import annotations
@@ -9,20 +9,91 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 import kvxfer
+from kvxfer.errors import NotQuiescentError
 
 from .channel import Calls, Json
-from .model import Model
-from .paged import BlockAllocator, BlockPool
+from .model import ComputedLayer, Model
+from .paged import BLOCK_TOKENS, BlockAllocator, BlockPool, blocks_for
+
+TOKEN_BYTES = 4
+
+
+class Prompt:
+    """One prompt on its way through the model, chunk by chunk.
+
+    The calls to the model are made in the compute thread. What they say to the
+    request they say from there: ``ready`` never waits.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pool: BlockPool,
+        request: kvxfer.Request,
+        token_ids: list[int],
+        block_ids: list[int],
+        *,
+        streamed: bool,
+    ) -> None:
+        self.computed: list[tuple[int, float, float]] = []
+        self.n_computed = 0
+        self._model = model
+        self._pool = pool
+        self._request = request
+        self._token_ids = token_ids
+        self._block_ids = block_ids
+        self._streamed = streamed
+        self._cache = model.new_cache()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all is computed, or nobody wants the rest."""
+        return (
+            self.n_computed == len(self._token_ids) or self._request.error is not None
+        )
+
+    def compute(self, n_tokens: int) -> int:
+        """Run the next ``n_tokens``; return the likeliest token behind them."""
+        first = self.n_computed
+        token_ids = self._token_ids[first : first + n_tokens]
+        stop = first + len(token_ids)
+
+        def on_layer(computed: ComputedLayer) -> None:
+            self.computed.append((computed.layer, computed.began, computed.ended))
+            self._pool.write(
+                computed.layer, self._block_ids, computed.keys, computed.values, first
+            )
+            self._say_ready(computed.layer, first, stop)
+
+        token = self._model.prefill(self._cache, token_ids, on_layer)
+        self.n_computed = stop
+        return token
+
+    def _say_ready(self, layer: int, first: int, stop: int) -> None:
+        """Tell the request which blocks have got something of this chunk.
+
+        A block that is only partly filled goes out as it is, and again when the next
+        chunk has filled it further.
+        """
+        is_last = stop == len(self._token_ids)
+        if self._streamed:
+            first_block = first // BLOCK_TOKENS
+            self._request.ready(
+                layer,
+                self._block_ids[first_block : blocks_for(stop)],
+                first_block=first_block,
+                final=is_last,
+            )
+        elif is_last and layer == self._model.shape.n_layers - 1:
+            self._request.ready(None, self._block_ids, final=True)
 
 
 class PrefillNode:
-    """One model, one pool of blocks, one connected client."""
+    """One model, one pool of blocks, one client that decode processes invite."""
 
     def __init__(
         self,
@@ -35,58 +106,72 @@ class PrefillNode:
         self._pool = pool
         self._allocator = allocator
         self._client = client
-        self._peer: kvxfer.Peer | None = None
-        # The model computes one prompt at a time, off the event loop, while the
-        # loop moves what earlier layers and earlier prompts left behind.
+        # The model computes one chunk at a time, off the event loop, and prompts
+        # take turns; the loop moves what earlier layers left behind.
         self._compute = ThreadPoolExecutor(max_workers=1)
 
-    async def connect(self, host: str, port: int) -> Json:
-        """Connect to the decode process that all prompts go to."""
-        self._peer = await self._client.connect(host, port)
-        return {}
+    async def where(self) -> Json:
+        """Tell the driver where offers for this node go."""
+        return {"address": self._client.listening}
 
     async def prefill(
-        self, request_id: str, token_ids: list[int], remote_block_ids: list[int]
+        self,
+        request_id: str,
+        token_ids: list[int],
+        chunk_tokens: int = 0,
+        streamed: bool = True,
     ) -> Json:
-        """Compute a prompt and write its KV cache, layer by layer, to the peer.
+        """Compute a prompt, in chunks, and stream its KV cache to who offers blocks.
 
-        Returns when every layer is in the peer's blocks. ``early_layers`` counts the
-        layers whose write had ended before the computation did.
+        Returns when all of it is there, and with it the first token that the model
+        gives. Without ``streamed`` everything goes out behind the last layer, in one
+        piece, which is what streaming is compared with.
+
+        Raises:
+          kvxfer.KVXferError: The request ended badly, here or on the other side.
+
+        Cancellation:
+          Aborts the request. Raised when its blocks are free.
         """
-        peer = self._peer
-        if peer is None:
-            raise RuntimeError("prefill came before connect")
-        local_block_ids = self._allocator.take(len(remote_block_ids))
-        loop = asyncio.get_running_loop()
-        writes: list[Future[kvxfer.WriteResult]] = []
-
-        def on_layer(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-            self._pool.write(layer, local_block_ids, keys, values)
-            write = self._client.write_cache(
-                peer,
-                local_block_ids,
-                remote_block_ids,
-                layer,
-                request_id=request_id,
-            )
-            writes.append(asyncio.run_coroutine_threadsafe(write, loop))
-
-        first_token = await loop.run_in_executor(
-            self._compute, self._model.prefill, token_ids, on_layer
+        block_ids = await self._allocator.take_later(blocks_for(len(token_ids)))
+        request = self._client.open(request_id)
+        prompt = Prompt(
+            self._model, self._pool, request, token_ids, block_ids, streamed=streamed
         )
-        early = sum(write.done() for write in writes)
-        results = await asyncio.gather(*map(asyncio.wrap_future, writes))
-        # write_cache has returned: the device is done with the blocks.
-        self._allocator.give(local_block_ids)
+        try:
+            token = await self._run(prompt, chunk_tokens or len(token_ids))
+            if not request.error:
+                request.finish(aux=token.to_bytes(TOKEN_BYTES, "little"))
+            await request.sent()
+        finally:
+            await request.abort()
+            if not isinstance(request.error, NotQuiescentError):
+                self._allocator.give(block_ids)
+        metrics = request.metrics
         return {
-            "first_token": first_token,
-            "early_layers": early,
-            "local_block_ids": local_block_ids,
-            "bytes": sum(result.bytes for result in results),
-            "wrs": sum(result.wrs for result in results),
-            "device": results[0].device,
-            "wire": results[-1].wire,
+            "local_block_ids": block_ids,
+            "bytes": metrics.bytes,
+            "wrs": metrics.wrs,
+            "device": metrics.device,
+            "wire": metrics.wire,
+            "computed": prompt.computed,
+            "acknowledged": [times.acknowledged for times in metrics.layers],
+            "ready": [times.ready for times in metrics.layers],
         }
+
+    async def _run(self, prompt: Prompt, chunk_tokens: int) -> int:
+        """Compute chunk after chunk, as long as the request is wanted."""
+        loop = asyncio.get_running_loop()
+        token = 0
+        while not prompt.is_over:
+            chunk = loop.run_in_executor(self._compute, prompt.compute, chunk_tokens)
+            try:
+                token = await asyncio.shield(chunk)
+            except asyncio.CancelledError:
+                # The model cannot be stopped, and it writes to the blocks.
+                await asyncio.wait({chunk})
+                raise
+        return token
 
     def close(self) -> None:
         """Wait for the computation that still runs, if any."""
@@ -97,11 +182,12 @@ async def run(options: argparse.Namespace, calls: Calls) -> None:
     model = await asyncio.to_thread(Model, options.checkpoint)
     pool = BlockPool(model.shape, options.blocks)
     allocator = BlockAllocator(options.blocks, seed=options.seed)
+    listen = f"{options.host}:0"
     with kvxfer.KVCache.from_tensors(pool.planes) as cache:
-        async with kvxfer.Client(cache) as client:
+        async with kvxfer.Client(cache, listen=listen) as client:
             node = PrefillNode(model, pool, allocator, client)
             try:
-                await calls.serve({"connect": node.connect, "prefill": node.prefill})
+                await calls.serve({"where": node.where, "prefill": node.prefill})
             finally:
                 node.close()
 
@@ -112,6 +198,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--blocks", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--host", required=True)
     options = parser.parse_args()
     try:
         asyncio.run(run(options, calls))
