@@ -1,6 +1,8 @@
 """Prove a wheel: look at its contents, install it where nothing else is, use it.
 
-python scripts/try_wheel.py dist/kvxfer-*.whl
+python scripts/try_wheel.py dist/kvxfer-*.whl [dist/kvxfer-*.tar.gz]
+
+A source distribution beside it is looked into as well.
 
 The clean environment sees no libibverbs, whether this machine has one or not:
 a small auditing library makes the loader fail to find it. Exit status 0 means
@@ -13,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import venv
 import zipfile
@@ -34,6 +37,9 @@ EXTENSIONS = ["kvxfer/_core.", "kvxfer/_engine.", "kvxfer/_verbs."]
 EXTENSIONS += ["kvxfer/bench/_limits."]
 UNWANTED = (".c", ".h", ".pyx", ".o", ".pyc")
 TOP_LEVEL = {"kvxfer", "rdma_comm.py"}
+# Of the source distribution: sources and scripts, and nothing made from them.
+SOURCES = ["kvxfer/_verbs.pyx", "kvxfer/softdev/softdev.h", "scripts/setup"]
+MADE = ("/_verbs.c", "/_engine.c", ".so")
 
 # The loader asks la_objsearch for every library; 0 means "not here".
 AUDITOR = r"""
@@ -110,6 +116,18 @@ def check_contents(wheel: Path) -> None:
         raise SystemExit(f"{wheel.name} installs {', '.join(strangers)} as well")
 
 
+def check_sources(sdist: Path) -> None:
+    """Fail unless the source distribution can be built from, and only that."""
+    with tarfile.open(sdist) as archive:
+        names = archive.getnames()
+    missing = [s for s in SOURCES if not any(n.endswith(f"/{s}") for n in names)]
+    if missing:
+        raise SystemExit(f"{sdist.name} lacks {', '.join(missing)}")
+    made = [name for name in names if name.endswith(MADE)]
+    if made:
+        raise SystemExit(f"{sdist.name} carries {', '.join(made)}")
+
+
 def hide_libibverbs(workdir: Path) -> dict[str, str]:
     """Return an environment in which the loader finds no libibverbs."""
     source, library = workdir / "auditor.c", workdir / "auditor.so"
@@ -154,10 +172,12 @@ def try_it(wheel: Path, workdir: Path) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) != 1:
-        raise SystemExit("usage: try_wheel.py WHEEL (exactly one)")
-    wheel = Path(arguments[0])
+    if not 1 <= len(arguments) <= 2:
+        raise SystemExit("usage: try_wheel.py WHEEL [SDIST] (one of each)")
+    wheel, *sdist = (Path(argument) for argument in arguments)
     check_contents(wheel)
+    for archive in sdist:
+        check_sources(archive)
     workdir = Path(tempfile.mkdtemp(prefix="kvxfer-wheel-"))
     try:
         version = try_it(wheel, workdir)
