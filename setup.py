@@ -91,6 +91,7 @@ setup(
         extension("_core", []),
         extension("_post", [], "-O3"),
         extension("_progress", []),
+        extension("_driver", []),
         # Its loops over block ids become vectors.
         extension("_engine", [], "-O3"),
         extension("bench._limits", []),

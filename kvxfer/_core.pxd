@@ -2,7 +2,14 @@
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from kvxfer._ibverbs cimport ibv_cq, ibv_qp, ibv_send_wr, ibv_sge
+from kvxfer._ibverbs cimport (
+    ibv_comp_channel,
+    ibv_cq,
+    ibv_qp,
+    ibv_send_wr,
+    ibv_sge,
+    kvx_verbs_table,
+)
 
 cdef extern from "arpa/inet.h" nogil:
     uint32_t htonl(uint32_t)
@@ -15,6 +22,7 @@ cdef extern from "pthread.h" nogil:
     int pthread_mutex_lock(pthread_mutex_t *)
     int pthread_mutex_unlock(pthread_mutex_t *)
     int pthread_mutex_destroy(pthread_mutex_t *)
+    ctypedef unsigned long pthread_t
 
 cdef extern from "sys/eventfd.h" nogil:
     enum:
@@ -23,6 +31,20 @@ cdef extern from "sys/eventfd.h" nogil:
     int eventfd(unsigned int, int)
     int eventfd_write(int, uint64_t)
     int eventfd_read(int, uint64_t *)
+
+cdef extern from "sys/epoll.h" nogil:
+    enum:
+        EPOLL_CLOEXEC
+        EPOLL_CTL_ADD
+        EPOLL_CTL_MOD
+        EPOLLIN
+    union epoll_data_t:
+        int fd
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int)
+    int epoll_ctl(int, int, int, epoll_event *)
 
 cdef extern from "heap.h" nogil:
     struct kvx_heap_item:
@@ -109,6 +131,11 @@ cdef enum:
     GENERATION_SHIFT = 38
     FIELD_MASK = 0xfff
 
+
+cdef enum Mode:
+    EVENT      # whoever owns the engine drives it, at events
+    ADAPTIVE   # so it is while little is in flight, else a thread does
+    SPIN       # a thread does, and looks all the time
 
 cdef enum Stage:
     DATA       # WRs of blocks are still to be posted
@@ -256,7 +283,11 @@ cdef struct Queue:              # one connection
     uint8_t *early              # immediates that came before their record
 
 cdef struct Core:               # all that an engine has but its Python objects
-    ibv_cq *cq                  # owned by the engine's CompletionQueue
+    ibv_cq *cq                  # owned by the engine's CompletionQueue, as are these
+    ibv_comp_channel *channel
+    kvx_verbs_table *table
+    unsigned int *unacked       # events taken and not acknowledged
+    Mode mode
     pthread_mutex_t lock        # guards everything below
     uint64_t cq_limit
     uint64_t outstanding        # unretired WRs and posted receives of all queues
@@ -264,11 +295,22 @@ cdef struct Core:               # all that an engine has but its Python objects
     uint64_t window_bytes       # most of that for one queue
     uint64_t device_window_bytes    # and for all
     uint64_t stripe_bytes
+    pthread_t thread
+    bint threaded               # it runs
+    bint thread_drives          # it sees to completions; else Python does
+    bint thread_sleeps          # and is to be woken by wake_fd
+    bint stopping               # it is to end
+    int wake_fd                 # eventfd: there is something for the thread
+    int loop_fd                 # epoll: news_fd; the channel while Python drives
     int news_fd                 # eventfd: there is something for Python
     bint waits                  # Python wants to be told; it has taken all there was
     bint armed                  # the next completion makes an event, or has made one
     Queue **queues              # by slot; NULL: free
     uint32_t n_slots
+    uint32_t n_queues
+    uint32_t n_ready            # submissions with data to post, of all queues
+    uint32_t n_chains           # posted and not retired, of all queues
+    uint64_t n_polled           # CQEs since the beginning
     uint32_t next_generation
     kvx_heap runnable           # of Queue: has something to post and room for it
     Op **ops                    # by index of the operation's id; NULL: free
@@ -288,8 +330,9 @@ cdef struct Core:               # all that an engine has but its Python objects
     kvx_template template
 
 
-cdef int core_init(Core *core, ibv_cq *cq) noexcept nogil
+cdef int core_init(Core *core) noexcept nogil
 cdef void core_free(Core *core) noexcept nogil
+cdef void core_close(Core *core) noexcept nogil
 cdef uint64_t now_ns() noexcept nogil
 cdef uint64_t make_wr_id(Queue *queue, uint32_t lane, uint64_t sequence) noexcept nogil
 cdef void release_batch(Batch *batch) noexcept nogil

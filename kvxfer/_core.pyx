@@ -83,23 +83,31 @@ cdef void free_queue(Queue *queue) noexcept nogil:
     free(queue)
 
 
-cdef int core_init(Core *core, ibv_cq *cq) noexcept nogil:
-    """Set up a zeroed core; return 0 or an errno. No lock."""
-    cdef int err = pthread_mutex_init(&core.lock, NULL)
-    if err:
-        return err
-    core.news_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-    if core.news_fd < 0:
-        err = errno
-        pthread_mutex_destroy(&core.lock)
-        return err
-    core.waits = True
-    core.cq = cq
-    core.cq_limit = cq.cqe
+cdef int core_init(Core *core) noexcept nogil:
+    """Set up a core, zeroed but for its CQ; return 0 or an errno. No lock.
+
+    Whatever is returned, it is to be freed.
+    """
+    cdef epoll_event event
     core.finished_tail = &core.finished
     core.arrivals_tail = &core.arrivals
+    core.wake_fd = core.loop_fd = -1
+    core.news_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if core.news_fd < 0:
+        return errno
+    core.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    core.loop_fd = epoll_create1(EPOLL_CLOEXEC)
+    if core.wake_fd < 0 or core.loop_fd < 0:
+        return errno
+    memset(&event, 0, sizeof(event))
+    event.events = EPOLLIN
+    if (epoll_ctl(core.loop_fd, EPOLL_CTL_ADD, core.news_fd, &event)
+            or epoll_ctl(core.loop_fd, EPOLL_CTL_ADD, core.channel.fd, &event)):
+        return errno
+    core.waits = True
+    core.cq_limit = core.cq.cqe
     kvx_template_init(&core.template)
-    return 0
+    return pthread_mutex_init(&core.lock, NULL)
 
 
 cdef void core_free(Core *core) noexcept nogil:
@@ -128,11 +136,20 @@ cdef void core_free(Core *core) noexcept nogil:
     free(core.ops)
     free(core.op_generation)
     free(core.op_free)
-    if core.cq is not NULL:
-        pthread_mutex_destroy(&core.lock)
-        if core.news_fd >= 0:
-            close(core.news_fd)
+    pthread_mutex_destroy(&core.lock)
+    core_close(core)
     free(core)
+
+
+cdef void core_close(Core *core) noexcept nogil:
+    """Close the core's descriptors. No lock; nobody may look at it any more."""
+    if core.news_fd >= 0:
+        close(core.news_fd)
+    if core.wake_fd >= 0:
+        close(core.wake_fd)
+    if core.loop_fd >= 0:
+        close(core.loop_fd)
+    core.news_fd = core.wake_fd = core.loop_fd = -1
 
 
 cdef Batch *new_batch(uint32_t n_ops, uint32_t n_ids) noexcept nogil:
@@ -217,6 +234,7 @@ cdef void admit(Core *core, Batch *batch) noexcept nogil:
     batch.queue.n_ops += batch.n_ops
     core.n_ops += batch.n_ops
     kvx_heap_push(&batch.queue.ready, batch.key, batch.order, batch)
+    core.n_ready += 1
 
 
 cdef void append_posted(Core *core, Op *op) noexcept nogil:
@@ -306,6 +324,7 @@ cdef void retire_bytes(Core *core, Queue *queue, Lane *lane) noexcept nogil:
             return
         queue.flying_bytes -= chain.n_bytes
         core.flying_bytes -= chain.n_bytes
+        core.n_chains -= 1
         lane.first_chain += 1
 
 
@@ -338,6 +357,7 @@ cdef void end_if_drained(Core *core, Queue *queue) noexcept nogil:
     while queue.ready.n:
         batch = <Batch *>kvx_heap_top(&queue.ready)
         kvx_heap_pop(&queue.ready)
+        core.n_ready -= 1
         while batch.at < batch.n_ops:
             op = &batch.ops[batch.at]
             batch.at += 1

@@ -10,7 +10,7 @@ look at what has completed.
 
 Nothing here waits, and nothing knows asyncio. Whoever owns the engine calls
 :meth:`Engine.progress` when :attr:`Engine.fd` is readable. All state is behind one
-lock, so that a progress thread can take the place of that call.
+lock, since a thread may do most of it in place of that call: see ``_driver.pyx``.
 """
 
 from cpython.buffer cimport (
@@ -23,12 +23,12 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
-from posix.unistd cimport close
 
 from kvxfer._core cimport *
+from kvxfer._driver cimport Driver
 from kvxfer._ibverbs cimport *
 from kvxfer._post cimport flush, post_receive, relist
-from kvxfer._progress cimport cancel, forget, settle, stop
+from kvxfer._progress cimport cancel, forget, settle, stop, take_events, wake_thread
 from kvxfer._verbs cimport CompletionQueue, Device, QueuePair
 
 from typing import NamedTuple
@@ -157,23 +157,19 @@ cdef class Engine:
       device_window_bytes: The same for all queues together.
       stripe_bytes: Data that goes over one QP of a queue before the next has its
         turn.
+      progress: ``event``, ``adaptive`` or ``spin``: who drives it, and when.
     """
 
     cdef:
         readonly CompletionQueue cq
+        Driver _driver
         dict _qps      # slot -> list of QueuePair, kept alive while in use
-        Core *core     # owned
-
-    def __cinit__(self):
-        self.core = <Core *>calloc(1, sizeof(Core))
-        if self.core is NULL:
-            raise MemoryError
+        Core *core     # the driver's
 
     def __init__(self, Device device not None, *, cq_depth, chain=64, max_sge=8,
                  merge_bytes=1 << 20, max_wr_bytes=1 << 30,
                  window_bytes=32 << 20, device_window_bytes=128 << 20,
-                 stripe_bytes=256 << 10):
-        cdef int err
+                 stripe_bytes=256 << 10, str progress="event"):
         if self.cq is not None:
             raise UsageError("an Engine is made once")
         if not 1 <= chain <= KVX_MAX_CHAIN:
@@ -187,19 +183,17 @@ cdef class Engine:
         merge_bytes = min(merge_bytes, max_wr_bytes)
         self._qps = {}
         self.cq = CompletionQueue(device, cq_depth)
-        err = core_init(self.core, self.cq.cq)
-        if err:
+        try:
+            self._driver = Driver(self.cq, progress)
+        except BaseException:
             self.cq.close()
-            raise verbs_error(err, "pthread_mutex_init")
+            raise
+        self.core = self._driver.core
         self.core.chain = chain
         self.core.limits = kvx_limits(max_sge, merge_bytes, max_wr_bytes)
         self.core.window_bytes = window_bytes
         self.core.device_window_bytes = device_window_bytes
         self.core.stripe_bytes = stripe_bytes
-
-    def __dealloc__(self):
-        if self.core is not NULL:
-            core_free(self.core)
 
     def close(self):
         """Close the CQ; all queues must have been removed. Twice is fine."""
@@ -209,24 +203,23 @@ cdef class Engine:
             raise UsageError(f"{len(self._qps)} queues are still in the engine")
         self.cq.close()
         if self.cq.closed:
-            close(self.core.news_fd)
-            self.core.news_fd = -1
+            core_close(self.core)
 
     @property
-    def fds(self):
-        """Of these one is readable when :meth:`progress` should be called."""
+    def fd(self):
+        """Readable when :meth:`progress` should be called."""
         self._ensure_open()
-        return (self.cq.fd, self.core.news_fd)
+        return self.core.loop_fd
 
     @property
     def in_flight(self):
         """Operations that have not ended yet."""
-        return self.core.n_ops
+        return 0 if self.core is NULL else self.core.n_ops
 
     @property
     def attention(self):
         """Whether something has ended without an event: call :meth:`progress`."""
-        return has_news(self.core)
+        return self.core is not NULL and has_news(self.core)
 
     # -- queues ----------------------------------------------------------------
 
@@ -272,6 +265,9 @@ cdef class Engine:
             free(queue)
             raise MemoryError
         self.core.queues[slot] = queue
+        self.core.n_queues += 1
+        if self.core.mode == SPIN:
+            wake_thread(self.core)
         pthread_mutex_unlock(&self.core.lock)
         self._qps[slot] = list(qps)
         return queue
@@ -377,6 +373,7 @@ cdef class Engine:
             uint32_t _i
             int err = 0
         queue.own_ring = <const char *><uintptr_t>ring_addr
+        queue.own_bytes = ring_bytes
         if queue.n_lanes > 1:
             queue.early = <uint8_t *>calloc(ring_bytes // KVX_NOTIFY_ALIGN + 1, 1)
             if queue.early is NULL:
@@ -392,7 +389,6 @@ cdef class Engine:
                 settle(self.core, BUDGET)
             tell(self.core)
             pthread_mutex_unlock(&self.core.lock)
-        queue.own_bytes = ring_bytes
         if err:
             self._drop_queue(queue)
             raise verbs_error(err, "ibv_post_recv", f"{receives} on each QP")
@@ -405,6 +401,10 @@ cdef class Engine:
             self.core.outstanding -= (
                 queue.lanes[lane].posted - queue.lanes[lane].retired
                 + queue.lanes[lane].receives)
+            self.core.n_chains -= (
+                queue.lanes[lane].next_chain - queue.lanes[lane].first_chain)
+        self.core.n_ready -= queue.ready.n
+        self.core.n_queues -= 1
         self.core.flying_bytes -= queue.flying_bytes
         queue.failed = True
         relist(self.core, queue)
@@ -701,16 +701,15 @@ cdef class Engine:
             bint more
             Op *finished
             Arrival *arrivals
-            list failed = []
-            uint32_t slot
             uint32_t unreported
             uint64_t count
         self._ensure_open()
         with nogil:
             eventfd_read(self.core.news_fd, &count)
             pthread_mutex_lock(&self.core.lock)
-            if self.cq.take_events():
-                self.core.armed = False
+            if not self.core.thread_drives:
+                # Else the event is the thread's: taken here, it would sleep on.
+                take_events(self.core)
             more = settle(self.core, BUDGET)
             finished = self.core.finished
             self.core.finished = NULL
@@ -719,17 +718,27 @@ cdef class Engine:
             self.core.arrivals = NULL
             self.core.arrivals_tail = &self.core.arrivals
             unreported = self.core.n_unreported
-            self.core.n_unreported = 0
             self.core.waits = True
             pthread_mutex_unlock(&self.core.lock)
-        if unreported:
-            for slot in range(self.core.n_slots):
-                if (self.core.queues[slot] is not NULL and self.core.queues[slot].failed
-                        and not self.core.queues[slot].reported):
-                    self.core.queues[slot].reported = True
-                    failed.append(slot)
         return Progress(
-            self._take_finished(finished), _take_arrivals(arrivals), failed, more)
+            self._take_finished(finished), _take_arrivals(arrivals),
+            self._take_failed() if unreported else [], more)
+
+    cdef list _take_failed(self):
+        """Return the slots of the queues that have failed and were not told of."""
+        cdef:
+            list result = []
+            Queue *queue
+            uint32_t slot
+        pthread_mutex_lock(&self.core.lock)
+        for slot in range(self.core.n_slots):
+            queue = self.core.queues[slot]
+            if queue is not NULL and queue.failed and not queue.reported:
+                queue.reported = True
+                result.append(slot)
+        self.core.n_unreported = 0
+        pthread_mutex_unlock(&self.core.lock)
+        return result
 
     cdef list _take_finished(self, Op *first):
         """Turn finished operations into Python records and free them."""

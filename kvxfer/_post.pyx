@@ -224,6 +224,7 @@ cdef void settle_batch(Core *core, Batch *batch) noexcept nogil:
         batch.at += 1
     if batch.at == batch.n_ops:
         kvx_heap_remove(ready, batch)
+        core.n_ready -= 1
         release_batch(batch)
     elif batch.turn_bytes >= TURN_BYTES or batch.turn_wrs >= TURN_WRS:
         batch.turn_bytes = batch.turn_wrs = 0
@@ -290,6 +291,7 @@ cdef void note_posted(
     op.ends[lane - &queue.lanes[0]] = lane.posted
     chain = &lane.chains[lane.next_chain % lane.depth]
     lane.next_chain += 1
+    core.n_chains += 1
     chain.end = lane.posted
     chain.n_bytes = n_bytes
     chain.op = <uint32_t>op.id

@@ -8,11 +8,12 @@ held.
 from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from kvxfer._core cimport *
 from kvxfer._ibverbs cimport *
 from kvxfer._post cimport post_receive, pump, relist, settle_batch
+from kvxfer._verbs cimport take_cq_events
 
 cdef enum:
     POLL_BATCH = 32
@@ -24,13 +25,26 @@ cdef uint64_t SEQUENCE_MASK = (<uint64_t>1 << 37) - 1
 cdef bint settle(Core *core, uint32_t budget) noexcept nogil:
     """Post what can be posted, take what has completed, and have the rest announced.
 
-    When this returns false, the next completion of what is in flight makes an
-    event, or has made one: the CQ is armed, and was looked at afterwards. True
-    means that the budget of CQEs was used up: call again, no event may come.
+    For Python's thread. When this returns false, the next completion of what is in
+    flight makes an event, or has made one, or the engine's own thread sees to it.
+    True means that the budget of CQEs was used up: call again, no event may come.
     """
     pump(core)
     if drain(core, budget):
         return True
+    if core.threaded:
+        if not core.thread_drives and wants_thread(core):
+            hand_over(core)
+        if core.thread_drives:
+            return False
+    return listen(core, budget)
+
+
+cdef bint listen(Core *core, uint32_t budget) noexcept nogil:
+    """Have the next completion make an event, then look once more.
+
+    Return true if the budget was used up.
+    """
     if core.outstanding == 0 or core.armed:
         return False
     if ibv_req_notify_cq(core.cq, 0):
@@ -39,6 +53,44 @@ cdef bint settle(Core *core, uint32_t budget) noexcept nogil:
         return False
     core.armed = True
     return drain(core, budget)
+
+
+cdef void take_events(Core *core) noexcept nogil:
+    """Take the events of the completion channel; the CQ is no longer armed then."""
+    if take_cq_events(core.table, core.channel, core.cq, core.unacked):
+        core.armed = False
+
+
+cdef bint wants_thread(Core *core) noexcept nogil:
+    """Whether there is more to do for what is in flight than to hear of its end.
+
+    Something waits for room, or several chains will each complete by themselves: a
+    loop would be woken for each, and what is to be posted would wait for the loop.
+    """
+    return core.n_ready > 0 or core.n_chains > 1
+
+
+cdef void hand_over(Core *core) noexcept nogil:
+    """Let the thread see to completions, and Python wait for news alone."""
+    core.thread_drives = True
+    watch_channel(core, False)
+    wake_thread(core)
+
+
+cdef void wake_thread(Core *core) noexcept nogil:
+    """Have the thread look, if it sleeps."""
+    if core.threaded and core.thread_sleeps:
+        core.thread_sleeps = False
+        eventfd_write(core.wake_fd, 1)
+
+
+cdef void watch_channel(Core *core, bint wanted) noexcept nogil:
+    """Say whether Python is to be woken by events of the completion channel."""
+    cdef epoll_event event
+    memset(&event, 0, sizeof(event))
+    event.events = EPOLLIN if wanted else 0
+    # It is in there and open: there is nothing to go wrong.
+    epoll_ctl(core.loop_fd, EPOLL_CTL_MOD, core.channel.fd, &event)
 
 
 cdef bint drain(Core *core, uint32_t budget) noexcept nogil:
@@ -58,6 +110,7 @@ cdef bint drain(Core *core, uint32_t budget) noexcept nogil:
         for i in range(n):
             completed(core, &wcs[i])
         done += n
+        core.n_polled += n
         # Free slots are filled at once, before the rest is polled.
         pump(core)
     return True

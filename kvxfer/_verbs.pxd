@@ -12,6 +12,11 @@ from kvxfer._ibverbs cimport (
 )
 
 
+cdef int take_cq_events(
+    kvx_verbs_table *table, ibv_comp_channel *channel, ibv_cq *cq,
+    unsigned int *unacked) noexcept nogil
+
+
 cdef class Handle:
     """One C handle, its creating process and the handles made from it."""
     cdef:
@@ -59,8 +64,6 @@ cdef class CompletionQueue(Handle):
         ibv_comp_channel *channel  # owned
         ibv_cq *cq                 # owned
         unsigned int unacked       # events got but not acknowledged yet
-
-    cdef int take_events(self) noexcept nogil
 
 
 cdef class QueuePair(Handle):

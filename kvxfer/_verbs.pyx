@@ -597,6 +597,27 @@ cdef class MemoryRegion(Handle):
         return self.mr.rkey
 
 
+cdef int take_cq_events(
+    kvx_verbs_table *table, ibv_comp_channel *channel, ibv_cq *cq,
+    unsigned int *unacked,
+) noexcept nogil:
+    """Take all events that wait for a CQ; acknowledge them in batches.
+
+    Return how many. The channel is the CQ's own and does not block.
+    """
+    cdef:
+        ibv_cq *found
+        void *context
+        int n = 0
+    while table.get_cq_event(channel, &found, &context) == 0:
+        n += 1
+        unacked[0] += 1
+        if unacked[0] >= ACK_BATCH:
+            table.ack_cq_events(cq, unacked[0])
+            unacked[0] = 0
+    return n
+
+
 cdef class CompletionQueue(Handle):
     """A completion queue with its completion channel: ibv_create_cq(3).
 
@@ -645,20 +666,6 @@ cdef class CompletionQueue(Handle):
                 err = self.device.table.destroy_comp_channel(self.channel)
         return err
 
-    cdef int take_events(self) noexcept nogil:
-        """Take all waiting events; acknowledge them in batches. Return how many."""
-        cdef:
-            ibv_cq *cq
-            void *context
-            int n = 0
-        while self.device.table.get_cq_event(self.channel, &cq, &context) == 0:
-            n += 1
-            self.unacked += 1
-            if self.unacked >= ACK_BATCH:
-                self.device.table.ack_cq_events(self.cq, self.unacked)
-                self.unacked = 0
-        return n
-
     @property
     def depth(self):
         """WCs that fit."""
@@ -674,7 +681,8 @@ cdef class CompletionQueue(Handle):
     def drain_events(self):
         """Take all waiting events and return how many there were."""
         self._ensure_open()
-        return self.take_events()
+        return take_cq_events(
+            self.device.table, self.channel, self.cq, &self.unacked)
 
     def arm(self, *, solicited_only=False):
         """Ask for one event at the next completion, ibv_req_notify_cq(3).

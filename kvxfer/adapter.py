@@ -170,6 +170,7 @@ class Adapter:
             window_bytes=options.peer_window_bytes,
             device_window_bytes=options.device_window_bytes,
             max_wr_bytes=self.port.max_msg_bytes,
+            progress=options.progress,
         )
 
     def look(self) -> None:

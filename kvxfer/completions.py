@@ -1,9 +1,10 @@
 """Finished operations become resolved futures: the engine's end in an event loop.
 
 The only module that adds readers to a loop: for what has finished, and for what
-happens to the device itself. The loop wakes when the completion
-channel is readable; one wake takes everything that has finished. A wake-up is a
-hint: there may be nothing, and there may be more than one call's budget.
+happens to the device itself. The loop wakes when there is a completion, or, while
+the engine's own thread sees to those, when an operation has ended; one wake takes
+everything that has finished. A wake-up is a hint: there may be nothing, and there may
+be more than one call's budget.
 """
 
 from __future__ import annotations
@@ -42,16 +43,15 @@ class Completions:
         self._on_event = on_event
         self._waiting: dict[int, OnFinished] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._fds: tuple[int, ...] = ()
+        self._fd = -1
         self._device = engine.cq.device
         self._async_fd = -1
 
     def start(self) -> None:
         """Begin to listen on the running loop."""
         self._loop = asyncio.get_running_loop()
-        self._fds = self._engine.fds
-        for fd in self._fds:
-            self._loop.add_reader(fd, self.wake)
+        self._fd = self._engine.fd
+        self._loop.add_reader(self._fd, self.wake)
         self._async_fd = self._device.async_fd
         self._loop.add_reader(self._async_fd, self._take_events)
 
@@ -111,7 +111,6 @@ class Completions:
     def close(self) -> None:
         """Stop listening. Twice is fine."""
         if self._loop is not None:
-            for fd in self._fds:
-                self._loop.remove_reader(fd)
+            self._loop.remove_reader(self._fd)
             self._loop.remove_reader(self._async_fd)
             self._loop = None

@@ -457,7 +457,11 @@ class Options:
         "auto", "Wire of the software device.", choices=("auto", "shm", "cma", "tcp")
     )
     progress: str = _option(
-        "event", "How completions are waited for.", choices=("event",)
+        "adaptive",
+        "Who sees to what is in flight: the event loop (event), a thread that looks "
+        "without pause (spin), or the loop while it is little and else a thread that "
+        "sleeps in between (adaptive).",
+        choices=("adaptive", "event", "spin"),
     )
 
     metrics_port: int | None = _option(

@@ -69,8 +69,7 @@ class End:
     def wait(self, condition: Any) -> None:
         """Make progress, on events alone, until ``condition()`` is true."""
         poll = select.poll()
-        for fd in self.engine.fds:
-            poll.register(fd, select.POLLIN)
+        poll.register(self.engine.fd, select.POLLIN)
         deadline = time.monotonic() + SOON
         while True:
             progress = self.engine.progress()
@@ -114,6 +113,7 @@ class Rig:
         notify: bool = True,
         lanes: int = 1,
         flush: bool = False,
+        progress: str = "event",
         **engine: Any,
     ) -> None:
         self.shape = shape or Shape()
@@ -126,9 +126,18 @@ class Rig:
             max_send_wr=depth, max_recv_wr=max(1, receives), max_send_sge=max_sge
         )
         self.source = End(
-            noise(n_pairs * self.local_length, 1), ring_bytes, limits, **engine
+            noise(n_pairs * self.local_length, 1),
+            ring_bytes,
+            limits,
+            progress=progress,
+            **engine,
         )
-        self.target = End(noise(n_pairs * self.remote_length, 2), ring_bytes, limits)
+        self.target = End(
+            noise(n_pairs * self.remote_length, 2),
+            ring_bytes,
+            limits,
+            progress=progress,
+        )
         self.before = self.target.memory.copy()
         ring = (
             self.source.ring.ctypes.data,

@@ -369,6 +369,6 @@ def test_wrong_use_of_an_engine() -> None:
 
 
 @pytest.mark.parametrize("options", [{"chain": 0}, {"chain": 65}, {"max_sge": 17}])
-def test_limits_of_an_engine(options: dict[str, int]) -> None:
+def test_limits_of_an_engine(options: dict[str, Any]) -> None:
     with Device("soft0") as device, pytest.raises(UsageError, match="not 1 to"):
         Engine(device, cq_depth=16, **options)

@@ -160,7 +160,7 @@ def test_what_ends_while_nobody_looks_is_told() -> None:
             assert time.monotonic() < deadline
             engine.grant(rig.slot, 0, 0)
         engine.cq.drain_events()
-        assert select.select(engine.fds, [], [], 0)[0], "nobody is told"
+        assert select.select([engine.fd], [], [], 0)[0], "nobody is told"
         (end,) = rig.finish(ids)
         assert end.status == SUCCESS
-        assert not select.select(engine.fds, [], [], 0)[0]
+        assert not select.select([engine.fd], [], [], 0)[0]

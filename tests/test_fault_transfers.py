@@ -304,8 +304,40 @@ def has(found: list[Any], n: int) -> bool:
 # -- wake-ups -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("progress", ["event", "adaptive", "spin"])
 @pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.slow)])
-def test_no_wake_up_is_lost(wire: str, seconds: int) -> None:
+def test_no_wake_up_is_lost(wire: str, seconds: int, progress: str) -> None:
+    """Whoever drives the engines: ends that come as the sleeper falls asleep.
+
+    Of one chain, and of several, so that the thread of ``adaptive`` falls asleep
+    and is woken as often as not.
+    """
+    rng = random.Random(5)
+    n = 0
+    with Rig(progress=progress, chain=4, receives=16) as rig:
+        rig.let_go()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            ids = rng.sample(range(64), rng.choice((1, 1, 2, 20)))
+            op_ids = rig.submit(ids, ids)
+            until_ns = time.perf_counter_ns() + rng.randrange(50_000)
+            while time.perf_counter_ns() < until_ns:
+                pass
+            start = time.monotonic()
+            (finished,) = rig.finish(op_ids)
+            assert finished.status == 0
+            n += 1
+            rig.target.wait(partial(has, rig.target.found, 1))
+            (arrival,) = rig.target.found
+            rig.source.engine.grant(rig.slot, arrival.head, n)
+            assert time.monotonic() - start < PATIENCE / 2
+            rig.source.found.clear()
+            rig.target.found.clear()
+    assert n > 50 * seconds
+
+
+@pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.slow)])
+def test_no_event_is_lost(wire: str, seconds: int) -> None:
     """One completion at a time, each met by a sleeper who is just falling asleep."""
     rng = random.Random(5)
     n = 0

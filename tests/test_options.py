@@ -151,7 +151,7 @@ def test_waits_are_finite(value: object) -> None:
     "bad",
     [
         {"soft_wire": "pigeon"},
-        {"progress": "spin"},
+        {"progress": "busy"},
         {"host": ""},
         {"host": 7},
         {"require_rdma": "maybe"},
