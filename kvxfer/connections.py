@@ -131,7 +131,12 @@ class Connections:
         # The writer is told, and not just left: it asks for a fence of its own for
         # the writes that it has in flight, and says goodbye when it has the answer.
         timeout = self._options.fence_timeout
-        await incoming.link.fail()
+        try:
+            await incoming.link.fail()
+        except KVXferError as error:
+            # What the writer can do is asked of it all the more; closed() says the
+            # rest.
+            incoming.log.error("a QP of %s does not let go: %s", incoming.peer, error)
         if await self.control.fence(conn_id, reason, timeout=timeout):
             await asyncio.wait({incoming.gone}, timeout=timeout)
         self.control.drop(conn_id, reason)

@@ -381,7 +381,7 @@ class Link:
             bind(_log, **self.facts).warning(
                 "a QP does not go to ERR and is destroyed: %s", error
             )
-            await self.close()
+            await self._destroy()
             return
         if self.slot >= 0:
             adapter.engine.flush(self.slot)
@@ -419,16 +419,26 @@ class Link:
         await finish(self._begin_close())
 
     async def _close(self) -> None:
-        if self._qps:
-            self._last_wire = self.qp.wire
-        adapter = self.adapter
         if self.slot >= 0:
             # First nothing may land any more; then what has landed, and what the
             # peer has acknowledged, is told: the QP takes its completions along.
             self.break_()
             if self._failing is not None:
                 await asyncio.wait({self._failing})
+                self._failing.exception()  # what it says is said again below
             self._look()
+        await self._destroy()
+
+    async def _destroy(self) -> None:
+        """Destroy the QPs and what belongs to them; what is left may be tried again.
+
+        Raises:
+          VerbsError: One could not be destroyed. Transfers that are in flight end as
+            abandoned.
+        """
+        adapter = self.adapter
+        if self._qps and not self.qp.closed:
+            self._last_wire = self.qp.wire
         self.state = LinkState.CLOSED
         try:
             for qp in self._qps:

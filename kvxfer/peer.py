@@ -558,21 +558,30 @@ class Peer:
             loop.call_soon(self._on_broken)
 
     async def _break(self, reason: str, patient: bool) -> None:
-        if self._link is not None:
-            if patient:
-                await self._drained()
-            await self._link.fail()
-            if self._control.is_established:
-                start = time.monotonic()
-                self._fenced = await self._control.request_fence(
-                    reason, timeout=self.host.options.fence_timeout
-                )
-                self.host.counters.stages["fence"].observe(time.monotonic() - start)
-            else:
-                self._fenced = False
+        try:
+            if self._link is not None:
+                await self._break_link(self._link, reason, patient)
+        finally:
+            self._control.send_bye(reason)
+
+    async def _break_link(self, link: Link, reason: str, patient: bool) -> None:
+        if patient:
             await self._drained()
-            await self._link.close()
-        self._control.send_bye(reason)
+        try:
+            await link.fail()
+        except KVXferError as error:
+            # The close says it again. Until then the peer can do what we cannot.
+            self._log().error("%s: a QP does not let go: %s", self.address, error)
+        if self._control.is_established:
+            start = time.monotonic()
+            self._fenced = await self._control.request_fence(
+                reason, timeout=self.host.options.fence_timeout
+            )
+            self.host.counters.stages["fence"].observe(time.monotonic() - start)
+        else:
+            self._fenced = False
+        await self._drained()
+        await link.close()
 
     async def _drained(self) -> None:
         """Wait, not for ever, until no write is in flight."""

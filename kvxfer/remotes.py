@@ -277,7 +277,7 @@ class Remotes:
                 remote,
                 f"{remote.address} did not come back: {peer.error}",
             )
-        task = loop.create_task(peer.close())
+        task = loop.create_task(_close(peer))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
@@ -398,3 +398,11 @@ class Remotes:
             if offer.generation == message.generation:
                 del self._parked[name]
         self._say_ended(remote, message.generation, end)
+
+
+async def _close(peer: Peer) -> None:
+    """Close a connection that is broken; its requests have heard what is wrong."""
+    try:
+        await peer.close()
+    except KVXferError:
+        _log.exception("the connection to %s could not be closed", peer.address)

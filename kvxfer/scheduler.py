@@ -294,7 +294,8 @@ class Scheduler:
 
     def abandon(self, slot: int) -> None:
         """Give up on the transfers of a queue that cannot be brought to rest."""
-        for transfer in self._transfers:
+        # Whoever watches one hears of it here, and it leaves the set.
+        for transfer in list(self._transfers):
             if transfer.slot == slot:
                 transfer.abandoned = True
                 transfer.wake()
