@@ -69,6 +69,8 @@ class Adapter:
         on_broken: Callable[[int | None, str], None],
     ) -> None:
         self.spec = spec
+        self.name = spec.label
+        """Name of the device and port, as peers are told it."""
         self.options = options
         self._on_arrival = on_arrival
         self._on_failed = on_failed
@@ -291,11 +293,6 @@ class Adapter:
             return 0 if self._engine is None else self._engine.in_flight
         except ClosedResourceError:
             return 0
-
-    @property
-    def name(self) -> str:
-        """Name of the device and port, as peers are told it."""
-        return self.spec.label
 
     @property
     def is_software(self) -> bool:

@@ -13,7 +13,8 @@ import enum
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from kvxfer import wire as messages
 from kvxfer._engine import CANCELLED_STATUS
@@ -56,8 +57,8 @@ class PeerState(enum.Enum):
     CLOSED = "closed"
 
 
-@dataclass(frozen=True)
-class WriteResult:
+# Made once a write; a frozen dataclass would set each field by a call of its own.
+class WriteResult(msgspec.Struct, frozen=True):
     """What a write moved.
 
     Attributes:
@@ -281,9 +282,7 @@ class Peer:
             ended.n_blocks = n_blocks
             self._begin_write()
             return ended
-        return self._result(
-            plan.layers, n_blocks, ended.n_bytes, ended.n_wrs, ended.seconds
-        )
+        return self._result(plan.layers, n_blocks, *ended)
 
     def _result(
         self,
@@ -296,12 +295,7 @@ class Peer:
         link = self.link
         self.host.counters.wrote(n_bytes, n_blocks, n_wrs, seconds)
         return WriteResult(
-            bytes=n_bytes,
-            wrs=n_wrs,
-            seconds=seconds,
-            device=link.adapter.name,
-            wire=link.wire,
-            layers=layers,
+            n_bytes, n_wrs, seconds, link.adapter.name, link.wire, layers
         )
 
     async def finish(

@@ -74,14 +74,6 @@ class Plan(NamedTuple):
     """The layer of each."""
 
 
-class Done(NamedTuple):
-    """A transfer that ended well before it had to be waited for."""
-
-    n_bytes: int
-    n_wrs: int
-    seconds: float
-
-
 @dataclass(eq=False)
 class Transfer:
     """The operations of one call until the last of them has ended."""
@@ -168,12 +160,12 @@ class Scheduler:
         local_ids: AnyIds,
         remote_ids: AnyIds,
         request_id: bytes,
-    ) -> Done | Transfer:
+    ) -> tuple[int, int, float] | Transfer:
         """Hand a transfer to the engine, which posts what it has room for.
 
         Returns:
-          What it came to, if it has ended already and well; nothing more is to be
-          done then. Otherwise what to :meth:`run`.
+          Its bytes, WRs and seconds, if it has ended already and well; nothing more
+          is to be done then. Otherwise what to :meth:`run`.
 
         Raises:
           LayoutError: An id is out of range or named twice. Nothing was posted.
@@ -181,10 +173,9 @@ class Scheduler:
         ended = self._engine.write(
             slot, plan.rows, local_ids, remote_ids, request_id, PLAIN_KEY
         )
-        if type(ended) is tuple:
+        if isinstance(ended, tuple):
             self._n_quick += 1
-            return Done(*ended)
-        assert isinstance(ended, list)
+            return ended
         return self._expect(slot, plan, ended)
 
     def submit(
