@@ -68,6 +68,23 @@ static void copy_range(uint8_t *to, const uint8_t *from, size_t n)
 	memcpy(to, from, n);
 }
 
+void soft_copy_pairs(const struct iovec *to, const struct iovec *from, int n)
+{
+	int i;
+
+	for (i = 0; i < n && i < AHEAD; i++)
+		prefetch(&to[i], &from[i]);
+	for (i = 0; i < n; i++) {
+		if (i + AHEAD < n)
+			prefetch(&to[i + AHEAD], &from[i + AHEAD]);
+		copy_range(to[i].iov_base, from[i].iov_base, to[i].iov_len);
+	}
+#ifdef __x86_64__
+	/* Whoever learns that the bytes are there must find them. */
+	_mm_sfence();
+#endif
+}
+
 size_t soft_copy(const struct iovec *to, int n_to, const struct iovec *from,
 		 int n_from)
 {

@@ -165,6 +165,12 @@ enum frame_error frame_get_header(const uint8_t in[FRAME_HEADER_BYTES],
 void frame_put_desc(uint8_t out[FRAME_DESC_BYTES],
 		    const struct frame_desc *desc);
 
+/* The same for a WRITE that is one descriptor; flags: those of desc.flags that it
+ * has beside START and END. */
+void frame_put_write(uint8_t out[FRAME_DESC_BYTES], uint64_t raddr,
+		     uint64_t laddr, uint32_t rkey, uint32_t len,
+		     uint16_t flags);
+
 /*
  * Decode and check the descriptor table of a REQUEST.
  *

@@ -538,6 +538,14 @@ struct ibv_mr *soft_reg_dmabuf_mr(struct ibv_pd *pd, uint64_t offset,
 struct ibv_mr *soft_reg_mr_fd(struct ibv_pd *pd, int fd, uint64_t offset,
 			      void *addr, size_t length, unsigned int access);
 int soft_dereg_mr(struct ibv_mr *mr);
+static inline bool soft_mr_covers(const struct soft_mr *mr, uint64_t addr,
+				  uint64_t length)
+{
+	uint64_t base = (uintptr_t)mr->ibv.addr;
+
+	return addr >= base && addr - base <= mr->ibv.length &&
+	       length <= mr->ibv.length - (addr - base);
+}
 struct soft_mr *soft_find_lkey(struct soft_context *ctx, uint32_t lkey);
 struct soft_mr *soft_find_rkey(struct soft_context *ctx, uint32_t rkey);
 /* Give the MR a mapping of its own; ctx->lock held. Without, map stays NULL. */

@@ -11,8 +11,7 @@
 #include "wire_shm.h"
 
 #define HUGE_BYTES (2u << 20)
-#define OFFSET_MAX (1ull << 47)	 /* more than any address space */
-#define FIRST_SETTLE_NS 20000000 /* a new mapping that is huge already */
+#define OFFSET_MAX (1ull << 47) /* more than any address space */
 
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
@@ -79,7 +78,10 @@ int soft_map(struct soft_map *map, int fd, uint64_t offset, size_t length,
 	size_t size = (size_t)(offset - first) + length;
 	uint8_t *all, *at;
 
-	/* Address and offset must agree on where a huge page begins. */
+	/* Address and offset must agree on where a huge page begins: then the
+	 * first touch maps the whole of it. MADV_COLLAPSE of this mapping would
+	 * add nothing, and costs milliseconds a call on a machine whose CPUs
+	 * are busy, as it has each of them give up pages that it keeps. */
 	all = mmap(NULL, size + HUGE_BYTES, PROT_NONE,
 		   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (all == MAP_FAILED)
@@ -98,8 +100,6 @@ int soft_map(struct soft_map *map, int fd, uint64_t offset, size_t length,
 				  .length = length,
 				  .mapping = all,
 				  .mapped = size + HUGE_BYTES };
-	map->settled = (size_t)(at - all);
-	soft_map_settle(map, FIRST_SETTLE_NS);
 	return 0;
 }
 
@@ -108,32 +108,4 @@ void soft_unmap(struct soft_map *map)
 	if (map->base)
 		munmap(map->mapping, map->mapped);
 	*map = (struct soft_map){ 0 };
-}
-
-/*
- * A file's huge pages are those of the file; that they are used as such is a
- * matter of each mapping, and where the system does not do it by itself
- * (shmem_enabled) it has to be asked. That is quick where the owner has huge
- * pages already and slow where the pages have to be moved first; a kernel older
- * than 6.1 refuses, which changes nothing but the speed.
- */
-void soft_map_settle(struct soft_map *map, uint64_t budget_ns)
-{
-	uint8_t *from, *end = map->base + map->length;
-	uint64_t deadline;
-	size_t left;
-
-	if (!map->base || map->settled == map->mapped)
-		return;
-	deadline = soft_now_ns() + budget_ns;
-	do {
-		from = (uint8_t *)map->mapping + map->settled;
-		left = from < end ? (size_t)(end - from) : 0;
-		if (left < HUGE_BYTES) {
-			map->settled = map->mapped;
-			return;
-		}
-		(void)madvise(from, HUGE_BYTES, MADV_COLLAPSE);
-		map->settled += HUGE_BYTES;
-	} while (soft_now_ns() < deadline);
 }

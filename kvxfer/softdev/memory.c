@@ -266,14 +266,6 @@ int soft_dereg_mr(struct ibv_mr *ibmr)
 	return 0;
 }
 
-static bool covers(const struct soft_mr *mr, uint64_t addr, uint64_t length)
-{
-	uint64_t base = (uintptr_t)mr->ibv.addr;
-
-	return addr >= base && addr - base <= mr->ibv.length &&
-	       length <= mr->ibv.length - (addr - base);
-}
-
 uint32_t soft_check_local(struct soft_context *ctx, struct ibv_pd *pd,
 			  const struct ibv_sge *sge, unsigned int access)
 {
@@ -286,7 +278,7 @@ uint32_t soft_check_local(struct soft_context *ctx, struct ibv_pd *pd,
 		return KVX_SOFT_NO_LKEY;
 	if (mr->ibv.pd != pd)
 		return KVX_SOFT_LOCAL_PD;
-	if (!covers(mr, sge->addr, sge->length))
+	if (!soft_mr_covers(mr, sge->addr, sge->length))
 		return KVX_SOFT_LOCAL_BOUNDS;
 	if (access & ~mr->access)
 		return KVX_SOFT_LOCAL_ACCESS;
@@ -306,7 +298,7 @@ uint32_t soft_check_remote(struct soft_context *ctx, struct ibv_pd *pd,
 		return KVX_SOFT_NO_RKEY;
 	if (mr->ibv.pd != pd)
 		return KVX_SOFT_REMOTE_PD;
-	if (!covers(mr, addr, length))
+	if (!soft_mr_covers(mr, addr, length))
 		return KVX_SOFT_REMOTE_BOUNDS;
 	if (access & ~mr->access)
 		return KVX_SOFT_REMOTE_ACCESS;

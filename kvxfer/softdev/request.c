@@ -12,6 +12,7 @@ struct builder {
 	uint32_t n_desc;
 	uint64_t payload;
 	bool full;
+	const struct soft_mr *mr; /* shm: of the WR before, known to the peer */
 };
 
 uint32_t soft_wqe_sges(struct soft_qp *qp, uint64_t seq, struct ibv_sge *one,
@@ -270,6 +271,41 @@ static void put_mixed(struct builder *b, uint64_t seq)
 	}
 }
 
+/*
+ * shm: a WRITE of one range of memory that the peer knows, checks and all. Most
+ * WRs are that, and of small ones there are many. False: it is not one.
+ */
+static bool put_plain(struct builder *b, uint64_t seq)
+{
+	struct soft_sq *sq = &b->qp->sq;
+	const struct soft_wqe *wqe = &sq->ring[seq & sq->mask];
+	const struct ibv_sge *sge;
+
+	if (wqe->opcode != IBV_WR_RDMA_WRITE || wqe->num_sge != 1 ||
+	    wqe->flags || !wqe->length || wqe->length > FRAME_MAX_MESSAGE)
+		return false;
+	sge = (const struct ibv_sge *)(sq->slots +
+				       (seq & sq->mask) * sq->slot_bytes);
+	if (!b->mr || sge->lkey != b->mr->ibv.lkey) {
+		b->mr = soft_find_lkey(qp_context(b->qp), sge->lkey);
+		if (b->mr && (b->mr->ibv.pd != b->qp->ibv.pd ||
+			      !soft_shm_knows(b->qp->out, b->mr)))
+			b->mr = NULL;
+	}
+	if (!b->mr || !soft_mr_covers(b->mr, sge->addr, sge->length))
+		return false;
+	frame_put_write(b->tx->head + FRAME_HEADER_BYTES +
+				(size_t)b->n_desc * FRAME_DESC_BYTES,
+			wqe->raddr,
+			(uint64_t)b->mr->slot << SHM_SLOT_SHIFT |
+				(sge->addr - (uintptr_t)b->mr->ibv.addr),
+			wqe->rkey, sge->length,
+			wqe->signaled ? DESC_FETCH | DESC_SIGNALED :
+					DESC_FETCH);
+	b->n_desc++;
+	return true;
+}
+
 static void put_wr(struct builder *b, uint64_t seq)
 {
 	const struct soft_wqe *wqe = &b->qp->sq.ring[seq & b->qp->sq.mask];
@@ -326,6 +362,8 @@ bool soft_frame_requests(struct soft_qp *qp, struct soft_tx *tx)
 	struct soft_sq *sq = &qp->sq;
 	uint64_t head = atomic_load_explicit(&sq->head, memory_order_acquire);
 	uint64_t first = sq->next;
+	bool plain = qp->wire_out == WIRE_SHM && !qp->local.status &&
+		     !soft_faulty(qp_context(qp));
 
 	tx->n_iov = tx->at_iov = 0;
 	tx->first_seq = sq->next;
@@ -334,6 +372,10 @@ bool soft_frame_requests(struct soft_qp *qp, struct soft_tx *tx)
 		return true;
 	while (sq->next != head && b.n_desc < FRAME_MAX_DESC &&
 	       b.payload < FRAME_MAX_PAYLOAD && !b.full) {
+		if (plain && sq->next_offset == 0 && put_plain(&b, sq->next)) {
+			sq->next++;
+			continue;
+		}
 		if (sq->next_offset == 0 &&
 		    !may_start(qp, sq->next, b.n_desc == 0))
 			break;

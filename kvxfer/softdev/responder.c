@@ -136,15 +136,25 @@ static struct soft_failure check_desc(struct soft_qp *qp,
 /* Find the first descriptor, from the present one on, that must fail. */
 static void check_frame(struct soft_conn *conn)
 {
+	const struct soft_mr *mr =
+		NULL; /* which the WRITE before may write to */
 	struct soft_rx *rx = conn->rx;
+	const struct frame_desc *desc;
 
 	rx->mr_generation = conn->ctx->mr_generation;
 	for (rx->bad = rx->at; rx->bad < rx->header.n_desc; rx->bad++) {
+		desc = &rx->desc[rx->bad];
+		if (mr && desc->op == OP_WRITE && desc->rkey == mr->ibv.rkey &&
+		    !(desc->flags & DESC_START && desc->total != desc->len) &&
+		    soft_mr_covers(mr, desc->raddr, desc->len))
+			continue;
 		rx->failure = check_desc(conn->qp, &rx->desc[rx->bad]);
 		if (!rx->failure.status && rx->faults)
 			rx->failure = soft_inject_failure(&rx->faults[rx->bad]);
 		if (rx->failure.status)
 			return;
+		if (desc->op == OP_WRITE && desc->len && !rx->faults)
+			mr = soft_find_rkey(conn->ctx, desc->rkey);
 	}
 }
 

@@ -1,4 +1,4 @@
-/* The shm wire: rings, regions, and the copy. wire_shm.h has the idea. */
+/* The shm wire: its rings. wire_shm.h has the idea. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -8,17 +8,6 @@
 #include <unistd.h>
 
 #include "wire_shm.h"
-
-#define REGION_MAGIC 0x5246564bu /* "KVFR" */
-#define SETTLE_NS 200000	 /* for huge pages, beside each chunk */
-#define OFFSET_MASK ((1ull << SHM_SLOT_SHIFT) - 1)
-
-/* The packet that makes a region known, its memfd beside it, or lets it go
- * (length 0). One host: both sides have the same byte order. */
-struct region_packet {
-	uint32_t magic, slot;
-	uint64_t offset, length;
-};
 
 #ifdef __SANITIZE_THREAD__
 uint64_t shm_words[SHM_WORDS][2];
@@ -187,48 +176,6 @@ ssize_t soft_shm_send(struct soft_conn *conn, const struct iovec *iov, int n,
 	return done;
 }
 
-static bool add_region(struct soft_shm *shm, const struct region_packet *packet,
-		       int fd)
-{
-	struct soft_map *map;
-
-	if (packet->magic != REGION_MAGIC || packet->slot >= SHM_MAX_REGIONS)
-		return false;
-	map = &shm->regions[packet->slot];
-	soft_unmap(map);
-	if (packet->length == 0)
-		return true;
-	return fd >= 0 &&
-	       !soft_check_sealed(fd, packet->offset, packet->length) &&
-	       !soft_map(map, fd, packet->offset, packet->length, PROT_READ);
-}
-
-/* Read the packets that wait. False: the peer is gone, or makes no sense. */
-static bool take_packets(struct soft_conn *conn)
-{
-	struct soft_shm *shm = conn->shm;
-	struct region_packet packet;
-	struct iovec iov = { &packet, sizeof(packet) };
-	bool good = true;
-	ssize_t got;
-	int fd;
-
-	while (shm->packets && good) {
-		got = soft_local_recv(conn->fd, &iov, 1, &fd);
-		if (got < 0 && errno == EAGAIN)
-			shm->packets = false;
-		else if (got == sizeof(packet))
-			good = !conn->outgoing && add_region(shm, &packet, fd);
-		else if (got != 1) /* 1: woken, and awake */
-			good = got < 0 && errno == EINTR;
-		if (fd >= 0)
-			close(fd);
-	}
-	if (!good)
-		shm->gone = true;
-	return good;
-}
-
 /* A packet of the hello, with the memfd that comes beside it. */
 static ssize_t recv_packet(struct soft_conn *conn, const struct iovec *iov,
 			   int n)
@@ -253,7 +200,7 @@ static int64_t arrived(struct soft_conn *conn)
 	data = shm_data(&shm->in);
 	if (data == 0) {
 		/* What it said before it closed is in the ring by then. */
-		take_packets(conn);
+		soft_shm_hear(conn);
 		data = shm_data(&shm->in);
 	}
 	if (data <= 0) {
@@ -298,33 +245,6 @@ ssize_t soft_shm_skip(struct soft_conn *conn, size_t n)
 	return (ssize_t)n;
 }
 
-bool soft_shm_name(struct soft_conn *conn, const struct soft_mr *mr,
-		   uint64_t addr, uint64_t *laddr, bool *full)
-{
-	struct soft_shm *shm = conn->shm;
-	struct region_packet packet = { REGION_MAGIC, mr->slot, mr->offset,
-					mr->ibv.length };
-	struct iovec iov = { &packet, sizeof(packet) };
-
-	if (mr->fd < 0)
-		return false;
-	*laddr = (uint64_t)mr->slot << SHM_SLOT_SHIFT |
-		 (addr - (uintptr_t)mr->ibv.addr);
-	if (shm->told[mr->slot] == mr->serial)
-		return true;
-	if (soft_local_send(conn->fd, &iov, 1, mr->fd) < 0) {
-		*full = true;
-		if (errno == EAGAIN)
-			conn->writable = false;
-		else
-			shm->gone = true;
-		return false;
-	}
-	shm->told[mr->slot] = mr->serial;
-	atomic_fetch_add(&shm->page->told, 1);
-	return true;
-}
-
 bool soft_shm_answered(struct soft_conn *conn)
 {
 	if (!is_up(conn->shm) || conn->deaf || conn->ctx->port_down ||
@@ -332,99 +252,4 @@ bool soft_shm_answered(struct soft_conn *conn)
 		return false;
 	conn->readable = true;
 	return true;
-}
-
-void soft_shm_forget(struct soft_context *ctx, const struct soft_mr *mr)
-{
-	struct region_packet packet = { REGION_MAGIC, mr->slot, 0, 0 };
-	struct iovec iov = { &packet, sizeof(packet) };
-	struct soft_shm *shm;
-	struct soft_list *at;
-
-	for (at = ctx->shms.next; at != &ctx->shms; at = at->next) {
-		shm = soft_of(at, struct soft_shm, link);
-		if (shm->told[mr->slot] != mr->serial)
-			continue;
-		shm->told[mr->slot] = 0;
-		/* If it cannot be told now, the end of the connection does it. */
-		(void)soft_local_send(shm->conn->fd, &iov, 1, -1);
-		atomic_fetch_add(&shm->page->told, 1);
-	}
-}
-
-uint64_t soft_shm_place(struct soft_shm *shm, struct soft_mr *mr, uint64_t addr)
-{
-	/* Into a mapping of our own: as with a NIC's pinned pages, it does not
-	 * matter whether the application still has its own. */
-	if (mr && mr->fd >= 0 && !mr->map)
-		soft_map_mr(mr);
-	if (!mr || !mr->map) {
-		shm->guarded = true;
-		return addr;
-	}
-	return (uintptr_t)mr->map->base + (addr - (uintptr_t)mr->ibv.addr);
-}
-
-/* Know what the peer had told us of its regions when it wrote what we have just
- * read. The socket's event may not have come yet. */
-static void hear(struct soft_conn *conn)
-{
-	struct soft_shm *shm = conn->shm;
-	uint64_t told = atomic_load(&shm->page->told);
-
-	if (told == shm->told_seen)
-		return;
-	shm->told_seen = told;
-	shm->packets = true;
-	take_packets(conn);
-}
-
-/* From the peer's words to our addresses, up to the first that is wrong. */
-static int find_sources(struct soft_conn *conn, int n_remote, size_t *bytes)
-{
-	struct iovec *remote = conn->ctx->remote_iov;
-	struct soft_map *map;
-	uint64_t name, offset;
-	size_t sum = 0;
-	int i;
-
-	for (i = 0; i < n_remote; i++) {
-		name = (uintptr_t)remote[i].iov_base;
-		offset = name & OFFSET_MASK;
-		if (name >> SHM_SLOT_SHIFT >= SHM_MAX_REGIONS)
-			break;
-		map = &conn->shm->regions[name >> SHM_SLOT_SHIFT];
-		if (!map->base || offset > map->length ||
-		    remote[i].iov_len > map->length - offset)
-			break;
-		if (i == 0)
-			soft_map_settle(map, SETTLE_NS);
-		remote[i].iov_base = map->base + offset;
-		sum += remote[i].iov_len;
-	}
-	if (sum < *bytes)
-		*bytes = sum;
-	return i;
-}
-
-enum chunk_result soft_shm_pull(struct soft_conn *conn, int n_local,
-				int n_remote, size_t *bytes)
-{
-	struct soft_shm *shm = conn->shm;
-	struct iovec *local = conn->ctx->local_iov;
-	struct iovec *remote = conn->ctx->remote_iov;
-	ssize_t done;
-
-	hear(conn);
-	n_remote = find_sources(conn, n_remote, bytes);
-	if (*bytes == 0)
-		return CHUNK_NO_SOURCE;
-	done = shm->guarded ?
-		       soft_copy_guarded(local, n_local, remote, n_remote) :
-		       (ssize_t)soft_copy(local, n_local, remote, n_remote);
-	/* Only now is it known that the source was still theirs to give. */
-	if (!soft_shm_alive(shm))
-		return CHUNK_LOST;
-	*bytes = done > 0 ? (size_t)done : 0;
-	return done > 0 ? CHUNK_MOVED : CHUNK_NO_DEST;
 }

@@ -28,7 +28,6 @@ struct soft_map {
 	size_t length;
 	void *mapping;
 	size_t mapped;
-	size_t settled; /* of mapped: huge pages were asked for */
 };
 
 struct soft_shm {
@@ -58,14 +57,14 @@ struct soft_shm {
 int soft_map(struct soft_map *map, int fd, uint64_t offset, size_t length,
 	     int prot);
 void soft_unmap(struct soft_map *map);
-/* Have more of the mapping on huge pages, until it is done or time is up. */
-void soft_map_settle(struct soft_map *map, uint64_t budget_ns);
 /* Put registered memory of ours on huge pages, where there is memory enough. */
 void soft_make_huge(uint8_t *addr, size_t length);
 /* Whether fd is memory of which no byte can be taken away: 0 or errno. */
 int soft_check_sealed(int fd, uint64_t offset, uint64_t length);
 
 /* copy.c; no lock */
+/* Copy n ranges, each from its own. */
+void soft_copy_pairs(const struct iovec *to, const struct iovec *from, int n);
 /* Copy until either list is used up. Returns the bytes copied. */
 size_t soft_copy(const struct iovec *to, int n_to, const struct iovec *from,
 		 int n_from);
@@ -106,12 +105,22 @@ ssize_t soft_shm_send(struct soft_conn *conn, const struct iovec *iov, int n,
 ssize_t soft_shm_recv(struct soft_conn *conn, const struct iovec *iov, int n,
 		      bool user);
 ssize_t soft_shm_skip(struct soft_conn *conn, size_t n);
+/* Initiator: has something come that was not read? */
+bool soft_shm_answered(struct soft_conn *conn);
+
+/* shm_region.c */
+/* Read the packets that wait. False: the peer is gone, or makes no sense. */
+bool soft_shm_hear(struct soft_conn *conn);
 /* Initiator: how the peer finds addr of the region, which it is told of if need
  * be. False: the bytes have to be sent. *full: try again when there is room. */
 bool soft_shm_name(struct soft_conn *conn, const struct soft_mr *mr,
 		   uint64_t addr, uint64_t *laddr, bool *full);
-/* Initiator: has something come that was not read? */
-bool soft_shm_answered(struct soft_conn *conn);
+/* Initiator: can it be named without telling the peer of it first? */
+static inline bool soft_shm_knows(const struct soft_conn *conn,
+				  const struct soft_mr *mr)
+{
+	return mr->fd >= 0 && conn->shm->told[mr->slot] == mr->serial;
+}
 /* A region of ours ends: whoever has mapped it shall let go. */
 void soft_shm_forget(struct soft_context *ctx, const struct soft_mr *mr);
 /* Responder: where to put bytes for addr of one of our regions; sets guarded. */
@@ -120,6 +129,9 @@ uint64_t soft_shm_place(struct soft_shm *shm, struct soft_mr *mr,
 /* As soft_cma_pull(). */
 enum chunk_result soft_shm_pull(struct soft_conn *conn, int n_local,
 				int n_remote, size_t *bytes);
+/* Copy as many plain WRITEs as come next, each whole, and advance over them.
+ * False: the next is not that plain, and nothing was done. */
+bool soft_shm_move(struct soft_conn *conn, enum chunk_result *result);
 
 /* shm_wake.c */
 /* Take up what has come through the rings. True: something has. */

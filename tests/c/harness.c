@@ -52,14 +52,26 @@ int sealed_memory(size_t size)
 	return fd;
 }
 
+uint8_t *map_aligned(int fd, size_t size)
+{
+	int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+	const size_t huge = 2u << 20;
+	uint8_t *all = mmap(NULL, size + huge, PROT_NONE,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	uint8_t *at = (uint8_t *)(((uintptr_t)all + huge - 1) & -huge);
+
+	CHECK(all != MAP_FAILED);
+	CHECK(mmap(at, size, PROT_READ | PROT_WRITE, flags | MAP_FIXED, fd,
+		   0) == at);
+	munmap(all, (size_t)(at - all));
+	munmap(at + size, (size_t)(all + huge - at));
+	return at;
+}
+
 static void map_buffer(struct end *end, bool shared)
 {
-	int flags = shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
-
 	end->fd = shared ? sealed_memory(end->size) : -1;
-	end->buffer = mmap(NULL, end->size, PROT_READ | PROT_WRITE, flags,
-			   end->fd, 0);
-	CHECK(end->buffer != MAP_FAILED);
+	end->buffer = map_aligned(end->fd, end->size);
 }
 
 void open_end(struct end *end, const struct options *options)

@@ -60,6 +60,8 @@ struct card {
 
 /* A memfd that a peer may map. */
 int sealed_memory(size_t size);
+/* Map fd, or private memory (-1), where huge pages fit. size: whole pages. */
+uint8_t *map_aligned(int fd, size_t size);
 void open_end(struct end *end, const struct options *options);
 void close_end(struct end *end);
 struct card card_of(const struct end *end);
