@@ -128,7 +128,13 @@ class _Direct(Initiator):
 
     def facts(self) -> dict[str, Any]:
         """Say which device moved the blocks, and by which wire."""
-        return {"device": self.ends.adapter.name, "wire": self.ends.link.wire}
+        return {
+            "device": self.ends.adapter.name,
+            "wire": self.ends.link.wire,
+            "page_bytes": min(
+                self.ends.pool.cache.page_bytes, self.hello["page_bytes"]
+            ),
+        }
 
     def close(self) -> None:
         """Close this side, then let the target go."""
@@ -306,6 +312,7 @@ async def _serve(job: Job, control: Control) -> None:
         info=ends.info,
         bases=ends.pool.bases,
         keys=ends.keys(),
+        page_bytes=ends.pool.cache.page_bytes,
         ring=None
         if ring is None
         else {**msgspec.structs.asdict(ring), "receives": _RECORDS},

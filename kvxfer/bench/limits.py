@@ -111,7 +111,11 @@ class Copy(Initiator):
 
     def facts(self) -> dict[str, Any]:
         """Say what it is."""
-        return {"wire": "memcpy"}
+        pools = self.source, self.target
+        return {
+            "wire": "memcpy",
+            "page_bytes": min(pool.cache.page_bytes for pool in pools),
+        }
 
 
 class Asked(Initiator):
@@ -127,6 +131,7 @@ class Asked(Initiator):
     def connect(self, hello: dict[str, Any]) -> None:
         """Connect to where the target listens, and say where our memory is."""
         tcp = self.job["kind"] == "tcp"
+        self._page_bytes = min(self.pool.cache.page_bytes, hello["page_bytes"])
         self.socket = socket.socket(socket.AF_INET if tcp else socket.AF_UNIX)
         if tcp:
             tune(self.socket)
@@ -150,7 +155,7 @@ class Asked(Initiator):
 
     def facts(self) -> dict[str, Any]:
         """Say what it is."""
-        return {"wire": self.job["kind"]}
+        return {"wire": self.job["kind"], "page_bytes": self._page_bytes}
 
 
 class ReadMemory(Asked):
@@ -243,7 +248,7 @@ def serve(job: Job, control: Control) -> None:
             if tcp
             else {"name": f"\0kvxfer-bench-{os.getpid()}"}
         )
-        control.send(**where)
+        control.send(**where, page_bytes=pool.cache.page_bytes)
         connection, _ = listener.accept()
     if tcp:
         tune(connection)

@@ -97,6 +97,7 @@ def summarize(windows: Sequence[Event]) -> list[dict[str, Any]]:
         row["disturbed"] = sum(bool(w.get("disturbed")) for w in group)
         row["device"] = group[-1].get("device")
         row["wire"] = group[-1].get("wire")
+        row["page_bytes"] = group[-1].get("page_bytes")
         rows.append(row)
     return sorted(rows, key=lambda row: row["block_bytes"])
 
@@ -286,6 +287,8 @@ def title_of(contender: Contender, row: Mapping[str, Any]) -> str:
     way = f"{device} ({row['wire']})"
     if str(device).startswith("soft"):
         way += ", memory copies"
+        if row.get("page_bytes"):
+            way += f" on pages of {format_size(row['page_bytes'])}"
     elif str(device).startswith("null"):
         way += ", nothing moves"
     return f"{contender.name}: {contender.what}; {way}"

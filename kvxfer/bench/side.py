@@ -257,7 +257,10 @@ class Initiator:
         return self.workload.batch * self.workload.planes
 
     def facts(self) -> dict[str, Any]:
-        """Say how it went: ``device``, ``wire``, ``wrs_per_block``."""
+        """Say how it went: ``device``, ``wire``, ``wrs_per_block``.
+
+        ``page_bytes`` is the smaller page of the two sides' memory, 0: not known.
+        """
         return {}
 
     def close(self) -> None:

@@ -137,6 +137,8 @@ class Lane:
 class Transfer(Initiator):
     """Writes with ``write_cache``."""
 
+    _page_bytes: int
+
     def open(self) -> None:
         """Map the source, start the target, connect every thread."""
         job = self.job
@@ -149,11 +151,14 @@ class Transfer(Initiator):
     def connect(self, hello: dict[str, Any]) -> None:
         """Connect to where the target listens."""
         self.join(self.pool.cache, hello["endpoint"])
+        self._page_bytes = min(self._page_bytes, hello["page_bytes"])
 
     def join(self, cache: KVCache, address: str) -> None:
         """Connect every thread, one after the other."""
         for lane in self.lanes:
             lane.start(lane.connect(cache, self.options, address)).result()
+        # Registering it may have put it on larger ones.
+        self._page_bytes = cache.page_bytes
 
     def prepare(self, tables: Tables) -> None:
         """Choose the group of this size."""
@@ -204,6 +209,7 @@ class Transfer(Initiator):
         return {
             "device": last.device,
             "wire": last.wire,
+            "page_bytes": self._page_bytes,
             "wrs_per_block": last.wrs / self.blocks_of_batch,
         }
 
@@ -333,7 +339,7 @@ async def _serve(job: Job, control: Control) -> None:
                 pass
 
         taking = asyncio.ensure_future(take())
-        control.send(endpoint=server.endpoint)
+        control.send(endpoint=server.endpoint, page_bytes=pool.cache.page_bytes)
         # In a thread: the server must go on answering while the initiator thinks.
         await asyncio.get_running_loop().run_in_executor(None, target.serve, control)
     await taking

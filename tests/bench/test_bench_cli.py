@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -68,6 +69,7 @@ async def test_a_sweep_on_each_wire(wire: str, tmp_path: Path) -> None:
     ]
     for window in windows:
         assert (window["device"], window["wire"]) == ("soft0", wire)
+        assert window["page_bytes"] in (mmap.PAGESIZE, 2 << 20)
         assert (window["wrong_blocks"], window["unseen_blocks"]) == (0, 0)
         assert window["verified_blocks"] == 2 * 32
         assert window["batches"] >= 3

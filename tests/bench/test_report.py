@@ -40,6 +40,7 @@ def window(name: str, number: int, rate: float, **changes: Any) -> dict[str, Any
         "disturbed": False,
         "device": "soft0",
         "wire": "cma",
+        "page_bytes": 2 << 20,
         **changes,
     }
 
@@ -124,7 +125,7 @@ def test_the_table() -> None:
         *("0.500", "0.250", "1.00", "20"),
     ]
     assert "0.500 (0.500 to 0.500)" in text
-    assert "memory copies" in text and SOFTWARE in text
+    assert "memory copies on pages of 2M" in text and SOFTWARE in text
 
 
 def test_a_nic_is_not_called_a_memory_copy() -> None:
