@@ -8,7 +8,6 @@ import os
 import select
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,15 +26,22 @@ MODES = ["event", *THREADED]
 THREAD = "kvxfer-engine"
 
 
-def n_threads() -> int:
-    """Count the threads of engines in this process."""
-    names = []
+def statuses() -> list[str]:
+    """Return what /proc says of each thread of an engine in this process."""
+    found = []
     for task in TASK_DIR.iterdir():
         try:
-            names.append((task / "comm").read_text().strip())
-        except FileNotFoundError:  # ended since it was listed
+            status = (task / "status").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # ended since it was listed
             continue
-    return names.count(THREAD)
+        if status.startswith(f"Name:\t{THREAD}\n"):
+            found.append(status)
+    return found
+
+
+def n_threads() -> int:
+    """Count the threads of engines in this process."""
+    return len(statuses())
 
 
 def wake_ups(rig: Rig, op_ids: list[int]) -> list[int]:
@@ -67,9 +73,9 @@ def test_what_waits_for_room_goes_on_while_python_does_not_look(progress: str) -
 def test_without_a_thread_it_waits() -> None:
     """The counterpart of the test above: in ``event`` Python has to look."""
     with Rig(depth=16, notify=False, progress="event") as rig:
-        rig.let_go()
         ids = rig.submit(range(64), range(64))
-        select.select([rig.source.engine.fd], [], [], SOON)
+        rig.let_go()
+        assert select.select([rig.source.engine.fd], [], [], SOON)[0]
         assert rig.source.engine.unretired(rig.slot) == 16
         assert rig.finish(ids)[0].status == SUCCESS
 
@@ -216,18 +222,15 @@ def test_the_thread_takes_no_signals() -> None:
     """Python's own threads are to get them."""
     with Device("soft0") as device:
         engine = Engine(device, cq_depth=16, progress="adaptive")
-        blocked = []
-        for task in TASK_DIR.iterdir():
-            if (task / "comm").read_text().strip() == THREAD:
-                blocked.append(_blocked_signals(task))
+        blocked = [_blocked_signals(status) for status in statuses()]
         assert blocked
         wanted = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
         assert all(wanted <= signals for signals in blocked)
         engine.close()
 
 
-def _blocked_signals(task: Path) -> set[int]:
-    for line in (task / "status").read_text().splitlines():
+def _blocked_signals(status: str) -> set[int]:
+    for line in status.splitlines():
         if line.startswith("SigBlk:"):
             mask = int(line.split()[1], 16)
             return {n for n in range(1, 65) if mask >> (n - 1) & 1}
