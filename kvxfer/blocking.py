@@ -156,11 +156,14 @@ class _Face(Generic[_Endpoint]):
         make: Callable[[], Coroutine[Any, Any, _T]],
         timeout: float | None = None,
     ) -> _T:
+        with entered(self._thread_now()) as thread:
+            return thread.run(make, timeout)
+
+    def _thread_now(self) -> LoopThread:
         if self._thread is None or self._closed:
             state = "closed" if self._closed else "new"
             raise ClosedResourceError(f"the {self._what} is {state}, not open")
-        with entered(self._thread) as thread:
-            return thread.run(make, timeout)
+        return self._thread
 
 
 def _abandoned(
@@ -351,18 +354,20 @@ class Client(_Face[AsyncClient]):
         """
         if not isinstance(peer, Peer):
             raise UsageError(f"peer is {peer!r}, not what connect() returned")
-        write = self._endpoint.write_cache
-        return self._call(
-            lambda: write(
-                peer._peer,
-                local_block_ids,
-                remote_block_ids,
-                layer_idx,
-                request_id=request_id,
-                group=group,
-                timeout=timeout,
+        write = self._endpoint._start_write
+        with entered(self._thread_now()) as thread:
+            return thread.run_begun(
+                lambda: write(
+                    peer._peer,
+                    local_block_ids,
+                    remote_block_ids,
+                    layer_idx,
+                    request_id=request_id,
+                    group=group,
+                    timeout=timeout,
+                ),
+                WriteResult,
             )
-        )
 
 
 class Server(_Face[AsyncServer]):

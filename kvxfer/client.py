@@ -475,6 +475,33 @@ class Client:
           Posts nothing further and waits until what was posted has completed, so
           the local blocks may be reused at once. The remote blocks are undefined.
         """
+        ended = self._start_write(
+            peer,
+            local_block_ids,
+            remote_block_ids,
+            layer_idx,
+            request_id=request_id,
+            group=group,
+            timeout=timeout,
+        )
+        if not isinstance(ended, WriteResult):
+            return await ended
+        if peer.link.adapter.scheduler.owes_a_turn:
+            await asyncio.sleep(0)
+        return ended
+
+    def _start_write(
+        self,
+        peer: Peer,
+        local_block_ids: object,
+        remote_block_ids: object,
+        layer_idx: int | Iterable[int] | None,
+        *,
+        request_id: str | None,
+        group: str | None,
+        timeout: float | None,
+    ) -> WriteResult | Coroutine[Any, Any, WriteResult]:
+        """Begin a write: what it came to, or what has to be awaited at once."""
         self._ensure_open()
         if not isinstance(peer, Peer):
             raise UsageError(f"peer is {peer!r}, not what connect() returned")
@@ -487,9 +514,7 @@ class Client:
         plan = self._plan(peer, group, layer_idx)
         ended = peer.begin(plan, local_ids, remote_ids, request)
         if isinstance(ended, Transfer):
-            return await peer.finish(ended, request, seconds)
-        if peer.link.adapter.scheduler.owes_a_turn:
-            await asyncio.sleep(0)
+            return peer.finish(ended, request, seconds)
         return ended
 
     def _plan(

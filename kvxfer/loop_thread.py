@@ -43,27 +43,44 @@ class _Call(Generic[_T]):
     """A coroutine on the loop and the thread that waits for it."""
 
     def __init__(
-        self, make: Callable[[], Coroutine[Any, Any, _T]], timeout: float | None
+        self, make: Callable[[], _T | Coroutine[Any, Any, _T]], timeout: float | None
     ) -> None:
         self._make = make
         self._timeout = timeout
         self._expired = False
         self._ended = False
+        self._begun = False
         self._task: asyncio.Task[_T] | None = None
+        self._at_once: list[_T] = []
+        self._error: Exception | None = None
         # Held until the coroutine has ended; cheaper than an Event.
         self._running = threading.Lock()
         self._running.acquire()
 
     def start(self) -> None:
-        """Start the coroutine; in the loop."""
+        """Start the coroutine, if there is something to wait for; in the loop."""
         loop = asyncio.get_running_loop()
-        self._task = loop.create_task(self._make())
+        try:
+            made = self._make()
+        except Exception as error:  # noqa: BLE001 - it is raised in the caller
+            self._error = error
+            self._end()
+            return
+        if not isinstance(made, Coroutine):
+            self._at_once.append(made)
+            self._end()
+            return
+        self._task = loop.create_task(self._run(made))
         self._task.add_done_callback(self._end)
         if self._timeout is not None:
             timer = loop.call_later(self._timeout, self._expire)
             self._task.add_done_callback(lambda _: timer.cancel())
 
-    def _end(self, _: asyncio.Task[_T]) -> None:
+    async def _run(self, made: Coroutine[Any, Any, _T]) -> _T:
+        self._begun = True
+        return await made
+
+    def _end(self, _: asyncio.Task[_T] | None = None) -> None:
         self._ended = True
         self._running.release()
 
@@ -73,8 +90,13 @@ class _Call(Generic[_T]):
 
     def cancel(self) -> None:
         """Cancel the coroutine; in the loop."""
-        if self._task is not None:
+        if self._task is None:
+            return
+        if self._begun:
             self._task.cancel()
+        else:
+            # One that never began could not see to what it stands for.
+            asyncio.get_running_loop().call_soon(self.cancel)
 
     def wait(self, loop: asyncio.AbstractEventLoop) -> _T:
         """Wait for the coroutine and return its result; in the calling thread."""
@@ -90,11 +112,14 @@ class _Call(Generic[_T]):
                 if self._ended:  # perhaps between the two lines above
                     break
                 loop.call_soon_threadsafe(self.cancel)
-        assert self._task is not None
         if interrupt is not None:
-            if not self._task.cancelled():
+            if self._task is not None and not self._task.cancelled():
                 self._task.exception()  # looked at, so that nobody complains
             raise interrupt
+        if self._error is not None:
+            raise self._error
+        if self._task is None:
+            return self._at_once[0]
         try:
             return self._task.result()
         except asyncio.CancelledError:
@@ -140,11 +165,23 @@ class LoopThread:
           Expired: It took longer than ``timeout`` seconds, and was cancelled.
           UsageError: Called in the loop's own thread, which would wait for itself.
         """
+        return self._wait_for(_Call[_T](make, timeout))
+
+    def run_begun(
+        self, begin: Callable[[], _T | Coroutine[Any, Any, _T]], _kind: type[_T]
+    ) -> _T:
+        """The same where there may be nothing to wait for.
+
+        Args:
+          begin: Called in the loop: returns the result, or a coroutine, which is run.
+        """
+        return self._wait_for(_Call[_T](begin, None))
+
+    def _wait_for(self, call: _Call[_T]) -> _T:
         if threading.current_thread() is self._thread:
             raise UsageError(
                 "a blocking call inside a callback would wait for itself for ever"
             )
-        call = _Call(make, timeout)
         self._loop.call_soon_threadsafe(call.start)
         return call.wait(self._loop)
 
