@@ -44,6 +44,7 @@ from kvxfer.protocol import (
     Timing,
 )
 from kvxfer.protocol_base import Connection
+from kvxfer.rates import Bucket
 
 __all__ = [
     "CLOSE_GRACE",
@@ -178,6 +179,7 @@ class Link:
       peer_address: Where the peer is, as text.
       client: At a listener, whose connection it counts as: a key's name, or the
         address.
+      inbox: At a listener, how much the peer may say.
     """
 
     def __init__(
@@ -186,6 +188,7 @@ class Link:
         self.core = core
         self.client = client
         self.owned = False
+        self.inbox: Bucket | None = None
         self.peer_address = peer_address
         self.failure: BaseException | None = None
         self._owner = owner

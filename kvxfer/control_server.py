@@ -60,6 +60,7 @@ from kvxfer.protocol import (
     OfferWanted,
     RequestReceived,
 )
+from kvxfer.rates import Bucket, Buckets
 
 __all__ = ["ControlServer", "ControlStatistics", "ListenerDelegate"]
 
@@ -122,6 +123,7 @@ class ControlStatistics:
       refused: Hellos refused.
       garbage: Frames that were no valid message.
       strangers: Messages of peers without a connection.
+      floods: Connections that were ended since they said too much.
       denied: Links that were not let in, since their key is not known.
       links: TCP or Unix connections taken.
       links_ready: Of them, those that got through ZMQ's handshake and its keys.
@@ -134,6 +136,7 @@ class ControlStatistics:
     refused: int
     garbage: int
     strangers: int
+    floods: int
     denied: int
     links: int
     links_ready: int
@@ -185,10 +188,12 @@ class ControlServer:
         self._identities: dict[Link, bytes] = {}
         self._pending: set[Link] = set()
         self._doors = LinkWatch()
+        self._hellos = Buckets(self._options.max_handshake_rate)
         self._draining = ""
         self._monitor: zmq.asyncio.Socket | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._accepted = self._refused = self._garbage = self._strangers = 0
+        self._floods_ended = 0
 
     # -- life --------------------------------------------------------------
 
@@ -365,6 +370,7 @@ class ControlServer:
             refused=self._refused,
             garbage=self._garbage,
             strangers=self._strangers,
+            floods=self._floods_ended,
             denied=0 if self._doorkeeper is None else self._doorkeeper.denied,
             links=self._doors.accepted,
             links_ready=self._doors.ready,
@@ -387,6 +393,8 @@ class ControlServer:
     def _take(self, frames: list[zmq.Frame]) -> None:
         identity = frames[0].bytes
         link = self._by_identity.get(identity)
+        if link is not None and self._floods(link):
+            return
         try:
             if len(frames) != 2:
                 raise ProtocolError(f"a message of {len(frames) - 1} frames, not one")
@@ -407,15 +415,29 @@ class ControlServer:
         elif isinstance(message, wire.Hello):
             self._greet(identity, message, frames[1])
         else:
-            self._stranger(identity, message)
+            self._stranger(identity, message, self._peer_address(frames[1]))
+
+    def _floods(self, link: Link) -> bool:
+        """Put an end to a connection that says too much; its words are not read."""
+        assert link.inbox is not None
+        if link.inbox.take(asyncio.get_running_loop().time()):
+            return False
+        if not link.core.is_closed:
+            self._floods_ended += 1
+            limit = self._options.max_message_rate
+            text = f"more than {limit} messages in a second (max_message_rate)"
+            link.apply(link.core.violation(text))
+        return True
 
     def _peer_address(self, frame: zmq.Frame) -> str:
         if self._address.is_ipc:
             return ""
         return str(frame.get("Peer-Address")).removeprefix("::ffff:")
 
-    def _stranger(self, identity: bytes, message: wire.Message) -> None:
+    def _stranger(self, identity: bytes, message: wire.Message, address: str) -> None:
         self._strangers += 1
+        if not self._hellos.take(f"stranger {address}", _now()):
+            return  # Not even an answer: it would help to flood.
         if isinstance(message, (wire.Bye, wire.Refuse)):
             return
         # A peer of our past life, or one taken for dead: let it know at once.
@@ -472,6 +494,9 @@ class ControlServer:
         peer_address = self._peer_address(frame)
         client = peer_address if self._doorkeeper is None else str(frame.get("User-Id"))
         reason = self._too_many(client)
+        if not self._hellos.take(client, _now()):
+            limit = self._options.max_handshake_rate
+            reason = f"more than {limit} handshakes in a second (max_handshake_rate)"
         if reason:
             text = f"{reason}; try again later"
             self._refuse(identity, wire.RefuseCode.BUSY, text)
@@ -488,6 +513,7 @@ class ControlServer:
             features=self._features,
         )
         link = Link(core, self, peer_address, client)
+        link.inbox = Bucket(self._options.max_message_rate, _now())
         self._doors.add(frame.get(zmq.SRCFD), link)
         self._identities[link] = identity
         self._by_identity[identity] = link
@@ -576,6 +602,10 @@ class ControlServer:
         assert link.core.conn_id is not None
         if link.owned:
             await self._delegate.closed(link.core.conn_id, reason)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _listen_address(host: str, port: int) -> Address:

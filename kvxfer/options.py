@@ -335,9 +335,9 @@ class Options:
     )
     flush: str = _option(
         "auto",
-        "READ behind each write that has it in place: auto takes it for GPUs of "
-        "compute capability 8.x.",
-        choices=("auto", "none", "initiator_read"),
+        "READ that has written bytes in place before anyone is told: of the writer, or "
+        "of the side that is written to; auto: for GPUs of compute capability 8.x.",
+        choices=("auto", "none", "initiator_read", "target_read"),
         also=("KVCACHE_GDRCOPY_FLUSH_ENABLE",),
     )
     sq_depth: int = _option(
@@ -452,6 +452,22 @@ class Options:
     )
     max_handshakes: int = _option(
         256, "Handshakes a server keeps pending at once.", low=1, high=65536
+    )
+    max_handshake_rate: int = _option(
+        500,
+        "Handshakes that a server begins with one key, or without keys with one "
+        "address; who is faster is told to wait.",
+        unit="a second",
+        low=1,
+        high=1 << 20,
+    )
+    max_message_rate: int = _option(
+        50_000,
+        "Control messages that a server takes on one connection; who sends more is "
+        "disconnected.",
+        unit="a second",
+        low=1,
+        high=1 << 30,
     )
     soft_wire: str = _option(
         "auto", "Wire of the software device.", choices=("auto", "shm", "cma", "tcp")

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
+import zmq.asyncio
 
-from kvxfer import curve
+from kvxfer import curve, wire
 from kvxfer.control import ControlClient
 from kvxfer.errors import RefusedError
 from kvxfer.options import Options
-from tests.endpoints import until
-from tests.test_control import PATIENCE, Dialer, Listener, dialed, make_server
+from tests import control_messages as make
+from tests.endpoints import connected, dial, until
+from tests.test_control import PATIENCE, Dialer, Listener, ask, dialed, make_server
 
 
 @pytest.fixture
@@ -97,6 +100,85 @@ async def test_links_that_never_become_peers(
             await until(lambda: server.statistics().links_open == 0)
             statistics = server.statistics()
             assert (statistics.links, statistics.links_ready) == (21, 1)
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+async def test_a_link_that_trickles_never_becomes_a_peer(
+    listener: Listener, keyed: bool, tmp_path: Path
+) -> None:
+    """A byte at a time: each of them is progress, and the deadline is for all."""
+    options, keys = curve_options(tmp_path) if keyed else ({}, None)
+    options["connect_timeout"] = 1.0
+    async with make_server(listener, **options) as server:
+        _, slow = await asyncio.open_connection("127.0.0.1", server.port)
+
+        async def trickle() -> None:
+            with contextlib.suppress(OSError):
+                for byte in GREETING + bytes(10_000):
+                    slow.write(bytes([byte]))
+                    await slow.drain()
+                    await asyncio.sleep(0.05)
+
+        trickling = asyncio.ensure_future(trickle())
+        client = ControlClient(Dialer(), keys=keys)
+        await client.connect(server.endpoint, timeout=PATIENCE)
+        await until(lambda: server.statistics().links == 2)
+        # The greeting alone would take three seconds and more.
+        await until(lambda: server.statistics().links_open == 1)
+        assert not trickling.done()
+        assert server.statistics().links_ready == 1
+        assert listener.calls.count("offer") == 1
+        trickling.cancel()
+        await asyncio.wait({trickling})
+        slow.close()
+        with contextlib.suppress(OSError):
+            await slow.wait_closed()
+        await client.close()
+
+
+async def test_handshakes_have_a_rate(listener: Listener) -> None:
+    """Who dials too often is told to wait; one who does is let in."""
+    async with make_server(listener, max_handshake_rate=2) as server:
+        for _ in range(2):
+            async with dialed(server):
+                pass
+        offers = listener.calls.count("offer")
+        with pytest.raises(RefusedError, match="max_handshake_rate") as caught:
+            while True:
+                async with dialed(server):
+                    offers += 1
+        assert caught.value.code == "busy"
+        assert listener.calls.count("offer") == offers
+        assert server.statistics().refused == 1
+
+
+async def test_clients_wait_for_their_turn() -> None:
+    """The rate is the server's; a client that is told so tries again by itself."""
+    async with connected(server_options={"max_handshake_rate": 2}) as pair:
+        for _ in range(3):
+            await pair.peer.close()
+            pair.peer = await dial(pair.client, pair.server)
+        await pair.check_write([1], [2])
+
+
+async def test_who_says_too_much_is_disconnected(listener: Listener) -> None:
+    """And nobody else is."""
+    async with (
+        make_server(listener, max_message_rate=20) as server,
+        dialed(server) as (client, _),
+    ):
+        with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as dealer:
+            dealer.linger = 0
+            dealer.connect(f"tcp://{server.endpoint}")
+            offer = await ask(dealer, make.hello())
+            assert isinstance(offer, wire.Offer)
+            await ask(dealer, make.accept(conn_id=offer.conn_id))
+            for _ in range(100):
+                await dealer.send(wire.encode(wire.Pong(seq=1)))
+            await listener.wait_for(lambda: offer.conn_id in listener.reasons)
+        assert "max_message_rate" in listener.reasons[offer.conn_id].text
+        assert server.statistics().floods == 1
+        assert await client.request_fence("still there?", timeout=PATIENCE)
 
 
 async def test_a_recorded_handshake_opens_nothing(

@@ -6,6 +6,7 @@ again, ``KVXFER_FUZZ_SECONDS`` says for how long.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import random
@@ -13,10 +14,14 @@ import secrets
 import time
 
 import pytest
+import zmq
+import zmq.asyncio
 
 from kvxfer import wire
 from kvxfer.errors import ProtocolError, VersionMismatchError
 from tests import control_messages as make
+from tests.endpoints import SOON, until
+from tests.test_control import Listener, dialed, make_server
 
 SEED = int(os.environ.get("KVXFER_FUZZ_SEED", secrets.randbits(32)))
 SECONDS = float(os.environ.get("KVXFER_FUZZ_SECONDS", "30"))
@@ -66,3 +71,30 @@ def test_control_messages_are_messages_or_refused() -> None:
         except BaseException as error:
             raise AssertionError(f"seed {SEED}, mutant {n}: {frame!r}") from error
     assert 0 < taken < n
+    print(f"seed {SEED}: {n} mutants, {taken} of them messages still")
+
+
+@pytest.mark.slow
+async def test_a_listener_takes_whatever_strangers_send() -> None:
+    """It counts, answers or hangs up; then a peer comes, and nothing else is left."""
+    rng = random.Random(SEED)
+    frames = [wire.encode(message) for message in make.one_of_each()]
+    listener = Listener()
+    end = time.monotonic() + SECONDS / 2
+    sent = 0
+    async with make_server(listener, connect_timeout=0.2) as server:
+        while time.monotonic() < end:
+            with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as raw:
+                raw.linger = 0
+                raw.connect(f"tcp://{server.endpoint}")
+                for _ in range(500):
+                    frame = mutant(rng, frames)
+                    await asyncio.wait_for(raw.send(frame), SOON)
+                    sent += 1
+        async with dialed(server):
+            counts = server.statistics()
+            assert 0 < counts.garbage < sent, f"seed {SEED}"
+            assert counts.connections == 1
+        # Hellos that happened to be valid were peers, and have been released.
+        await until(lambda: not server._identities)
+        assert listener.calls.count("offer") == listener.calls.count("closed")
