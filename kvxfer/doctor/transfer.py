@@ -27,6 +27,9 @@ from kvxfer.errors import (
 _LAYERS = 2
 _BLOCKS = 64
 _BLOCK_BYTES = 65536
+_LARGE = "large"
+# The MTUs that there are: a write of as many bytes is one packet where that is the MTU.
+_PACKETS = (256, 512, 1024, 2048, 4096)
 _LATENCY_ROUNDS = 64
 _BANDWIDTH_ROUNDS = 8
 # A path that works answers in microseconds; this is for one that does not.
@@ -36,10 +39,25 @@ _VERDICT = "kvxfer doctor verified "
 
 
 def make_cache() -> KVCache:
-    """Make the cache that both sides of a test have: 16 MiB."""
-    return KVCache.allocate(
-        n_layers=_LAYERS, n_blocks=_BLOCKS, block_bytes=_BLOCK_BYTES, planes=("large",)
-    )
+    """Make the cache that both sides of a test have: 8 MiB, and a few small blocks."""
+    groups = {
+        _LARGE: KVCache.allocate(
+            n_layers=_LAYERS, n_blocks=_BLOCKS, block_bytes=_BLOCK_BYTES, planes=("p",)
+        )
+    }
+    for size in _PACKETS:
+        groups[_group_of(size)] = KVCache.allocate(
+            n_layers=1, n_blocks=1, block_bytes=size, planes=("p",)
+        )
+    try:
+        return KVCache.grouped(groups)
+    finally:
+        for cache in groups.values():
+            cache.close()
+
+
+def _group_of(packet_bytes: int) -> str:
+    return f"packets of {packet_bytes}"
 
 
 @dataclass(frozen=True)
@@ -69,13 +87,14 @@ async def measure(client: Client, peer: Peer) -> Measured:
     """Write blocks one by one, then many at once."""
     seconds = []
     for i in range(_LATENCY_ROUNDS):
-        result = await client.write_cache(peer, [i % _BLOCKS], [i % _BLOCKS], 0)
+        one = [i % _BLOCKS]
+        result = await client.write_cache(peer, one, one, 0, group=_LARGE)
         seconds.append(result.seconds)
     ids = np.arange(_BLOCKS)
     start = time.monotonic()
     moved = 0
     for _ in range(_BANDWIDTH_ROUNDS):
-        moved += (await client.write_cache(peer, ids, ids)).bytes
+        moved += (await client.write_cache(peer, ids, ids, group=_LARGE)).bytes
     rate = moved / (time.monotonic() - start)
     return Measured(statistics.median(seconds) * 1e6, rate, peer.device, peer.wire)
 
@@ -84,14 +103,14 @@ def fill(cache: KVCache, seed: int) -> None:
     """Fill a cache with blocks that belong where they are, and nowhere else."""
     ids = np.arange(_BLOCKS)
     for layer in range(_LAYERS):
-        pattern.fill(cache.view(layer, "large"), ids, ids, 0, layer, seed)
+        pattern.fill(cache.view(layer, "p", group=_LARGE), ids, ids, 0, layer, seed)
 
 
 def wrong_blocks(cache: KVCache, seed: int) -> int:
     """Count the blocks that do not hold what they should."""
     ids = np.arange(_BLOCKS)
     return sum(
-        len(pattern.wrong(cache.view(layer, "large"), ids, 0, layer, seed))
+        len(pattern.wrong(cache.view(layer, "p", group=_LARGE), ids, 0, layer, seed))
         for layer in range(_LAYERS)
     )
 
@@ -273,24 +292,20 @@ async def _control(host: str, port: int) -> list[Finding]:
 async def _data(client: Client, peer: Peer, seed: int) -> list[Finding]:
     """Write small, then large, then all; have it compared there."""
     findings = []
-    facts = f"{peer.device} by GID {peer.link.gid}"
+    passed, error = await _largest_packet(client, peer)
     try:
+        if error is not None:
+            raise error
         measured = await measure(client, peer)
-    except (RetryExceededError, WriteTimeoutError) as error:
-        return [
-            problem(
-                "data path",
-                f"{facts}: {error}",
-                "The control connection works and RDMA packets do not come through: a "
-                "firewall (UDP port 4791), another VLAN, or an MTU on the way that is "
-                "smaller than on both sides and swallows large packets.",
-                "ping -M do -s 8972 HOST, then -s 1472: if only the second is "
-                "answered, the MTU of the switch; kvxfer devices --gids on both sides",
-            )
-        ]
+    except (RetryExceededError, WriteTimeoutError) as failure:
+        return [_swallowed(peer, passed, failure)]
+    sizes = ", ".join(map(str, _PACKETS))
+    findings.append(ok("packets", f"of {sizes} bytes come through"))
     findings.append(ok("data path", str(measured)))
     ids = np.arange(_BLOCKS)
-    await client.write_cache(peer, ids, ids, request_id=f"{_VERIFY}{seed}")
+    await client.write_cache(
+        peer, ids, ids, request_id=f"{_VERIFY}{seed}", group=_LARGE
+    )
     try:
         await asyncio.wait_for(_gone(peer), _PATIENCE)
     except asyncio.TimeoutError:
@@ -313,6 +328,42 @@ async def _data(client: Client, peer: Peer, seed: int) -> list[Finding]:
             )
         )
     return findings
+
+
+async def _largest_packet(client: Client, peer: Peer) -> tuple[int, KVXferError | None]:
+    """Write larger and larger packets; return the last that came through, and why."""
+    passed = 0
+    for size in _PACKETS:
+        try:
+            await client.write_cache(peer, [0], [0], 0, group=_group_of(size))
+        except (RetryExceededError, WriteTimeoutError) as error:
+            return passed, error
+        passed = size
+    return passed, None
+
+
+def _swallowed(peer: Peer, passed: int, error: KVXferError) -> Finding:
+    """Say what it means that nothing longer than ``passed`` bytes comes through."""
+    facts = f"{peer.device} by GID {peer.link.gid}"
+    if passed == 0:
+        return problem(
+            "data path",
+            f"{facts}: {error}",
+            "The control connection works and RDMA packets do not come through: a "
+            "firewall (UDP port 4791), another VLAN, or an MTU on the way that is "
+            "smaller than on both sides and swallows large packets.",
+            "ping -M do -s 8972 HOST, then -s 1472: if only the second is "
+            "answered, the MTU of the switch; kvxfer devices --gids on both sides",
+        )
+    longer = next((size for size in _PACKETS if size > passed), _BLOCK_BYTES)
+    return problem(
+        "packets",
+        f"{facts}: of {passed} bytes come through, of {longer} do not: {error}",
+        "Something on the way drops packets that are too long for it, and tells "
+        "nobody: an MTU black hole.",
+        f"export KVXFER_PATH_MTU={passed} on both sides, until the MTU of all switches "
+        f"between is larger; ping -M do -s {min(longer, 4096)} HOST shows it as well",
+    )
 
 
 async def _gone(peer: Peer) -> None:
