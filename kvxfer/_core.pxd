@@ -139,7 +139,7 @@ cdef enum Mode:
 
 cdef enum Stage:
     DATA       # WRs of blocks are still to be posted
-    FLUSH      # of the last operation: a small READ behind all planes, on each lane
+    FLUSH      # a small READ behind all planes, on each lane that needs one
     RECORD     # all data is posted; waits for credit, then record and immediate
     IMMEDIATE  # the record is posted
     OTHERS     # an immediate on each further QP that carried data

@@ -376,10 +376,14 @@ cdef uint32_t build(
 cdef uint32_t lanes_to_flush(Queue *queue, Op *op) noexcept nogil:
     """The lanes that get a READ behind an operation's data: bit mask.
 
-    All of them behind the last of a submission, since any of its operations may have
-    used any; none behind the others.
+    Where each operation is announced, those that it has used. Else none but the last
+    of a submission, and then all, since any of its operations may have used any.
     """
-    if queue.flush_addr == 0 or op is not &op.batch.ops[op.batch.n_ops - 1]:
+    if queue.flush_addr == 0:
+        return 0
+    if queue.ring is not NULL:
+        return op.cursor.lanes
+    if op is not &op.batch.ops[op.batch.n_ops - 1]:
         return 0
     return (<uint32_t>1 << queue.n_lanes) - 1
 

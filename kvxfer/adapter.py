@@ -154,10 +154,11 @@ class Adapter:
             self.ways.add(way)
         if _log.isEnabledFor(logging.INFO):
             _log.info(
-                "%s: registered %d bytes in %d regions, on pages of %d bytes",
+                "%s: registered %d bytes in %d regions by %s, on pages of %d bytes",
                 self.spec.name,
                 sum(region.length for region in cache.regions),
                 len(self._regions),
+                " and ".join(sorted(self.ways)),
                 cache.page_bytes,
             )
         self._engine = Engine(

@@ -37,6 +37,7 @@ from kvxfer.memory import (
     page_bytes,
     round_up,
 )
+from kvxfer.reach import check_gpu_memory
 from kvxfer.tensors import TensorMemory, inspect_tensor, is_tensor, place_blocks
 
 __all__ = ["Entry", "KVCache", "Region"]
@@ -85,6 +86,8 @@ class KVCache:
     Raises:
       LayoutError: No group, a name twice, or blocks of one group that overlap.
         Different groups may share memory, as hybrid models do.
+      DeviceUnavailableError: It lies in GPU memory, and there is no NIC that could
+        reach it: the software device cannot. Says what to use instead.
     """
 
     def __init__(
@@ -110,6 +113,8 @@ class KVCache:
             _refuse_overlap(group)
         self._geometry = describe(self._groups)
         self._spans = dict(_spans or {})
+        if not all(span.on_host for span in self._spans.values()):
+            check_gpu_memory()
         self._regions = merge_regions(
             (entry.place, self._spans.get(key, Span()))
             for key, entry in self._entries.items()

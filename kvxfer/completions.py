@@ -46,6 +46,7 @@ class Completions:
         self._fd = -1
         self._device = engine.cq.device
         self._async_fd = -1
+        self._watched: set[int] = set()
 
     def start(self) -> None:
         """Begin to listen on the running loop."""
@@ -54,6 +55,18 @@ class Completions:
         self._loop.add_reader(self._fd, self.wake)
         self._async_fd = self._device.async_fd
         self._loop.add_reader(self._async_fd, self._take_events)
+
+    def watch(self, fd: int, on_readable: Callable[[], None]) -> None:
+        """Listen on a descriptor of the same device as well, while this listens."""
+        if self._loop is not None:
+            self._watched.add(fd)
+            self._loop.add_reader(fd, on_readable)
+
+    def unwatch(self, fd: int) -> None:
+        """Listen on it no longer. Twice is fine."""
+        if self._loop is not None and fd in self._watched:
+            self._watched.discard(fd)
+            self._loop.remove_reader(fd)
 
     def expect(self, op_ids: list[int], on_finished: OnFinished) -> None:
         """Call ``on_finished`` once for each of these operations.
@@ -113,4 +126,6 @@ class Completions:
         if self._loop is not None:
             self._loop.remove_reader(self._fd)
             self._loop.remove_reader(self._async_fd)
+            for fd in self._watched:
+                self._loop.remove_reader(fd)
             self._loop = None

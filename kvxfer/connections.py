@@ -19,6 +19,7 @@ from kvxfer.errors import (
     LayoutError,
     RefusedError,
 )
+from kvxfer.flusher import Flusher
 from kvxfer.host import Host
 from kvxfer.layout import check_fit
 from kvxfer.link import Link
@@ -56,6 +57,8 @@ class Incoming:
         self.gone = asyncio.get_running_loop().create_future()
         self.released = asyncio.Event()
         self.drained = asyncio.Event()
+        self.flusher: Flusher | None = None
+        """What reads back all that arrives, before anyone is told; None: nothing."""
         self.ending: asyncio.Task[None] | None = None
         self.admitting: asyncio.Task[None] | None = None
 
@@ -82,6 +85,9 @@ class Connections:
         self._host = host
         self._options = host.options
         self._losses = losses
+        self._flushers: dict[Adapter, Flusher] = {}
+        self._broken_flushers: list[Flusher] = []
+        self._opening_flusher = asyncio.Lock()
 
     # -- for the server ----------------------------------------------------------
 
@@ -171,6 +177,9 @@ class Connections:
         access = Access.REMOTE_WRITE
         if hello.features & wire.FEATURE_FLUSH:
             access |= Access.REMOTE_READ
+        flusher: Flusher | None = None
+        if host.flushes_arrivals(hello.features) and not adapter.is_null:
+            flusher = await self._flusher_on(adapter)
         link = await Link.open(
             adapter,
             access,
@@ -197,8 +206,41 @@ class Connections:
         except BaseException:
             await link.close()
             raise
-        self.incoming[conn_id] = Incoming(peer_address or "local", link, shards)
+        incoming = Incoming(peer_address or "local", link, shards)
+        incoming.flusher = flusher
+        self.incoming[conn_id] = incoming
         return parts
+
+    async def _flusher_on(self, adapter: Adapter) -> Flusher:
+        """Give what reads back on a device; made with the first writer."""
+        async with self._opening_flusher:
+            if adapter not in self._flushers:
+
+                def failed(reason: str) -> None:
+                    self._flusher_failed(adapter, reason)
+
+                self._flushers[adapter] = await Flusher.open(
+                    adapter, self._host.cache.regions, failed
+                )
+            return self._flushers[adapter]
+
+    def _flusher_failed(self, adapter: Adapter, reason: str) -> None:
+        """Drop whose bytes cannot be told to be in place; the next get another."""
+        broken = self._flushers.pop(adapter, None)
+        if broken is None:
+            return
+        self._broken_flushers.append(broken)
+        for conn_id, incoming in list(self.incoming.items()):
+            if incoming.flusher is broken:
+                self.drop_peer(conn_id, reason)
+
+    async def close(self) -> None:
+        """Close what is common to the connections, which must be gone."""
+        flushers = [*self._flushers.values(), *self._broken_flushers]
+        self._flushers.clear()
+        self._broken_flushers.clear()
+        for flusher in flushers:
+            await flusher.close()
 
     async def accept(self, conn_id: int, accept: wire.Accept) -> None:
         """Bring this side's QPs to RTS."""
@@ -279,7 +321,13 @@ class Connections:
                 await asyncio.wait({incoming.ending})
             # Until its QP is gone, notifications of it are still taken.
             await incoming.link.close()
+            if incoming.flusher is not None:
+                await asyncio.wait_for(
+                    incoming.flusher.settle(), self._options.drain_timeout
+                )
             quiet = True
+        except asyncio.TimeoutError:
+            incoming.log.warning("the last of %s cannot be read back", incoming.peer)
         except KVXferError:
             incoming.log.exception("the QP of %s could not be destroyed", incoming.peer)
         finally:

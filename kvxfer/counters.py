@@ -8,12 +8,23 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterable
+
+from kvxfer.requests import LayerTimes
 
 #: Upper bounds in seconds: from a block within a host to a cache across a network.
 BOUNDS = (
     *(1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4),
     *(1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+
+
+#: What :attr:`Counters.stages` has.
+STAGES = (
+    *("connect", "write", "fence"),
+    *("layer_queue", "layer_wire", "layer_announce"),
+    "arrival_queue",
 )
 
 
@@ -44,7 +55,10 @@ class Counters:
       written_blocks: Likewise, a block once for each layer.
       work_requests: Posted for writes that have ended well.
       transfers: Calls, by how they ended: done, failed, expired, cancelled.
-      stages: How long what took: ``connect``, ``write``, ``fence``.
+      stages: How long what took: ``connect``, ``write``, ``fence``; of the layers of
+        requests ``layer_queue`` (ready until given to a device, offer awaited),
+        ``layer_wire`` (until acknowledged) and ``layer_announce`` (until the other
+        side has said that it is complete); of arrivals ``arrival_queue`` (until taken).
       completion_errors: Failed work completions, by the status of verbs.
       connects: Connections, by how they came about: ``new``, ``again`` to an address
         that was connected before, ``failed``.
@@ -60,7 +74,7 @@ class Counters:
         self.written_blocks = 0
         self.work_requests = 0
         self.transfers: Counter[str] = Counter(done=0, failed=0, expired=0, cancelled=0)
-        self.stages = {name: Histogram() for name in ("connect", "write", "fence")}
+        self.stages = {name: Histogram() for name in STAGES}
         self.completion_errors: Counter[str] = Counter()
         self.connects: Counter[str] = Counter(new=0, again=0, failed=0)
         self.broken = 0
@@ -76,6 +90,17 @@ class Counters:
         self.work_requests += n_wrs
         self.transfers["done"] += 1
         self.stages["write"].observe(seconds)
+
+    def streamed(self, layers: Iterable[LayerTimes]) -> None:
+        """Count where the layers of a request have spent their time."""
+        for times in layers:
+            for stage, begin, end in (
+                ("layer_queue", times.ready, times.posted),
+                ("layer_wire", times.posted, times.acknowledged),
+                ("layer_announce", times.acknowledged, times.visible),
+            ):
+                if begin is not None and end is not None:
+                    self.stages[stage].observe(max(0.0, end - begin))
 
     def arrived(self, n_blocks: int, n_bytes: int) -> None:
         """Count a layer that has landed."""

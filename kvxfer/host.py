@@ -22,6 +22,7 @@ from kvxfer.errors import (
 )
 from kvxfer.layout import PlaneLayer
 from kvxfer.options import Options
+from kvxfer.reach import INSTEAD
 from kvxfer.route import geometry_to_wire
 from kvxfer.verbs_types import Access
 
@@ -68,8 +69,8 @@ class Host:
       access: What peers may do with the cache.
     """
 
-    flushes: bool
-    """Whether writes end with a READ that has them in place; once open."""
+    needs_flush: bool
+    """Whether the cache's memory shows what has landed with a READ only; once open."""
 
     def __init__(self, cache: KVCache, access: Access, options: Options) -> None:
         self.cache = cache
@@ -104,7 +105,7 @@ class Host:
         self._on_failed = on_failed
         self._on_broken = on_broken
         self._opening = asyncio.Lock()
-        self.flushes = _flushes(self.cache, self.options.flush)
+        self.needs_flush = self.options.flush == "auto" and _needs_flush(self.cache)
         self.cache._pin()
         try:
             verdicts = devices.survey(self.options)
@@ -166,6 +167,20 @@ class Host:
             raise ClosedResourceError(f"this {who} is not open")
         if asyncio.get_running_loop() is not self._loop:
             raise UsageError(f"this {who} belongs to another event loop")
+
+    @property
+    def flushes(self) -> bool:
+        """Whether writes to peers end with a READ that has them in place."""
+        return self.options.flush == "initiator_read" or self.needs_flush
+
+    def flushes_arrivals(self, features: int) -> bool:
+        """Whether what a writer with these features writes is to be read back here.
+
+        By itself that is for GPUs that need it, where the writer does not read.
+        """
+        if self.options.flush == "target_read":
+            return True
+        return self.needs_flush and not features & wire.FEATURE_FLUSH
 
     def lkey_of(self, adapter: Adapter) -> Callable[[PlaneLayer], int]:
         """Return what gives the lkey of a plane's layer on a device."""
@@ -295,19 +310,16 @@ def _for_gpu_memory(usable: list[devices.Verdict]) -> list[devices.Verdict]:
         raise DeviceUnavailableError(
             "the cache lies in GPU memory, which the software device cannot reach, and "
             "there is no NIC that can be used",
-            hint="Use a machine with a NIC, or move blocks through a cache in host "
-            "memory: KVCache.allocate and a copy on either side.",
+            hint=INSTEAD,
         )
     return nics
 
 
-def _flushes(cache: KVCache, option: str) -> bool:
-    """Say whether to flush: as told, or by the generation of the cache's GPU.
+def _needs_flush(cache: KVCache) -> bool:
+    """Say whether the cache is on a GPU that may see a completion before the bytes.
 
-    A GPU of compute capability 8.x may see a completion before the bytes.
+    Those of compute capability 8.x may.
     """
-    if option != "auto":
-        return option == "initiator_read"
     on_gpu = [region.addr for region in cache.regions if not region.on_host]
     if not on_gpu:
         return False

@@ -17,7 +17,7 @@ import socket
 from collections.abc import Sequence
 
 from kvxfer import _engine, devices
-from kvxfer._verbs import MemoryRegion, QueuePair
+from kvxfer._verbs import CompletionQueue, MemoryRegion, QueuePair
 from kvxfer.adapter import Adapter, finish
 from kvxfer.agreement import is_global
 from kvxfer.errors import ControlError, InternalError, KVXferError, ProtocolError
@@ -97,6 +97,7 @@ class Link:
         address: str = "",
         gid: bytes = b"",
         n_qps: int = 1,
+        cq: CompletionQueue | None = None,
     ) -> Link:
         """Make QPs in INIT.
 
@@ -107,6 +108,7 @@ class Link:
             control connection.
           gid: The GID that packets leave from; empty: the adapter's choice.
           n_qps: How many.
+          cq: Where they complete; None: the engine's, which drives them then.
 
         Raises:
           DeviceUnavailableError: The device has no such GID.
@@ -120,7 +122,7 @@ class Link:
         )
 
         def create() -> None:
-            qp = QueuePair(adapter.pd, adapter.engine.cq, limits)
+            qp = QueuePair(adapter.pd, cq or adapter.engine.cq, limits)
             try:
                 qp.to_init(
                     port_num=adapter.spec.port_num,

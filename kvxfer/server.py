@@ -6,6 +6,7 @@ import asyncio
 import collections
 import dataclasses
 import logging
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,7 +18,7 @@ from kvxfer.adapter import Adapter, finish
 from kvxfer.arguments import request_name, seconds_of
 from kvxfer.blocks import Ids
 from kvxfer.cache import KVCache
-from kvxfer.connections import Connections
+from kvxfer.connections import Connections, Incoming
 from kvxfer.control import ControlServer
 from kvxfer.counters import Counters
 from kvxfer.errors import (
@@ -88,6 +89,7 @@ class _Waiting:
     conn_id: int
     head: int
     credited: bool
+    since: float
 
 
 class Server:
@@ -227,23 +229,18 @@ class Server:
         """Wait for what is under way, up to ``grace`` seconds, and admit no more."""
         assert self._offers is not None
         self._draining = True
-        under_way = asyncio.ensure_future(
-            asyncio.wait_for(
-                asyncio.gather(
-                    self._connections.drain("the server is closing"),
-                    self._offers.wait_idle(),
-                ),
-                grace,
-            )
-        )
+        under_way = {
+            asyncio.ensure_future(self._connections.drain("the server is closing")),
+            asyncio.ensure_future(self._offers.wait_idle()),
+        }
         try:
-            await asyncio.wait({under_way})
+            _, left = await asyncio.wait(under_way, timeout=grace)
+            if left:
+                _log.warning("writes are under way after %g s, and are ended", grace)
         finally:
-            if not under_way.done():
-                under_way.cancel()
-                await asyncio.wait({under_way})
-        if not under_way.cancelled() and under_way.exception() is not None:
-            _log.warning("writes are under way after %g s, and are ended", grace)
+            for task in under_way:
+                task.cancel()
+            await asyncio.wait(under_way)
 
     async def _close_now(self) -> None:
         if self._state == "open":
@@ -265,6 +262,7 @@ class Server:
         finally:
             try:
                 await self._offers.close()
+                await self._connections.close()
                 await self._host.close()
             finally:
                 self._state = "closed"
@@ -331,7 +329,7 @@ class Server:
         if self._control is None:
             return {}
         counts = self._control.statistics()
-        names = ("accepted", "refused", "garbage", "strangers", "denied")
+        names = ("accepted", "refused", "garbage", "strangers", "floods", "denied")
         return {name: getattr(counts, name) for name in names}
 
     def _listening(self) -> ControlServer:
@@ -448,6 +446,9 @@ class Server:
         while True:
             while self._waiting:
                 waiting = self._waiting.popleft()
+                self._host.counters.stages["arrival_queue"].observe(
+                    time.monotonic() - waiting.since
+                )
                 if not waiting.credited:
                     self._connections.consumed(waiting.conn_id, waiting.head)
                 yield waiting.arrival
@@ -493,9 +494,33 @@ class Server:
             record = notify.decode(
                 arrival.record, self._host.cache.groups, incoming.shards
             )
+        except ProtocolError as error:
+            self._broke_rules(conn_id, incoming.peer, str(error))
+            return
+        if incoming.flusher is None:
+            self._landed(conn_id, incoming, record, arrival.head)
+        else:
+            incoming.flusher.after(
+                self._regions_of(record),
+                lambda: self._landed(conn_id, incoming, record, arrival.head),
+            )
+
+    def _regions_of(self, record: notify.Record) -> set[int]:
+        """Number the regions of the cache that a record is about."""
+        cache = self._host.cache
+        rows = cache.group(record.group).rows(record.layer)
+        return {cache.region_index(place) for _, place in rows}
+
+    def _landed(
+        self, conn_id: int, incoming: Incoming, record: notify.Record, head: int
+    ) -> None:
+        """Tell of what is in place."""
+        if self._connections.incoming.get(conn_id) is not incoming:
+            return
+        try:
             self._host.counters.arrived(len(record.block_ids), record.n_bytes)
             if record.generation:
-                self._connections.consumed(conn_id, arrival.head)
+                self._connections.consumed(conn_id, head)
                 self._offers_now().record(conn_id, record)
                 return
             self._offers_now().check_direct(record)
@@ -504,7 +529,7 @@ class Server:
             return
         credited = len(self._waiting) < _MAX_WAITING
         if credited:
-            self._connections.consumed(conn_id, arrival.head)
+            self._connections.consumed(conn_id, head)
         self._waiting.append(
             _Waiting(
                 Arrival(
@@ -516,8 +541,9 @@ class Server:
                     bytes=record.n_bytes,
                 ),
                 conn_id,
-                arrival.head,
+                head,
                 credited,
+                time.monotonic(),
             )
         )
         self._wake()

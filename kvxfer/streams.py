@@ -430,6 +430,7 @@ class Streams:
                 while len(self._tombstones) > _MAX_TOMBSTONES:
                     self._tombstones.popitem(last=False)
         request._died = time.monotonic()
+        self._host.counters.streamed(core.times())
         self._finished.append(request)
         if remote is not None:
             self.remotes.ended(request, remote)

@@ -185,6 +185,40 @@ async def write(
                 test.say(event="broken", error=type(error).__name__)
 
 
+async def reconnect(
+    test: Report,
+    port: int,
+    shape: dict[str, Any],
+    n_clients: int,
+    times: int,
+    **options: Any,
+) -> None:
+    """Be many clients, each of which connects many times, and writes now and then.
+
+    Reports when they have begun, when one is half through, and at the end the longest
+    time that a connect has taken.
+    """
+    loop = asyncio.get_running_loop()
+    with arena(**shape) as source:
+
+        async def one(index: int) -> float:
+            worst = 0.0
+            async with Client(source.cache, **{**QUICK, **options}) as client:
+                for i in range(times):
+                    began = loop.time()
+                    peer = await client.connect("127.0.0.1", port)
+                    worst = max(worst, loop.time() - began)
+                    if i % 10 == 0:
+                        await client.write_cache(peer, [index], [index], 0)
+                    await peer.close()
+                    if index == 0 and i in (0, times // 2):
+                        test.say(event="half" if i else "begun")
+            return worst
+
+        worst = await asyncio.gather(*(one(i) for i in range(n_clients)))
+        test.say(worst=max(worst), connects=n_clients * times)
+
+
 async def prefill(
     test: Report,
     shape: dict[str, Any],
@@ -226,7 +260,12 @@ def _child(request: dict[str, Any], connection: socket.socket) -> None:
     planes = request["shape"]["planes"]  # JSON knows no tuples
     request["shape"]["planes"] = {name: tuple(size) for name, size in planes.items()}
     roles: dict[str, Callable[..., Coroutine[Any, Any, None]]]
-    roles = {"prefill": prefill, "serve": serve, "write": write}
+    roles = {
+        "prefill": prefill,
+        "reconnect": reconnect,
+        "serve": serve,
+        "write": write,
+    }
     role = roles[request.pop("role")]
 
     async def main() -> None:

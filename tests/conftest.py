@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 # Some libraries start threads of their own when they are first imported; here,
 # before the first test, they are nobody's leak.
@@ -16,6 +17,7 @@ import pytest
 
 from tests import patience
 from tests.leaks import leaked_since, pending_tasks, take_census
+from tests.machines import make
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -109,6 +111,12 @@ def gid_index(pytestconfig: pytest.Config) -> int | None:
     """The GID index given by --gid-index, or None."""
     index: int | None = pytestconfig.getoption("--gid-index")
     return index
+
+
+@pytest.fixture
+def nic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a NIC, as far as its files tell; none that can be opened."""
+    monkeypatch.setenv("KVXFER_SYSFS", str(make("bonded", tmp_path / "machine").sys))
 
 
 @pytest.fixture(autouse=True)

@@ -39,14 +39,16 @@ class End:
         self.engine = Engine(self.device, **{"cq_depth": 1024, **engine})
         self.mr = self.register(memory)
         self.ring: Bytes = np.zeros(ring_bytes, np.uint8)
-        self.ring_mr = self.register(self.ring)
+        self.ring_mr = self.register(
+            self.ring, Access.LOCAL_WRITE | Access.REMOTE_WRITE
+        )
         self.qp = self.new_qp(limits)
         self.found: list[Any] = []
         self.failed: list[int] = []
 
-    def register(self, memory: Bytes) -> MemoryRegion:
-        """Register memory for reading and writing."""
-        return MemoryRegion(self.pd, memory.ctypes.data, memory.nbytes, WRITABLE)
+    def register(self, memory: Bytes, access: Access = WRITABLE) -> MemoryRegion:
+        """Register memory, for reading and writing if nothing else is said."""
+        return MemoryRegion(self.pd, memory.ctypes.data, memory.nbytes, access)
 
     def new_qp(self, limits: QPLimits) -> QueuePair:
         """Make a QP in INIT."""

@@ -182,7 +182,7 @@ def test_one_block_may_have_any_stride() -> None:
     assert KVCache.from_tensors({"k": [array]}).entries()[0].place.block_stride == 8
 
 
-def test_device_memory_is_described_and_never_read() -> None:
+def test_device_memory_is_described_and_never_read(nic: None) -> None:
     a, b = 0x7F00_0000_0000, 0x7F00_0000_0000 + 4 * 16
     cache = KVCache.from_tensors({"k": [OnDevice(a, 4, 8), OnDevice(b, 4, 8)]})
     assert cache.entries()[0].place == PlaneLayer(a, 4, 16, 16, "f16")
@@ -308,7 +308,7 @@ def test_pointers() -> None:
     assert cache.regions[0] == Region(0x10000, 3 * 128 + 64)
 
 
-def test_view_of_pointers() -> None:
+def test_view_of_pointers(nic: None) -> None:
     memory = np.arange(4 * 8, dtype=np.uint8).reshape(4, 8)
     pointers = {"k": [address(memory)]}
     cache = KVCache.from_pointers(pointers, n_blocks=4, block_bytes=8)

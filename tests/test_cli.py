@@ -15,7 +15,7 @@ import pytest
 
 from kvxfer import Client, __version__
 from kvxfer.command import CacheShape
-from tests.endpoints import QUICK, SOON
+from tests.endpoints import QUICK, SOON, until
 
 SHAPE = CacheShape(layers=2, blocks=64, block_bytes=512)
 GEOMETRY = ["--layers", "2", "--blocks", "64", "--block-bytes", "512"]
@@ -309,6 +309,29 @@ async def test_an_endpoint_under_fire_ends_cleanly() -> None:
                 assert (code, err) == (0, "")
                 await asyncio.wait_for(
                     asyncio.gather(*writers, return_exceptions=True), SOON
+                )
+
+
+async def test_a_second_signal_ends_the_grace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one waits for a write that does not end, and would for an hour."""
+    monkeypatch.setenv("KVXFER_SOFT_FAULT", "act=port_down@t=0us")
+    async with serving("--grace", "3600") as (serve, endpoint):
+        monkeypatch.delenv("KVXFER_SOFT_FAULT")
+        host, port = endpoint.split(":")
+        with SHAPE.allocate() as cache:
+            async with Client(cache, **QUICK, ib_timeout=20) as client:
+                peer = await client.connect(host, int(port))
+                write = asyncio.ensure_future(client.write_cache(peer, [1], [2]))
+                serve.process.send_signal(signal.SIGTERM)
+                await until(lambda: peer.draining)
+                assert not write.done()
+                assert serve.process.returncode is None
+                code, _, _ = await serve.end(signal.SIGTERM)
+                assert code == 0
+                await asyncio.wait_for(
+                    asyncio.gather(write, return_exceptions=True), SOON
                 )
 
 

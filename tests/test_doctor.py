@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from kvxfer import KVCache, Server
-from kvxfer.doctor import cli, transfer
+from kvxfer import KVCache, Server, cuda
+from kvxfer.doctor import cli, fabric, transfer
 from kvxfer.doctor.machine import Machine
 from kvxfer.doctor.report import Finding, Level, ok, problem, verdict, warning
 from kvxfer.options import Options
 from kvxfer.testing import set_faults
+from tests.cuda_stand_in import StandIn
 from tests.endpoints import SOON
 from tests.machines import MACHINES, make
 
@@ -57,7 +58,10 @@ def test_a_healthy_server_has_no_problem(report: Report) -> None:
     assert found["device mlx5_2"].level is Level.OK
     assert "PIX from the GPU" in found["device mlx5_2"].found
     assert found["MTU mlx5_2"] == ok("MTU mlx5_2", "rdma2 has 9000 bytes")
-    assert found["GPU memory"].found == "8 of NVIDIA; nvidia_peermem, dmabuf"
+    assert found["GPU memory"].found == (
+        "8 of NVIDIA; way: dmabuf, if CUDA's driver gives it out; nvidia_peermem is "
+        "loaded"
+    )
     assert found["rdma-core"].found == "libibverbs 1.14.44.0"
 
 
@@ -96,6 +100,31 @@ def test_what_is_wrong_is_found(
     assert (finding.level, words in finding.found) == (level, True), finding
     if level in (Level.WARNING, Level.PROBLEM):
         assert finding.meaning and finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("asked", "kernel", "peer", "wanted"),
+    [
+        ("gives", (6, 1), "nvidia_peermem", ("dmabuf", "CUDA's driver gives it out")),
+        ("gives", (5, 4), "nvidia_peermem", ("nvidia-peermem", "kernel 5.4 has no")),
+        ("gives", (5, 4), "", ("none", "kernel 5.4 has no dmabuf")),
+        ("refuses", (6, 1), "nv_peer_mem", ("nvidia-peermem", "no dmabuf of GPU 0, 1")),
+        ("refuses", (6, 1), "", ("none", "no dmabuf of GPU 0, 1")),
+        ("is not there", (6, 1), "nvidia_peermem", ("nvidia-peermem", "not there")),
+        ("is not there", (6, 1), "", ("none", "is not there")),
+        ("", (6, 1), "", ("dmabuf", "if CUDA's driver")),
+    ],
+)
+def test_the_way_that_a_cache_on_a_gpu_would_take(
+    asked: str, kernel: tuple[int, int], peer: str, wanted: tuple[str, str]
+) -> None:
+    """The same that registration takes, and why it is not dmabuf."""
+    driver = StandIn()
+    driver.dmabuf = asked == "gives"
+    given = cuda.Cuda(driver) if asked in ("gives", "refuses") else asked
+    way, why = fabric.registered_by(given, (0, 1), kernel, peer)
+    driver.close()
+    assert (way, wanted[1] in why) == (wanted[0], True), why
 
 
 def test_remedies_fit_what_is_wrong(report: Report) -> None:
@@ -241,7 +270,7 @@ async def test_the_whole_path() -> None:
         for _ in range(2):
             found = await transfer.probe("127.0.0.1", port, SOFT)
             assert [f.check for f in found] == [
-                *("control", "negotiation", "data path", "verified")
+                *("control", "negotiation", "packets", "data path", "verified")
             ]
             assert not [f for f in found if f.level is not Level.OK], found
     assert "128 blocks compared at the other side" in found[-1].found
@@ -261,6 +290,25 @@ async def test_an_endpoint_with_a_cache_of_its_own_is_left_alone() -> None:
             found = await transfer.probe("127.0.0.1", server.port, SOFT)
         assert (found[-1].check, found[-1].level) == ("negotiation", Level.NOTE)
         assert (cache.view(0, "k") == 7).all()
+
+
+@pytest.mark.parametrize(("n_through", "passed"), [(1, 256), (3, 1024), (5, 4096)])
+async def test_long_packets_that_are_swallowed(
+    n_through: int, passed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short ones come through, and then one does not: an MTU black hole."""
+    # A write is three WRs: its bytes, the record, the immediate.
+    monkeypatch.setenv("KVXFER_SOFT_FAULT", f"act=drop,nth={3 * n_through + 1}")
+    said: list[str] = []
+    async with transfer.Listener(
+        Options(device="soft", port=0), said.append
+    ) as listener:
+        port = int(listener.endpoint.rpartition(":")[2])
+        found = await transfer.probe("127.0.0.1", port, SOFT)
+    assert (found[-1].check, found[-1].level) == ("packets", Level.PROBLEM)
+    assert f"of {passed} bytes come through" in found[-1].found
+    assert "black hole" in found[-1].meaning
+    assert f"KVXFER_PATH_MTU={passed}" in found[-1].remedy
 
 
 async def test_packets_that_do_not_come_through() -> None:

@@ -6,6 +6,7 @@ library makes of it is in ``test_fault_transfers.py``.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import secrets
 import select
@@ -16,7 +17,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from kvxfer._verbs import Device
+from kvxfer._verbs import Device, QueuePair
 from kvxfer.errors import QueueFullError, UsageError, VerbsError
 from kvxfer.verbs_types import Opcode, PortState, QPState
 from tests.device_ends import (
@@ -391,6 +392,45 @@ def test_an_acknowledgement_before_the_bytes(rig: Rig) -> None:
     assert statuses(a, 1) == [(N - 1, SUCCESS)]
     assert landed(a, b) == []
     until(lambda: landed(a, b) == list(range(N)))
+
+
+def loop(end: End) -> list[QueuePair]:
+    """Make two QPs of one device, connected with each other."""
+    pair = [QueuePair(end.pd, end.cq, end.spec.limits) for _ in range(2)]
+    for ours, theirs in (pair, pair[::-1]):
+        path = dataclasses.replace(
+            end.path_to(end), qp_num=theirs.qp_num, psn=0, own_psn=0
+        )
+        ours.to_init(access=end.spec.qp_access)
+        ours.to_rtr(path)
+        ours.to_rts(path)
+    return pair
+
+
+@pytest.mark.parametrize("reader", ["writer", "target"])
+def test_an_announcement_before_the_bytes_of_a_gpu(rig: Rig, reader: str) -> None:
+    """It is in host memory, they go another way; a READ by any QP goes behind them."""
+    a, b = rig.pair()
+    b.device.set_faults("act=gpu_write_delay,us=60000000")
+    b.post_recv(1)
+    chain(a, b, {N - 1})
+    a.post(a.write(b, 0, 0, 0, opcode=Opcode.RDMA_WRITE_WITH_IMM, signaled=False))
+    assert statuses(a, 1) == [(N - 1, SUCCESS)]
+    assert statuses(b, 1) == [(1, SUCCESS)]
+    assert landed(a, b) == []
+    read = dataclasses.replace(
+        b.write(b, 60000, 50000, 8, opcode=Opcode.RDMA_READ), wr_id=2
+    )
+    if reader == "writer":
+        a.post(a.write(b, 50000, 50000, 8, opcode=Opcode.RDMA_READ, wr_id=2))
+        assert statuses(a, 1) == [(2, SUCCESS)]
+    else:
+        pair = loop(b)
+        pair[0].post_send([read])
+        assert statuses(b, 1) == [(2, SUCCESS)]
+        for qp in pair:
+            qp.close()
+    assert landed(a, b) == list(range(N))
 
 
 @pytest.mark.parametrize("by", ["imm", "send", "read", "dereg", "error", "destroy"])

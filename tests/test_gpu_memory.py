@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from kvxfer.memory import MAX_DEVICE_REGION, Region, Span, merge_regions
 from kvxfer.registration import DMABUF, HOST, PEERMEM, peermem_module, register
 from kvxfer.verbs_types import Access
 from tests.cuda_stand_in import StandIn
+from tests.machines import make
 
 PAGE = mmap.PAGESIZE
 GIB = 1 << 30
@@ -273,8 +275,8 @@ def test_long_allocations_are_registered_in_slices() -> None:
     assert host == Region(whole[0], 8 * GIB)
 
 
-def test_slices_of_a_cache_are_found_by_place() -> None:
-    base = 0x7F00_0000_0000
+def test_slices_of_a_cache_are_found_by_place(nic: None) -> None:
+    base = GPU_ADDRESS
     cache = KVCache.from_tensors({"k": [Tensor(base + i * GIB) for i in range(8)]})
     # Without knowledge of the allocation each layer is one of its own.
     assert [r.length for r in cache.regions] == [GIB] * 8
@@ -295,9 +297,31 @@ class Tensor:
         }
 
 
-async def test_the_software_device_refuses_gpu_memory() -> None:
-    """Before anything else happens, with the reason and what to do instead."""
-    cache = KVCache.from_tensors({"k": [Tensor(0x7F00_0000_0000)]})
+GPU_ADDRESS = 0x7F00_0000_0000
+
+
+@pytest.mark.parametrize("how", ["tensors", "pointers"])
+@pytest.mark.parametrize("device", ["auto", "soft"])
+def test_gpu_memory_is_refused_when_the_cache_is_made(
+    how: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing but the software device could move it: why, and what instead."""
+    made = make("bare" if device == "auto" else "bonded", tmp_path / "machine")
+    monkeypatch.setenv("KVXFER_SYSFS", str(made.sys))
+    monkeypatch.setenv("KVXFER_DEVICE", device)
+    with pytest.raises(DeviceUnavailableError, match="GPU memory") as caught:
+        if how == "tensors":
+            KVCache.from_tensors({"k": [Tensor(GPU_ADDRESS)]})
+        else:
+            device_cache(GPU_ADDRESS, n_blocks=4, block_bytes=4096)
+    reason = "no RDMA device" if device == "auto" else "the option device is 'soft'"
+    assert reason in str(caught.value)
+    assert "KVCache.allocate" in (caught.value.hint or "")
+
+
+async def test_gpu_memory_is_refused_when_no_nic_can_be_used(nic: None) -> None:
+    """There is a NIC, so the cache could be made; it cannot be opened."""
+    cache = KVCache.from_tensors({"k": [Tensor(GPU_ADDRESS)]})
     for end in (Client(cache), Server(cache, port=0)):
         with pytest.raises(DeviceUnavailableError, match="GPU memory") as caught:
             await end.open()

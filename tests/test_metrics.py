@@ -21,6 +21,7 @@ from kvxfer.errors import ControlError, KVXferError, UsageError
 from kvxfer.metrics import Collector, Exporter
 from kvxfer.testing import loopback, set_faults
 from tests.endpoints import QUICK, SOON, failure_of, take, until
+from tests.streaming import streamed
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -80,6 +81,7 @@ async def test_a_transfer_as_both_sides_tell_it_over_http() -> None:
             link_layer="ethernet",
             gid=gid,
         )
+        assert value(theirs, "stage_seconds_count", stage="arrival_queue") == 6
         assert value(theirs, "arrivals_total") == 6
         assert value(theirs, "arrived_blocks_total") == 12
         assert value(theirs, "arrived_bytes_total") == n_bytes
@@ -98,6 +100,22 @@ def now(end: object) -> Samples:
         assert ("rank", "3") in labels
         bare[name, labels - {("rank", "3")}] = sample
     return bare
+
+
+async def test_layers_of_requests_say_where_they_waited() -> None:
+    """For the offer and the device, on the wire, and for the decode side's word."""
+    async with streamed() as pair:
+        request = pair.client.open("r")
+        request.ready(None, [1, 2])
+        request.finish()
+        pair.server.offer(pair.prefill, "r", {"main": [3, 4]})
+        await asyncio.wait_for(request.sent(), SOON)
+        samples = now(pair.client)
+        for stage in ("layer_queue", "layer_wire", "layer_announce"):
+            assert value(samples, "stage_seconds_count", stage=stage) == 3
+        seconds = [layer.posted - layer.ready for layer in request.metrics.layers]  # type: ignore[operator]
+        told = value(samples, "stage_seconds_sum", stage="layer_queue")
+        assert told == pytest.approx(sum(seconds))
 
 
 async def test_failures_are_counted_by_what_they_are() -> None:

@@ -6,7 +6,8 @@ interface; what it cannot cause is caused in the software device.
 
 from __future__ import annotations
 
-import os
+import asyncio
+import re
 import signal
 import socket
 import subprocess
@@ -14,9 +15,11 @@ import sys
 import textwrap
 import threading
 import time
+from asyncio.subprocess import PIPE
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +39,7 @@ from tests.communicators import (
     memory,
     nodes,
 )
-from tests.endpoints import SOON
+from tests.endpoints import SOON, until
 from tests.leaks import take_census
 
 OURS, THEIRS = list(range(24)), list(range(31, 7, -1))
@@ -443,33 +446,45 @@ def test_reconnects_leave_nothing(times: int, caplog: pytest.LogCaptureFixture) 
 
 
 IDLE = """
-    import os, time
+    import sys, time
     from tests.communicators import nodes
-    def used():
-        times = os.times()
-        return times.user + times.system
     with nodes() as pair:
         pair.check_write([1, 2], [3, 4])
-        before = used()
-        time.sleep(2.0)
-        print((used() - before) / 2.0)
+        used, began = time.process_time(), time.monotonic()
+        print("idle", flush=True)
+        sys.stdin.readline()
+        print((time.process_time() - used) / (time.monotonic() - began), flush=True)
         pair.check_write([5], [6])
 """
+# Signs of life go both ways, and each wakes a thread at either end.
+WAKES = 40
 
 
-def test_idle_nodes_take_no_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The original's prefill thread spins from its first connection on."""
-    monkeypatch.setenv("KVXFER_PING_INTERVAL", "1")
-    monkeypatch.setenv("KVXFER_PING_TIMEOUT", "5")
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(IDLE)],
-        capture_output=True,
-        text=True,
-        timeout=SOON,
-        check=True,
-        env=dict(os.environ),
+def wakes(pid: int) -> int:
+    """Count how often the threads of a process have gone to sleep so far."""
+    return sum(
+        int(re.findall(r"^voluntary_ctxt_switches:\s*(\d+)", text, re.M)[0])
+        for text in (p.read_text() for p in Path(f"/proc/{pid}/task").glob("*/status"))
     )
-    assert float(run.stdout) < 0.02
+
+
+async def test_idle_nodes_take_no_processor_time() -> None:
+    """The original's prefill thread spins from its first connection on."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", textwrap.dedent(IDLE)), stdin=PIPE, stdout=PIPE
+    )
+    try:
+        assert process.stdout is not None
+        assert await asyncio.wait_for(process.stdout.readline(), SOON) == b"idle\n"
+        before = wakes(process.pid)
+        await until(lambda: wakes(process.pid) >= before + WAKES)
+        output, _ = await asyncio.wait_for(process.communicate(b"\n"), SOON)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0
+    assert float(output) < 0.02
 
 
 def test_a_wrong_nic_name_is_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 from typing import Any
 
 import pytest
 
 from kvxfer import Client, Server
 from kvxfer.errors import ConnectTimeoutError, RefusedError
+from kvxfer.testing import live_objects
+from tests.children import Nursery
 from tests.endpoints import QUICK, SOON, arena, dial, take, until
+from tests.leaks import take_census
+from tests.patience import patient
 
 
 async def test_a_server_that_is_full_is_tried_again() -> None:
@@ -57,3 +62,81 @@ async def test_hundreds_of_peers_of_one_server() -> None:
         assert len(await take(server, n)) == n
         await asyncio.gather(*(peer.close() for peer in peers))
         await until(lambda: not server.peers)
+
+
+SHAPE: dict[str, Any] = {"n_blocks": 32, "layers": 1, "planes": {"k": (256, 288)}}
+
+
+def held(server: Server) -> dict[str, int]:
+    """Count what the process has: one connection is as good as another."""
+    census = take_census()
+    counts = {"fds": len(census.fds), "threads": len(census.threads)}
+    control = server._control
+    assert control is not None
+    return {
+        **counts,
+        **live_objects(),
+        "peers": len(server.peers),
+        "links": control.statistics().links_open,
+        "pending": control.statistics().pending,
+    }
+
+
+@pytest.mark.parametrize(
+    ("n_children", "n_clients", "times"),
+    [(3, 4, 4), pytest.param(10, 20, 50, marks=pytest.mark.slow)],
+)
+async def test_a_storm_of_connects_with_kills(
+    n_children: int, n_clients: int, times: int
+) -> None:
+    """No connect is slower than its deadline, and nothing of any is left.
+
+    Two of the processes are killed, one as it begins and one half through, each with
+    all its clients, and others take their places.
+    """
+    every: dict[str, Any]
+    every = {"shape": SHAPE, "n_clients": n_clients, "times": times}
+    one_at_a_time = asyncio.Lock()
+    with (
+        contextlib.closing(Nursery()) as nursery,
+        arena(n_blocks=32, layers=1, planes={"k": (256, 288)}, seed=2) as target,
+    ):
+        async with Server(target.cache, port=0, **QUICK) as server:
+            taken = asyncio.ensure_future(_take_all(server))
+
+            async def connects(kill_at: str = "", **changes: int) -> float:
+                async with contextlib.AsyncExitStack() as stack:
+                    async with one_at_a_time:
+                        starting = nursery.start(
+                            "reconnect", port=server.port, **{**every, **changes}
+                        )
+                        child = await stack.enter_async_context(starting)
+                    found = await child.event(patient(140))
+                    while "worst" not in found:
+                        assert found, "a child has failed"
+                        if found["event"] == kill_at:
+                            child.signal(signal.SIGKILL)
+                            return 0.0
+                        found = await child.event(patient(140))
+                    return float(found["worst"])
+
+            async def after_a_kill(kill_at: str) -> float:
+                await connects(kill_at)
+                return await connects()
+
+            await connects("begun", n_clients=1)  # whatever is made once
+            await until(lambda: not server.peers)
+            before = held(server)
+            whole = [connects() for _ in range(n_children - 2)]
+            worst = await asyncio.gather(
+                after_a_kill("begun"), after_a_kill("half"), *whole
+            )
+            assert max(worst) < QUICK["connect_timeout"]
+            await until(lambda: held(server) == before, patient(10))
+            assert server.handshakes()["accepted"] >= n_children * n_clients * times
+        await taken
+
+
+async def _take_all(server: Server) -> None:
+    async for _ in server.arrivals():
+        continue

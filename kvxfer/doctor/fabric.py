@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from kvxfer import gids
+from kvxfer import cuda, gids
 from kvxfer.doctor.checks import Check
 from kvxfer.doctor.machine import Machine
 from kvxfer.doctor.report import Finding, note, ok, problem, warning
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _JUMBO_BYTES = 4200
 _DMABUF_KERNEL = (5, 12)
+_PEER_MODULES = ("nvidia_peermem", "nv_peer_mem", "amdgpu")
 
 
 def _has_nic(machine: Machine) -> bool:
@@ -194,8 +195,34 @@ def mtu(machine: Machine, options: Options) -> Iterator[Finding]:
             yield ok(check, f"{port.netdev} has {size} bytes")
 
 
+def registered_by(
+    driver: cuda.Cuda | str, gpus: Iterable[int], kernel: tuple[int, int], peer: str
+) -> tuple[str, str]:
+    """Say by what way a cache in GPU memory is registered, and why not by dmabuf.
+
+    Args:
+      driver: CUDA's, or why it cannot be asked; empty: it is another machine's.
+      peer: The kernel module that lets NICs register GPU addresses; empty: none.
+
+    Returns:
+      ``dmabuf``, ``nvidia-peermem`` or ``none``, and the reason.
+    """
+    if kernel < _DMABUF_KERNEL:
+        why = f"kernel {kernel[0]}.{kernel[1]} has no dmabuf for NICs"
+    elif isinstance(driver, str):
+        if not driver:
+            return "dmabuf", "if CUDA's driver gives it out"
+        why = f"no dmabuf without CUDA's driver: {driver}"
+    else:
+        without = [str(gpu) for gpu in gpus if not driver.exports_dmabuf(gpu)]
+        if not without:
+            return "dmabuf", "CUDA's driver gives it out"
+        why = f"CUDA's driver gives out no dmabuf of GPU {', '.join(without)}"
+    return ("nvidia-peermem", why) if peer else ("none", why)
+
+
 def gpu_memory(machine: Machine, options: Options) -> Iterator[Finding]:
-    """Whether a NIC can reach the memory of the GPUs."""
+    """Whether a NIC can reach the memory of the GPUs, and by what way it would."""
     found = Sysfs(machine.path("/sys"), machine.path("/proc")).gpus()
     if not found:
         yield ok("GPU memory", "no GPU")
@@ -203,30 +230,34 @@ def gpu_memory(machine: Machine, options: Options) -> Iterator[Finding]:
     vendors = ", ".join(sorted({gpu.vendor for gpu in found}))
     text = f"{len(found)} of {vendors}"
     modules = machine.modules()
-    peer = next(
-        (n for n in ("nvidia_peermem", "nv_peer_mem", "amdgpu") if n in modules), None
-    )
-    kernel = machine.kernel()
-    dmabuf = kernel >= _DMABUF_KERNEL
+    peer = next((n for n in _PEER_MODULES if n in modules), "")
+    driver: cuda.Cuda | str = ""
+    if machine.is_this:
+        try:
+            driver = cuda.load()
+        except DeviceUnavailableError as error:
+            driver = str(error)
+    way, why = registered_by(driver, range(len(found)), machine.kernel(), peer)
+    loaded = f"; {peer} is loaded" if peer else "; no module for peer memory"
     if not _has_nic(machine):
         yield note("GPU memory", f"{text}; no NIC that could reach it")
-    elif peer is None and not dmabuf:
+    elif way == "none":
         yield problem(
             "GPU memory",
-            f"{text}; neither dmabuf (kernel {kernel[0]}.{kernel[1]}) nor peer memory",
+            f"{text}; way: none, {why}{loaded}",
             "A cache in GPU memory cannot be registered: ibv_reg_mr says EFAULT.",
             "modprobe nvidia-peermem; or a kernel from 5.12 on with the open GPU "
-            "driver",
+            "driver, and kvxfer with the extra cuda",
         )
-    elif peer is None:
+    elif not peer:
         yield note(
             "GPU memory",
-            f"{text}; dmabuf (kernel {kernel[0]}.{kernel[1]}), no peer memory",
-            "Raw pointers into GPU memory are registered by peer memory only.",
+            f"{text}; way: {way}, {why}{loaded}",
+            "If dmabuf fails there is no other way.",
             "modprobe nvidia-peermem",
         )
     else:
-        yield ok("GPU memory", f"{text}; {peer}{', dmabuf' if dmabuf else ''}")
+        yield ok("GPU memory", f"{text}; way: {way}, {why}{loaded}")
     if "iommu=on" in machine.text("/proc/cmdline") and "iommu=pt" not in machine.text(
         "/proc/cmdline"
     ):

@@ -44,6 +44,7 @@ enum fault_act {
 	FAULT_QP_FATAL,	    /* its QP fails for no fault of the WR */
 	FAULT_DEVICE_FATAL, /* the adapter is lost */
 	FAULT_LATE_BYTES,   /* acknowledged before its bytes are in place */
+	FAULT_LATE_GPU,	    /* the same, and announced as well */
 	FAULT_REORDER_BYTES, /* its bytes are put in place last to first */
 	FAULT_PORT_DOWN,
 	FAULT_PORT_UP,

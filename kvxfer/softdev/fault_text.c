@@ -35,6 +35,7 @@ static const struct action {
 	  false },
 	{ "posted_write_delay", FAULT_LATE_BYTES, POINT_TARGET, false, false,
 	  true },
+	{ "gpu_write_delay", FAULT_LATE_GPU, POINT_TARGET, false, false, true },
 	{ "reorder_bytes", FAULT_REORDER_BYTES, POINT_TARGET, false, false,
 	  false },
 	{ "port_down", FAULT_PORT_DOWN, POINT_INITIATOR, true, true, false },

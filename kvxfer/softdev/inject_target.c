@@ -12,11 +12,21 @@ struct soft_landing {
 	struct soft_landing *next;
 	uint64_t due_ns;
 	bool backwards;
+	bool on_gpu; /* an announcement is not behind it: only a READ is */
 	int n_to;
 	struct iovec *to;
 	size_t length;
 	uint8_t bytes[];
 };
+
+/* Is it for memory that plays a GPU's? Nobody could flush what cannot be read. */
+static bool is_for_gpu(struct soft_conn *conn, const struct frame_desc *desc)
+{
+	return desc->op == OP_WRITE && desc->len &&
+	       !soft_check_remote(conn->ctx, conn->qp->ibv.pd, desc->rkey,
+				  desc->raddr, desc->len,
+				  IBV_ACCESS_REMOTE_READ);
+}
 
 bool soft_inject_frame(struct soft_conn *conn)
 {
@@ -36,6 +46,9 @@ bool soft_inject_frame(struct soft_conn *conn)
 			soft_inject_strike(qp, &rx->fault, qp->ibv.recv_cq);
 		}
 		rx->faults[i] = rx->fault;
+		if (rx->fault.act == FAULT_LATE_GPU &&
+		    !is_for_gpu(conn, &rx->desc[i]))
+			rx->faults[i].act = FAULT_NONE;
 	}
 	return true;
 }
@@ -96,7 +109,8 @@ struct soft_landing *soft_inject_detour(struct soft_conn *conn, int *n_local,
 		cut(ctx->local_iov, n_local, *bytes);
 		cut(ctx->remote_iov, n_remote, *bytes);
 	}
-	if (fault->act != FAULT_LATE_BYTES && fault->act != FAULT_REORDER_BYTES)
+	if (fault->act != FAULT_LATE_BYTES && fault->act != FAULT_LATE_GPU &&
+	    fault->act != FAULT_REORDER_BYTES)
 		return NULL;
 	landing = malloc(sizeof(*landing) + *bytes);
 	if (!landing)
@@ -110,6 +124,7 @@ struct soft_landing *soft_inject_detour(struct soft_conn *conn, int *n_local,
 	}
 	memcpy(landing->to, ctx->local_iov,
 	       (size_t)*n_local * sizeof(*landing->to));
+	landing->on_gpu = fault->act == FAULT_LATE_GPU;
 	landing->backwards = fault->act == FAULT_REORDER_BYTES;
 	landing->due_ns = ctx->now_ns + fault->delay_ns;
 	ctx->local_iov[0] = (struct iovec){ landing->bytes, *bytes };
@@ -186,6 +201,41 @@ void soft_inject_land(struct soft_qp *qp, uint64_t now_ns)
 	}
 	if (landing)
 		soft_want_timer(qp_context(qp), landing->due_ns);
+}
+
+/* Put in place what is in this memory, of one QP, whenever it was due. */
+static void land_these(struct soft_qp *qp, bool on_gpu)
+{
+	struct soft_landing **at = &qp->faults.landings, *landing;
+
+	while ((landing = *at)) {
+		if (landing->on_gpu != on_gpu) {
+			at = &landing->next;
+			continue;
+		}
+		*at = landing->next;
+		qp_context(qp)->n_landings--;
+		put_in_place(landing);
+		free_landing(landing);
+	}
+}
+
+void soft_inject_announced(struct soft_qp *qp)
+{
+	land_these(qp, false);
+}
+
+void soft_inject_read(struct soft_qp *qp)
+{
+	struct soft_context *ctx = qp_context(qp);
+	struct soft_list *at;
+
+	land_these(qp, false);
+	if (!ctx->n_landings)
+		return;
+	/* It goes the way of all writes to that memory, and behind them. */
+	for (at = ctx->qps.next; at != &ctx->qps; at = at->next)
+		land_these(soft_of(at, struct soft_qp, link), true);
 }
 
 void soft_inject_land_all(struct soft_context *ctx)

@@ -798,6 +798,10 @@ void soft_inject_arrived(struct soft_conn *conn, struct soft_landing *landing,
 /* Put in place what is due by then (NEVER: everything). */
 void soft_inject_land(struct soft_qp *qp, uint64_t now_ns);
 void soft_inject_land_all(struct soft_context *ctx);
+/* The same, what an announcement on the QP is behind. */
+void soft_inject_announced(struct soft_qp *qp);
+/* What a READ on the QP is behind: memory of a GPU by whatever QP. */
+void soft_inject_read(struct soft_qp *qp);
 
 /* strict.c: wrong use that no status reports */
 /* False: the text means nothing. */

@@ -58,7 +58,7 @@ bool soft_begin_read(struct soft_conn *conn)
 	struct soft_rx *rx = conn->rx;
 	const struct frame_desc *desc = &rx->desc[rx->at];
 
-	soft_inject_land(conn->qp, NEVER);
+	soft_inject_read(conn->qp);
 	if (frame_is_atomic(desc->op) && !execute_atomic(rx, desc))
 		return false;
 	/* The response says as well that all before it is done. */

@@ -298,7 +298,7 @@ static enum step use_recv(struct soft_conn *conn, const struct frame_desc *desc)
 	rx->rnr_tries = 0;
 	if (desc->op == OP_SEND && !rx->recv_checked)
 		return check_recv(conn, desc);
-	soft_inject_land(qp, NEVER);
+	soft_inject_announced(qp);
 	qp->rx_seq++;
 	rx->awaited |= (desc->flags & DESC_SIGNALED) != 0;
 	/* The acknowledgement leaves first, as a NIC's does: whoever learns of

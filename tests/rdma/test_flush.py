@@ -1,4 +1,4 @@
-"""The READ behind a write, on a device of libibverbs."""
+"""The READ behind a write, by either side, on a device of libibverbs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ pytestmark = pytest.mark.rdma
 OURS, THEIRS = scattered(32, 24, 1), scattered(32, 24, 2)
 
 
-async def test_writes_that_flush() -> None:
-    async with connected(flush="initiator_read") as pair:
+@pytest.mark.parametrize("flush", ["initiator_read", "target_read"])
+async def test_writes_that_flush(flush: str) -> None:
+    async with connected(flush=flush) as pair:
         for layers in (0, [1, 2], None):
             await pair.check_write(OURS, THEIRS, layers)
         assert len(await take(pair.server, 6)) == 6
