@@ -321,11 +321,11 @@ class Connections:
                 await asyncio.wait({incoming.ending})
             # Until its QP is gone, notifications of it are still taken.
             await incoming.link.close()
+            quiet = True
             if incoming.flusher is not None:
                 await asyncio.wait_for(
                     incoming.flusher.settle(), self._options.drain_timeout
                 )
-            quiet = True
         except asyncio.TimeoutError:
             incoming.log.warning("the last of %s cannot be read back", incoming.peer)
         except KVXferError:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import secrets
+import sys
 import time
 
 import pytest
@@ -71,7 +72,7 @@ def test_control_messages_are_messages_or_refused() -> None:
         except BaseException as error:
             raise AssertionError(f"seed {SEED}, mutant {n}: {frame!r}") from error
     assert 0 < taken < n
-    print(f"seed {SEED}: {n} mutants, {taken} of them messages still")
+    sys.stdout.write(f"seed {SEED}: {n} mutants, {taken} of them messages still\n")
 
 
 @pytest.mark.slow
