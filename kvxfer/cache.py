@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import os
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from kvxfer.attached import Attachment
 from kvxfer.errors import ClosedResourceError, LayoutError, UsageError
 from kvxfer.layout import (
     MAX_PLANE_LAYERS,
@@ -122,6 +124,8 @@ class KVCache:
         self._lock = threading.Lock()
         self._pins = 0
         self._closed = False
+        self.attachment: Attachment | None = None
+        """The connection to the sidecar whose cache this is; None: it is no such."""
 
     @classmethod
     def from_tensors(
@@ -286,6 +290,32 @@ class KVCache:
                 base += ranges[name]
         spans = {(group, name, layer): span for name in names for layer in held}
         return cls([_group(group, places)], _spans=spans)
+
+    @classmethod
+    def attach(cls, path: str | os.PathLike[str], *, timeout: float = 10.0) -> KVCache:
+        """Map the cache of a sidecar on this host: ``kvxfer serve --share unix:PATH``.
+
+        It is the same memory. The sidecar tells what lands in it, and takes offers of
+        blocks for requests: :attr:`attachment`. Closing this cache ends that, and has
+        what was offered and is not done fenced; so does the end of this process,
+        however it ends.
+
+        Args:
+          path: Of the sidecar's socket, with or without ``unix:`` in front.
+          timeout: Seconds.
+
+        Raises:
+          ControlError: Nobody is there, or this user may not write to the path.
+          ProtocolError: What is there is no sidecar of this release.
+        """
+        attachment = Attachment.open(os.fspath(path), timeout)
+        try:
+            cache = cls(attachment.groups, _spans=attachment.spans)
+        except BaseException:
+            attachment.close()
+            raise
+        cache.attachment = attachment
+        return cache
 
     @classmethod
     def grouped(cls, caches: Mapping[str, KVCache]) -> KVCache:
@@ -471,6 +501,8 @@ class KVCache:
                 )
             self._closed = True
             self._spans.clear()
+        if self.attachment is not None:
+            self.attachment.close()
 
     def __enter__(self) -> KVCache:
         self._ensure_open()

@@ -15,15 +15,23 @@ import click
 
 from kvxfer import Arrival, KVCache, Server, command, metrics, pattern
 from kvxfer.options import Options
+from kvxfer.share import Share
 
 
 async def _follow(
-    server: Server, cache: KVCache, *, verify: bool, machine: bool
+    server: Server,
+    cache: KVCache,
+    share: Share | None,
+    *,
+    verify: bool,
+    machine: bool,
 ) -> int:
     """Say what arrives until the server closes; return how many blocks are wrong."""
     n_wrong = 0
     planes = {plane.name: i for i, plane in enumerate(cache.group().planes)}
     async for arrival in server.arrivals():
+        if share is not None:
+            share.tell(arrival)
         event = _event(arrival)
         text = (
             f"arrival: {arrival.peer} request {arrival.request_id or '-'} "
@@ -38,6 +46,12 @@ async def _follow(
             text += ", verified" if not wrong else f", WRONG in blocks {wrong[:16]}"
         command.say(machine, text, **event)
     return n_wrong
+
+
+async def _follow_failures(server: Server, share: Share) -> None:
+    """Hand on what writers give up, until the server closes."""
+    async for failure in server.failures():
+        share.tell(failure)
 
 
 def _wrong_blocks(
@@ -74,6 +88,23 @@ async def _leave(server: Server, stop: asyncio.Event, grace: float) -> None:
 
 
 @contextlib.asynccontextmanager
+async def _sharing(
+    server: Server, cache: KVCache, path: str | None, mode: int
+) -> AsyncIterator[Share | None]:
+    """Share the cache with local processes, if a path is given."""
+    if path is None:
+        yield None
+        return
+    async with Share(server, cache, path, mode) as share:
+        follower = asyncio.ensure_future(_follow_failures(server, share))
+        try:
+            yield share
+        finally:
+            follower.cancel()
+            await asyncio.wait({follower})
+
+
+@contextlib.asynccontextmanager
 async def _metrics(server: Server) -> AsyncIterator[str | None]:
     """Give the server's metrics over HTTP, if the options say where."""
     options = server.options
@@ -94,14 +125,20 @@ async def _serve(
     verify: bool,
     machine: bool,
     grace: float,
+    share_path: str | None,
+    share_mode: int,
 ) -> int:
     n_wrong = 0
     with shape.allocate() as cache:
         if not await command.fill_in(cache, stop):
             return 0
-        async with Server(cache, options) as server, _metrics(server) as url:
+        async with (
+            Server(cache, options) as server,
+            _metrics(server) as url,
+            _sharing(server, cache, share_path, share_mode) as share,
+        ):
             follower = asyncio.ensure_future(
-                _follow(server, cache, verify=verify, machine=machine)
+                _follow(server, cache, share, verify=verify, machine=machine)
             )
             device = server.devices[0]
             command.say(
@@ -112,9 +149,12 @@ async def _serve(
                 port=server.port,
                 devices=server.devices,
                 metrics=url,
+                share=None if share is None else share.path,
             )
             if url and not machine:
                 command.say(machine, f"metrics at {url}")
+            if share is not None and not machine:
+                command.say(machine, f"shared by {share.path}")
             stopping = asyncio.ensure_future(stop.wait())
             await asyncio.wait(
                 {follower, stopping}, return_when=asyncio.FIRST_COMPLETED
@@ -127,6 +167,13 @@ async def _serve(
     return command.EXIT_FAILED if n_wrong else 0
 
 
+def _octal(context: click.Context, option: click.Parameter, text: str) -> int:
+    """Read permissions as chmod takes them, such as 660."""
+    if not text.isdecimal() or set(text) - set("01234567") or int(text, 8) > 0o777:
+        raise click.BadParameter(f"{text!r} is no octal number from 0 to 777")
+    return int(text, 8)
+
+
 @click.command()
 @click.option("--host", help="Address to listen on, or ipc://PATH.  [127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on, 0: a free one.  [7777]")
@@ -136,6 +183,20 @@ async def _serve(
 @click.option("--require-rdma", is_flag=True, default=None, help="Refuse software.")
 @click.option("--metrics-port", type=int, help="Port for Prometheus, 0: a free one.")
 @click.option("--metrics-host", help="Address for Prometheus.  [127.0.0.1]")
+@click.option(
+    "--share",
+    "share_path",
+    metavar="unix:PATH",
+    help="Share the cache with processes of this host: KVCache.attach(PATH).",
+)
+@click.option(
+    "--share-mode",
+    callback=_octal,
+    default="600",
+    show_default=True,
+    metavar="OCTAL",
+    help="Permissions of PATH: who may write to it may attach.",
+)
 @click.option("--verify", is_flag=True, help="Check every byte that kvxfer push sent.")
 @click.option(
     "--grace",
@@ -154,6 +215,8 @@ def main(
     verify: bool,
     machine: bool,
     grace: float,
+    share_path: str | None,
+    share_mode: int,
     verbose: bool,
     **overrides: Any,
 ) -> None:
@@ -163,7 +226,11 @@ def main(
     """
     options = command.load_options(config, **overrides)
     command.log(options, verbose=verbose)
-    command.run(lambda stop: _serve(stop, shape, options, verify, machine, grace))
+    command.run(
+        lambda stop: _serve(
+            stop, shape, options, verify, machine, grace, share_path, share_mode
+        )
+    )
 
 
 if __name__ == "__main__":
