@@ -175,7 +175,7 @@ class Connections:
         adapter, agreed = await host.agree(hello.devices)
         options = self._options
         access = Access.REMOTE_WRITE
-        if hello.features & wire.FEATURE_FLUSH:
+        if hello.features & host.features & wire.FEATURE_FLUSH:
             access |= Access.REMOTE_READ
         flusher: Flusher | None = None
         if host.flushes_arrivals(hello.features) and not adapter.is_null:

@@ -85,6 +85,14 @@ class Host:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pid = os.getpid()
 
+    def prepare(self) -> None:
+        """Look at what the cache lies in; :meth:`open` does so, too."""
+        self.needs_flush = self.options.flush == "auto" and _needs_flush(self.cache)
+        writable = bool(self._access & Access.REMOTE_WRITE)
+        if writable and (self.flushes or self.options.flush == "target_read"):
+            # What is read is read to flush: here, or by the QPs of writers that say so.
+            self._access |= Access.REMOTE_READ
+
     async def open(
         self,
         address: str | None,
@@ -105,7 +113,7 @@ class Host:
         self._on_failed = on_failed
         self._on_broken = on_broken
         self._opening = asyncio.Lock()
-        self.needs_flush = self.options.flush == "auto" and _needs_flush(self.cache)
+        self.prepare()
         self.cache._pin()
         try:
             verdicts = devices.survey(self.options)
@@ -170,8 +178,13 @@ class Host:
 
     @property
     def flushes(self) -> bool:
-        """Whether writes to peers end with a READ that has them in place."""
+        """Whether writes end with a READ of the writer's that has them in place."""
         return self.options.flush == "initiator_read" or self.needs_flush
+
+    @property
+    def features(self) -> int:
+        """What is offered to those who dial: READs only where they flush something."""
+        return wire.FEATURES if self.flushes else wire.FEATURES & ~wire.FEATURE_FLUSH
 
     def flushes_arrivals(self, features: int) -> bool:
         """Whether what a writer with these features writes is to be read back here.

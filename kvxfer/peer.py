@@ -187,9 +187,7 @@ class Peer:
         return messages.Hello(
             incarnation=host.incarnation,
             versions=messages.VERSIONS,
-            features=messages.FEATURES
-            if host.flushes
-            else messages.FEATURES & ~messages.FEATURE_FLUSH,
+            features=host.features,
             role="initiator",
             agent=f"kvxfer {__version__}",
             geometry=host.wire_geometry,
@@ -212,7 +210,9 @@ class Peer:
             )
         if host.flushes and not offer.features & messages.FEATURE_FLUSH:
             raise VersionMismatchError(
-                f"{self.address} is of a release that cannot be flushed by READs"
+                f"{self.address} does not permit the READs that flush what is written",
+                hint="Set flush to initiator_read there as well, or to none here; an "
+                "older release knows no flush.",
             )
         self._route = build(
             host.cache.groups,

@@ -117,8 +117,7 @@ class Server:
             if options is None
             else dataclasses.replace(options, **overrides)
         )
-        # What is read is read to flush, through the QPs of those who ask for that.
-        access = Access.LOCAL_WRITE | Access.REMOTE_WRITE | Access.REMOTE_READ
+        access = Access.LOCAL_WRITE | Access.REMOTE_WRITE
         self._host = Host(cache, access, self.options)
         self._control: ControlServer | None = None
         self._connections = Connections(self._host, self)
@@ -160,11 +159,13 @@ class Server:
         if ifname is not None and host == Options().host:
             host = address_of(ifname)
         try:
+            self._host.prepare()
             control = ControlServer(
                 self._connections,
                 host,
                 self.options.port,
                 incarnation=self._host.incarnation,
+                features=self._host.features,
                 options=self.options,
             )
             is_ipc = host.startswith("ipc://")

@@ -166,6 +166,23 @@ def test_the_verdict_counts() -> None:
     assert verdict([poor]) == "no problems, 1 warning"
 
 
+def test_a_terminal_gets_a_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [ok("a", "is well"), problem("b", "is not", "which matters", "type this")]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    cli.show(found, machine=False, skip_ok=False)
+    text = capsys.readouterr().out
+    assert "\u2502" in text or "|" in text
+    for words in ("is well", "is not", "which matters", "-> type this", "1 problem"):
+        assert words in text
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    cli.show(found, machine=False, skip_ok=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["PROBLEM", "b", "is", "not"]
+    assert lines[-1] == "1 problem, no warnings"
+
+
 def test_wrong_use() -> None:
     for arguments in (
         ("--peer", "host"),

@@ -10,8 +10,9 @@ import asyncio
 
 import pytest
 
-from kvxfer import Options, cuda
+from kvxfer import Client, Options, cuda
 from kvxfer._engine import RingArrival
+from kvxfer.errors import VersionMismatchError
 from kvxfer.host import Host, _needs_flush
 from kvxfer.options import OPTIONS
 from kvxfer.requests import TicketState
@@ -20,7 +21,7 @@ from kvxfer.verbs_types import Access
 from kvxfer.wire import FEATURE_FLUSH
 from tests.communicators import memory, nodes
 from tests.cuda_stand_in import StandIn
-from tests.endpoints import arena, check_reconnects, connected, take, until
+from tests.endpoints import arena, check_reconnects, connected, dial, take, until
 from tests.engine_rig import Rig, Shape
 from tests.streaming import streamed
 from tests.test_gpu_memory import device_cache
@@ -140,10 +141,18 @@ async def test_a_flush_is_one_more_wr_a_layer() -> None:
     assert counts[1] == counts[0] + 3
 
 
-@pytest.mark.parametrize("flush", ["none", "initiator_read", "target_read"])
-async def test_what_arrives_is_in_place(flush: str) -> None:
+@pytest.fixture
+def option(reader: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What has this one read; for nobody, the READ of the target is left out."""
+    if reader == "nobody":
+        monkeypatch.setattr(Host, "flushes_arrivals", lambda *_: False)
+    return {"writer": "initiator_read"}.get(reader, "target_read")
+
+
+@pytest.mark.parametrize("reader", ["nobody", "writer", "target"])
+async def test_what_arrives_is_in_place(reader: str, option: str) -> None:
     """Each layer when it is told, whoever reads; without a READ none of it is."""
-    async with connected(flush=flush) as pair:
+    async with connected(flush=option) as pair:
         set_faults(pair.server, LATE_GPU)
         before = pair.target.memory.copy()
         write = asyncio.ensure_future(
@@ -158,8 +167,8 @@ async def test_what_arrives_is_in_place(flush: str) -> None:
                 wanted = pair.source.blocks(ours[name])[OURS]
                 seen.append(bool((found == wanted).all()))
         await write
-        assert seen == [flush != "none"] * 6
-        if flush == "none":
+        assert seen == [reader != "nobody"] * 6
+        if reader == "nobody":
             assert (pair.target.memory == before).all()
 
 
@@ -188,17 +197,17 @@ async def test_a_read_back_that_fails_drops_the_writer_and_tells_nothing() -> No
             assert arrival.block_ids.tolist() == [3, 4]
 
 
-@pytest.mark.parametrize("flush", ["none", "target_read"])
-async def test_a_digest_is_of_what_is_in_place(flush: str) -> None:
+@pytest.mark.parametrize("reader", ["nobody", "target"])
+async def test_a_digest_is_of_what_is_in_place(reader: str, option: str) -> None:
     """The ticket's digest is computed when the layer is told to have landed."""
-    async with streamed(arena(seed=1), arena(seed=2), flush=flush) as pair:
+    async with streamed(arena(seed=1), arena(seed=2), flush=option) as pair:
         set_faults(pair.server, LATE_GPU)
         ticket = pair.server.offer(pair.prefill, "r", {"main": THEIRS}, checksum=True)
         request = pair.client.open("r")
         request.ready(None, OURS)
         request.finish()
         await until(lambda: ticket._over.is_set)
-        wanted = TicketState.FAILED if flush == "none" else TicketState.DONE
+        wanted = TicketState.FAILED if reader == "nobody" else TicketState.DONE
         assert ticket.state is wanted
 
 
@@ -230,6 +239,20 @@ async def test_only_who_flushes_may_read() -> None:
         rig.let_go()
         (end,) = rig.finish(rig.submit(OURS, THEIRS))
         assert end.status != 0 and end.culprit
+
+
+@pytest.mark.parametrize("flush", ["auto", "none", "target_read"])
+async def test_a_server_permits_reads_only_where_they_flush(flush: str) -> None:
+    """A writer that wants to read the cache is refused, and told what to set."""
+    server_options = {"flush": flush}
+    async with connected(flush="none", server_options=server_options) as pair:
+        with pytest.raises(VersionMismatchError, match="initiator_read there as well"):
+            async with Client(pair.source.cache, flush="initiator_read") as other:
+                await dial(other, pair.server)
+        # And the memory itself says so, whatever a QP of theirs would permit.
+        readable = bool(pair.server._host._access & Access.REMOTE_READ)
+        assert readable is (flush == "target_read")
+        await pair.check_write(OURS, THEIRS)
 
 
 def test_the_switch_of_other_systems() -> None:
