@@ -110,9 +110,7 @@ async def test_a_storm_of_connects_with_kills(
         arena(n_blocks=32, layers=1, planes={"k": (256, 288)}, seed=2) as target,
     ):
         # All of them have one address, of which half may be pending.
-        async with Server(
-            target.cache, port=0, max_handshakes=512, **STORM
-        ) as server:
+        async with Server(target.cache, port=0, max_handshakes=512, **STORM) as server:
             taken = asyncio.ensure_future(_take_all(server))
 
             async def connects(kill_at: str = "", **changes: int) -> float:
