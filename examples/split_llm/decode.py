@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,9 @@ class DecodeNode:
             raise
         return Landing(n_tokens, block_ids, ticket)
 
-    async def tokens(self, landing: Landing, max_new_tokens: int) -> AsyncIterator[int]:
+    async def tokens(
+        self, landing: Landing, max_new_tokens: int
+    ) -> AsyncGenerator[int, None]:
         """Generate greedily, from the moment the last layer is in place.
 
         The first token comes with the cache. The iterator must be run to its end or

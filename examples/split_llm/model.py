@@ -240,7 +240,11 @@ class Tokenizer:
             add_generation_prompt=True,
             tokenize=False,
         )
-        ids = self._tokenizer.encode(formatted, add_special_tokens=False)
+        return self.encode(formatted)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text`` as it stands."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
         return [int(token) for token in ids]
 
     def decode(self, token_ids: list[int]) -> str:
