@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "judged-by-others.md"
 REQUIRED = ROOT / "tests" / "pyverbs_required.txt"
 TABLE = re.compile(r"(?<=<!-- verdicts -->\n).*?(?=<!-- end of verdicts -->)", re.S)
-WIRES = ("tcp", "cma")
+WIRES = ("tcp", "cma", "shm")
 PATIENCE = 60.0
 """Seconds for one program; they take one to ten."""
 
@@ -238,7 +238,10 @@ class Court:
         self.record(row, wire, "" if ended.status == 0 else ended.output)
 
     def table(self) -> str:
-        lines = [f"| judge | what it shows | {' | '.join(WIRES)} |", "| --- " * 4 + "|"]
+        lines = [
+            f"| judge | what it shows | {' | '.join(WIRES)} |",
+            "| --- " * (2 + len(WIRES)) + "|",
+        ]
         lines += [
             f"| {judge} | {shows} | {' | '.join(found[wire] for wire in WIRES)} |"
             for (judge, shows), found in self.rows.items()
