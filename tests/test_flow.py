@@ -282,6 +282,7 @@ def test_what_has_landed_is_told_though_its_writer_is_gone(wire: str) -> None:
         "notify_receives": 8192,
         "fence_timeout": 0.1,
         "ping_timeout": SOON,
+        "loop_timeout": 3 * SOON,
     }
     servers: list[Server] = []
     found: list[str | None] = []

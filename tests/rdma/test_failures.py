@@ -99,6 +99,7 @@ async def test_the_initiator_goes_to_err() -> None:
 async def test_a_dead_peer_is_noticed_by_the_device_alone() -> None:
     """The control connection is in good health, the QP at its other end is deaf."""
     quiet: dict[str, Any] = {"ping_interval": 20.0, "ping_timeout": 60.0 + SOON}
+    quiet["loop_timeout"] = quiet["ping_timeout"]
     async with connected(**quiet) as pair:
         await pair.check_write(OURS, THEIRS)
         (incoming,) = pair.server._connections.incoming.values()
