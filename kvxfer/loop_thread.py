@@ -49,6 +49,8 @@ class _Call(Generic[_T]):
         self._timeout = timeout
         self._expired = False
         self._ended = False
+        self._started = False
+        self._given_up = False
         self._begun = False
         self._task: asyncio.Task[_T] | None = None
         self._at_once: list[_T] = []
@@ -58,7 +60,16 @@ class _Call(Generic[_T]):
         self._running.acquire()
 
     def start(self) -> None:
-        """Start the coroutine, if there is something to wait for; in the loop."""
+        """Start the coroutine, if there is something to wait for; in the loop.
+
+        A second time nothing is started, nor once the caller has given up.
+        """
+        if self._started:
+            return
+        self._started = True
+        if self._given_up:
+            self._end()
+            return
         loop = asyncio.get_running_loop()
         try:
             made = self._make()
@@ -90,6 +101,7 @@ class _Call(Generic[_T]):
 
     def cancel(self) -> None:
         """Cancel the coroutine; in the loop."""
+        self._given_up = True
         if self._task is None:
             return
         if self._begun:
@@ -99,10 +111,15 @@ class _Call(Generic[_T]):
             asyncio.get_running_loop().call_soon(self.cancel)
 
     def wait(self, loop: asyncio.AbstractEventLoop) -> _T:
-        """Wait for the coroutine and return its result; in the calling thread."""
+        """Run the coroutine and return its result; in the calling thread."""
         interrupt: BaseException | None = None
+        asked = False
         while True:
             try:
+                if not asked:
+                    # In here, since it may be busy with memory before the next line.
+                    loop.call_soon_threadsafe(self.start)
+                    asked = True
                 self._running.acquire()
                 break
             except BaseException as error:  # noqa: BLE001 - raised when it is over
@@ -182,7 +199,6 @@ class LoopThread:
             raise UsageError(
                 "a blocking call inside a callback would wait for itself for ever"
             )
-        self._loop.call_soon_threadsafe(call.start)
         return call.wait(self._loop)
 
     def close_later(self, endpoint: Closable) -> None:

@@ -184,13 +184,15 @@ class Sysfs:
 
     def _gids(self, port: Path, layer: str, networks: list[Network]) -> Iterator[GID]:
         for path in _by_number(port / "gids"):
+            text = _text(path)
+            if not text.strip("0:"):
+                continue  # as nearly all of the hundreds are
             try:
-                gid = ipaddress.IPv6Address(_text(path)).packed
+                gid = ipaddress.IPv6Address(text).packed
             except ValueError:
                 continue
-            if any(gid):
-                entry = self._gid(port, int(path.name), gid, networks)
-                yield entry if layer == "ethernet" else replace(entry, foreign=False)
+            entry = self._gid(port, int(path.name), gid, networks)
+            yield entry if layer == "ethernet" else replace(entry, foreign=False)
 
     def _gid(self, port: Path, index: int, gid: bytes, networks: list[Network]) -> GID:
         attrs = port / "gid_attrs"
@@ -258,7 +260,8 @@ def _holds(
 def _text(path: Path) -> str:
     """Read a small file; empty where it cannot be read."""
     try:
-        return path.read_text(errors="replace").strip()
+        with open(path, "rb", buffering=0) as file:
+            return file.read().decode(errors="replace").strip()
     except OSError:
         return ""
 

@@ -21,3 +21,8 @@ if not 1 <= FACTOR <= 100:
 def patient(seconds: float) -> float:
     """Return a deadline for this machine, from one for a developer's."""
     return seconds * FACTOR
+
+
+def fewer(times: int) -> int:
+    """Return how often to repeat here what is repeated ``times`` elsewhere."""
+    return max(1, round(times / FACTOR))

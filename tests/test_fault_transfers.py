@@ -305,7 +305,7 @@ def has(found: list[Any], n: int) -> bool:
 
 
 @pytest.mark.parametrize("progress", ["event", "adaptive", "spin"])
-@pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_no_wake_up_is_lost(wire: str, seconds: int, progress: str) -> None:
     """Whoever drives the engines: ends that come as the sleeper falls asleep.
 
@@ -337,7 +337,7 @@ def test_no_wake_up_is_lost(wire: str, seconds: int, progress: str) -> None:
     assert n > 50 * seconds
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_no_event_is_lost(wire: str, seconds: int) -> None:
     """One completion at a time, each met by a sleeper who is just falling asleep."""
     rng = random.Random(5)

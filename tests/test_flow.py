@@ -25,6 +25,7 @@ from tests.endpoints import (
     take,
     until,
 )
+from tests.patience import fewer
 
 
 @pytest.fixture(params=["tcp", "cma", "shm"], autouse=True)
@@ -274,7 +275,7 @@ def test_client_and_server_in_loops_of_their_own(run: Callable[[Main], None]) ->
 
 def test_what_has_landed_is_told_though_its_writer_is_gone(wire: str) -> None:
     """A server that is busy elsewhere finds records and the goodbye at once."""
-    n_records = 5000
+    n_records = fewer(5000)
     source, target = arena(seed=1, layers=1), arena(seed=2, layers=1)
     # The server stands still for as long as the writes take: not a sign of death.
     options = {

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from kvxfer import KVCache
 from tests.endpoints import Arena, arena, connected, expected, noise, scattered, take
+from tests.patience import fewer
 
 WIRES = ["tcp", "cma", "shm"]
 
@@ -58,7 +59,7 @@ def transfers(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(transfer=transfers(), seed=st.integers(0, 1000))
 @settings(
-    max_examples=40,
+    max_examples=fewer(40),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
