@@ -104,6 +104,9 @@ async def test_the_writes_beside_a_failed_one_name_the_connection(
         assert set(kinds) <= {RemoteAccessError, BrokenPeerError}
         for error in failed:
             assert isinstance(error, KVXferError)
+            if "has just broken" in str(error):
+                assert error.fenced is None  # it came too late to post anything
+                continue
             assert error.fenced is True
             if isinstance(error, BrokenPeerError):
                 assert isinstance(error.__cause__, CompletionError)
