@@ -141,7 +141,8 @@ async def test_a_storm_of_connects_with_kills(
                 after_a_kill("begun"), after_a_kill("half"), *whole
             )
             assert max(worst) < STORM["connect_timeout"]
-            await until(lambda: held(server) == before, patient(10))
+            # A peer that was killed may be known by its silence alone.
+            await until(lambda: held(server) == before, 3 * STORM["ping_timeout"])
             assert server.handshakes()["accepted"] >= n_children * n_clients * times
         await taken
 
