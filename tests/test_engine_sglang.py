@@ -103,8 +103,9 @@ def test_many_prompts_through_few_pages() -> None:
         check(prefill, decode)
         names = {job.name for job in jobs}
         assert {*decode.succeeded, *decode.failed} == names
-        # What one side has, the other one has sent.
-        assert set(decode.succeeded) == set(prefill.succeeded)
+        # What one side has sent, the other one has. Who gives up at the last moment
+        # may do so for what has arrived already.
+        assert set(prefill.succeeded) <= set(decode.succeeded)
         wanted = {j.name for j in jobs if not j.give_up and j.preempt_after is None}
-        assert wanted <= set(decode.succeeded)
+        assert wanted <= set(prefill.succeeded)
         assert len(decode.failed) > 1

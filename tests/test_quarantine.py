@@ -90,7 +90,7 @@ async def test_what_does_not_drain_ends_with_its_connection_and_others_go_on() -
         requests = [pair.client.open(name) for name in ("victim", "other")]
         await until(lambda: {r.state for r in requests} == {RequestState.STREAMING})
         (conn_id,) = pair.server._connections.incoming
-        # The first WR that the device looks at, whenever it does, and so what is behind.
+        # The first WR that the device looks at, whenever it does, holds what is behind.
         set_faults(pair.client, f"{HELD},times=1")
         requests[0].ready(0, [1, 2])
         requests[1].ready(None, [8, 9])
