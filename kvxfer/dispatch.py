@@ -45,7 +45,8 @@ class Dispatcher:
 
     def forget(self, request: Stream) -> None:
         """Let nothing of a request wait any more."""
-        self._policy.remove(request._flow)
+        for chunk in self._policy.remove(request._flow):
+            del self._owners[chunk]
 
     def lacks(self, request: Stream) -> Lacks:
         """Say what the chunks of a request that wait for a device lack."""
@@ -205,7 +206,7 @@ class Dispatcher:
         self._drive(request)
 
     def cancel(self, request: Stream) -> None:
-        self._policy.remove(request._flow)
+        self.forget(request)
         for task in list(request.waits):
             task.cancel()
         for transfer in list(request.transfers):

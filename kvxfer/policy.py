@@ -158,10 +158,12 @@ class Admission(Generic[T]):
             if not load.n_wrs:
                 del loads[name]
 
-    def remove(self, flow: Flow[T]) -> None:
-        """Forget what a request has waiting."""
+    def remove(self, flow: Flow[T]) -> list[T]:
+        """Forget what a request has waiting, and return it."""
         self._flows.pop(flow, None)
+        removed = [item.value for _, _, item in flow.waiting]
         flow.waiting.clear()
+        return removed
 
     def blocked(self, flow: Flow[T]) -> bool:
         """Whether what a request would send next finds its window full."""

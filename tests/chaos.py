@@ -20,7 +20,9 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import io
 import os
+import pprint
 import random
 import sys
 import time
@@ -75,6 +77,10 @@ SERVER_FAULTS: tuple[str, ...] = (
 
 class Foreign(AssertionError):
     """Bytes are where they must not be, or are not where they must be."""
+
+
+class Hangs(AssertionError):
+    """A request is not over long after everything that may end it should have."""
 
 
 class Pool:
@@ -370,7 +376,11 @@ class Chaos:
                 continue
             self.serial += 1
             one = One(self, self.serial, prefill, decode, ours, theirs)
-            await asyncio.wait_for(one.run(), PATIENCE)
+            running = asyncio.ensure_future(one.run())
+            done, _ = await asyncio.wait({running}, timeout=PATIENCE)
+            if not done:
+                raise Hangs(one.describe())
+            running.result()
             self.counts.requests += 1
 
 
@@ -398,17 +408,36 @@ class One:
         # A prefix that the decode side has already, by its own account.
         self.skip = self.rng.choice([0, 0, 0, 1]) if len(ours) > 1 else 0
         self.appended: dict[int, NDArray[np.uint8]] = {}
+        self.ticket: Ticket | None = None
+        self.request: Request | None = None
+
+    def describe(self) -> str:
+        """Say where it is and what every task of the process waits for."""
+        text = io.StringIO()
+        text.write(f"{self.name} is not over after {PATIENCE:.0f} s\n")
+        core = self.request._core if self.request is not None else None
+        for thing in (self.ticket, self.request, core):
+            if thing is not None:
+                state = {
+                    name: repr(value)[:2000] for name, value in vars(thing).items()
+                }
+                text.write(f"{thing!r}\n{pprint.pformat(state)}\n")
+        for prefill in self.chaos.prefills:
+            if prefill.client is not None:
+                text.write(f"{pprint.pformat(prefill.client.statistics())}\n")
+        for task in asyncio.all_tasks():
+            task.print_stack(file=text)
+        return text.getvalue()
 
     async def run(self) -> None:
         """Stream it, perhaps end it, look at every byte, give the blocks back."""
-        ticket: Ticket | None = None
-        request: Request | None = None
+        ticket = request = None
         try:
             for step in self.rng.sample(["offer", "open"], 2):
                 if step == "offer":
-                    ticket = self.offer()
+                    self.ticket = ticket = self.offer()
                 else:
-                    request = self.open()
+                    self.request = request = self.open()
                 await self.pause()
         except KVXferError:
             self.chaos.counts.ends["refused"] += 1  # its endpoint was just closed
@@ -584,7 +613,8 @@ def main() -> None:
     try:
         counts = asyncio.run(chaos(arguments.seconds, seed, tasks=arguments.tasks))
     except (AssertionError, asyncio.TimeoutError) as error:
-        say(f"failed after {time.monotonic() - start:.0f} s: {error!r}")
+        seconds = time.monotonic() - start
+        say(f"failed after {seconds:.0f} s: {type(error).__name__}: {error}")
         sys.exit(1)
     say(
         f"{counts.requests} requests, {counts.layers} layers, {counts.faults} faults, "

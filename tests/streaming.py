@@ -39,7 +39,10 @@ async def streamed(
     server_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> AsyncIterator[Streamed]:
-    """Give both sides; :data:`HASTY` and ``options`` hold for both."""
+    """Give both sides; :data:`HASTY` and ``options`` hold for both.
+
+    Nothing may be kept of the requests that the test has had.
+    """
     options = {**HASTY, **options}
     with (
         source or arena(seed=1) as source,
@@ -53,3 +56,5 @@ async def streamed(
             Client(source.cache, **{**options, "listen": "127.0.0.1:0"}) as client,
         ):
             yield Streamed(source, target, server, client)
+        streams = client._streams
+        assert streams is None or not streams._dispatcher._owners, "of what is over"
