@@ -168,6 +168,7 @@ class Pair:
             wire=computed["wire"],
             timeline=Timeline(
                 computed=[tuple(times) for times in computed["computed"]],
+                handed_over=computed["handed_over"],
                 acknowledged=computed["acknowledged"],
                 arrived=generated["arrived"],
                 first_step=generated["first_step"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Prompt:
         streamed: bool,
     ) -> None:
         self.computed: list[tuple[int, float, float]] = []
+        self.handed_over: dict[int, float] = {}
         self.n_computed = 0
         self._model = model
         self._pool = pool
@@ -88,8 +90,11 @@ class Prompt:
                 first_block=first_block,
                 final=is_last,
             )
+            self.handed_over[layer] = time.monotonic()
         elif is_last and layer == self._model.shape.n_layers - 1:
             self._request.ready(None, self._block_ids, final=True)
+            layers = range(self._model.shape.n_layers)
+            self.handed_over = dict.fromkeys(layers, time.monotonic())
 
 
 class PrefillNode:
@@ -156,7 +161,7 @@ class PrefillNode:
             "wire": metrics.wire,
             "computed": prompt.computed,
             "acknowledged": [times.acknowledged for times in metrics.layers],
-            "ready": [times.ready for times in metrics.layers],
+            "handed_over": [at for _, at in sorted(prompt.handed_over.items())],
         }
 
     async def _run(self, prompt: Prompt, chunk_tokens: int) -> int:

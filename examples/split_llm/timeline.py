@@ -21,12 +21,14 @@ class Timeline:
 
     Attributes:
       computed: Layer, begin and end, one for each chunk of the prompt.
+      handed_over: When the library was told that each layer is ready.
       acknowledged: When the device had taken all of each layer.
       arrived: When the decode side knew that each layer is in place.
       first_step: When the decode side began its first step; 0 if it made none.
     """
 
     computed: Sequence[tuple[int, float, float]]
+    handed_over: Sequence[float]
     acknowledged: Sequence[float]
     arrived: Sequence[float]
     first_step: float
