@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shared_messages": set(),
     "attached": {"memory", "shared_messages"},
     "cache": {"attached", "reach", "tensors"},
-    "wire": {"layout"},
+    "wire_parts": set(),
+    "wire": {"layout", "wire_parts"},
     "protocol_base": {"wire"},
     "protocol": {"protocol_base"},
     # The control plane.
@@ -152,6 +153,7 @@ NOT_FOR: dict[str, set[str]] = {
     "layout": IO | {"msgspec"},
     "sharding": IO | {"msgspec"},
     "wire": IO | {"numpy", "pickle"},
+    "wire_parts": IO | {"numpy", "pickle"},
     "protocol_base": IO | {"numpy", "pickle"},
     "protocol": IO | {"numpy", "pickle"},
     "positions": IO | {"msgspec"},
