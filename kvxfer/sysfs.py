@@ -9,6 +9,7 @@ answers EINVAL, and older kernels lack files.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -183,15 +184,14 @@ class Sysfs:
         )
 
     def _gids(self, port: Path, layer: str, networks: list[Network]) -> Iterator[GID]:
-        for path in _by_number(port / "gids"):
-            text = _text(path)
+        for index, text in _table(port / "gids"):
             if not text.strip("0:"):
                 continue  # as nearly all of the hundreds are
             try:
                 gid = ipaddress.IPv6Address(text).packed
             except ValueError:
                 continue
-            entry = self._gid(port, int(path.name), gid, networks)
+            entry = self._gid(port, index, gid, networks)
             yield entry if layer == "ethernet" else replace(entry, foreign=False)
 
     def _gid(self, port: Path, index: int, gid: bytes, networks: list[Network]) -> GID:
@@ -264,6 +264,34 @@ def _text(path: Path) -> str:
             return file.read().decode(errors="replace").strip()
     except OSError:
         return ""
+
+
+def _table(path: Path) -> list[tuple[int, str]]:
+    """Read a directory with a file for each entry, by number.
+
+    Soft-RoCE has 1024 of them, and each endpoint reads them twice: without a path to
+    be walked and an object to be made for each that takes a fraction of the time.
+    """
+    try:
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return []
+    try:
+        found = []
+        for index in sorted(int(n) for n in os.listdir(directory) if n.isdecimal()):
+            try:
+                file = os.open(str(index), os.O_RDONLY, dir_fd=directory)
+            except OSError:
+                continue
+            try:
+                found.append((index, os.read(file, 64).decode("ascii", "replace")))
+            except OSError:
+                continue
+            finally:
+                os.close(file)
+        return [(index, text.strip()) for index, text in found]
+    finally:
+        os.close(directory)
 
 
 def _integer(path: Path) -> int | None:

@@ -6,6 +6,7 @@ The guest has the file system of the host over 9p, where each look at a file is 
 round trip and nothing is kept: an import of numpy takes half a minute there. From a
 disk of its own the guest's page cache works. The image holds directories and files
 under their absolute names, and in ``mounts`` those that the guest puts in their place.
+In ``libraries`` are those of the system, for LD_LIBRARY_PATH.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -26,6 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Of the standard library: what no test imports, and what is large.
 LEFT_OUT = ("site-packages", "test", "idlelib", "ensurepip", "config-*")
 SPARE = 64 << 20
+# Their libraries are used besides Python's; libibverbs opens all its providers.
+PROGRAMS = ("/bin/ip", "/usr/bin/rdma", "/usr/bin/ib_write_bw", "/usr/bin/ibv_devinfo")
+PROVIDERS = Path("/usr/lib/x86_64-linux-gnu/libibverbs")
 
 
 def requirements(name: str, extra: str, known: set[str]) -> Iterator[str]:
@@ -42,9 +46,13 @@ def requirements(name: str, extra: str, known: set[str]) -> Iterator[str]:
                 yield from requirements(wanted.name, other, known)
 
 
-def copy_distributions(packages: Path, stage: Path) -> None:
-    """Copy what kvxfer and its tests need of ``packages``, without what else is in."""
+def copy_distributions(packages: Path, stage: Path) -> list[Path]:
+    """Copy what kvxfer and its tests need of ``packages``, without what else is in.
+
+    Return the compiled modules.
+    """
     target = stage / packages.relative_to("/")
+    modules = []
     for name in requirements("kvxfer", "dev", set()):
         for file in metadata.files(name) or []:
             if file.parts[0] == "..":
@@ -52,25 +60,54 @@ def copy_distributions(packages: Path, stage: Path) -> None:
             (target / file).parent.mkdir(parents=True, exist_ok=True)
             if (packages / file).is_file():
                 shutil.copy2(packages / file, target / file)
+            if file.suffix == ".so":
+                modules.append(packages / file)
+            # Not all of what is compiled is in the list: pytest's plugins, by pytest.
+            compiled = Path(file).parent / "__pycache__"
+            for path in (packages / compiled).glob(f"{Path(file).stem}.*.pyc"):
+                (target / compiled).mkdir(exist_ok=True)
+                shutil.copy2(path, target / compiled / path.name)
+    return modules
+
+
+def libraries(programs: Iterable[Path]) -> set[Path]:
+    """Find the shared libraries that programs and modules load."""
+    command = ["ldd", *(str(path) for path in programs)]
+    listed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    return {Path(line) for line in re.findall(r"(?:=> |\t)(/\S+) \(", listed.stdout)}
+
+
+def copy_libraries(stage: Path, modules: list[Path]) -> None:
+    """Copy the libraries of the system that the tests load.
+
+    Each start of a program maps them, and over 9p each page is a round trip again.
+    """
+    programs = [Path(sys.executable).resolve(), *map(Path, PROGRAMS), *modules]
+    programs += Path(sysconfig.get_path("stdlib")).glob("lib-dynload/*.so")
+    (stage / "libraries").mkdir()
+    for library in libraries([*programs, *PROVIDERS.glob("*.so")]):
+        if not any(library.is_relative_to(module.parent) for module in modules):
+            shutil.copy2(library, stage / "libraries" / library.name)
 
 
 def fill(stage: Path) -> list[Path]:
     """Copy everything; return what is to be mounted in the guest."""
     library = Path(sysconfig.get_path("stdlib"))
     packages = Path(sysconfig.get_path("purelib"))
-    sources = [ROOT / "kvxfer", ROOT / "tests"]
-    for tree in (library, *sources):
+    trees = [ROOT / "kvxfer", ROOT / "tests", PROVIDERS]
+    for tree in (library, *trees):
         shutil.copytree(
             tree,
             stage / tree.relative_to("/"),
             ignore=shutil.ignore_patterns(*LEFT_OUT),
             symlinks=True,
         )
-    copy_distributions(packages, stage)
+    modules = copy_distributions(packages, stage)
     python = Path(sys.executable).resolve()
     (stage / python.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(python, stage / python.relative_to("/"))
-    return [library, packages, python, *sources]
+    copy_libraries(stage, modules)
+    return [library, packages, python, *trees]
 
 
 def main(arguments: list[str]) -> None:

@@ -18,6 +18,7 @@ import pytest
 from tests import patience
 from tests.leaks import leaked_since, pending_tasks, take_census
 from tests.machines import make
+from tests.turns import turn
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -73,6 +74,16 @@ def _watch_tasks(item: pytest.Item) -> None:
     names: list[str] = getattr(item, "fixturenames", [])
     if inspect.iscoroutinefunction(function) and "no_leaks" in names:
         names.insert(names.index("no_leaks") + 1, "no_leaked_tasks")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Keep what disturbs a device apart from what others do with it meanwhile."""
+    if item.get_closest_marker("rdma") is None:
+        yield
+        return
+    with turn(alone=item.get_closest_marker("alone") is not None):
+        yield
 
 
 _exit_status = 0

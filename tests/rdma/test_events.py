@@ -16,7 +16,7 @@ import pytest
 from kvxfer.sysfs import Sysfs
 from tests.endpoints import connected, until
 
-pytestmark = pytest.mark.rdma
+pytestmark = [pytest.mark.rdma, pytest.mark.alone]
 
 ADDRESS = "10.78.0.1"
 

@@ -75,6 +75,7 @@ def test_regions(device: str) -> None:
         assert strict.rkey != lax.rkey
 
 
+@pytest.mark.alone
 async def test_nothing_is_left_in_the_kernel(resources: Resources) -> None:
     before = resources()
     for life in range(3):
