@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -21,17 +21,29 @@ pytestmark = [pytest.mark.rdma, pytest.mark.alone]
 ADDRESS = "10.78.0.1"
 
 
+def beneath(name: str) -> str:
+    """Return the interface that a Soft-RoCE device is on."""
+    return Path(f"/sys/class/infiniband/{name}/parent").read_text().strip()
+
+
 @pytest.fixture
-def netdev(device: str) -> Iterator[str]:
+async def netdev(device: str) -> AsyncIterator[str]:
     """The interface beneath a Soft-RoCE device of the guest; left as it was."""
     name = device.partition(":")[0]
+
+    def table() -> set[bytes]:
+        return {entry.gid for port in Sysfs().ports(name) for entry in port.gids}
+
+    before = table()
     if not Sysfs().is_soft_roce(name):
         pytest.skip("not Soft-RoCE: the addresses of a NIC are its owner's")
-    found = Path(f"/sys/class/infiniband/{name}/parent").read_text().strip()
+    found = beneath(name)
     if not found.startswith("veth"):
         pytest.skip(f"{found} is no interface that was made for the tests")
     yield found
-    ip("link", "set", found, "up")
+    await asyncio.to_thread(ip, "link", "set", found, "up")
+    # An address of IPv6 comes back a moment after the link.
+    await until(lambda: table() == before)
 
 
 def ip(*arguments: str) -> None:
