@@ -175,6 +175,8 @@ async def test_a_server_restarted_on_its_port_is_a_new_peer() -> None:
         await pair.check_write([1], [2])
         port, old = pair.server.port, pair.target.memory
         await pair.server.close()
+        # The goodbye, not the device, is to say why the next write fails.
+        await until(lambda: not pair.peer.connected)
         before = old.copy()
         with arena(seed=8) as target:
             async with Server(target.cache, port=port, **QUICK) as server:

@@ -60,7 +60,7 @@ async def test_a_refused_rkey_is_an_exception(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         Host, "rkey_of", lambda host, adapter: lambda place: 0x123456 + place.base % 7
     )
-    async with connected() as pair:
+    async with connected(fence_timeout=SOON) as pair:
         monkeypatch.setattr(Host, "rkey_of", rkey_of)
         before = pair.target.memory.copy()
         error = await failure_of(
@@ -86,7 +86,7 @@ async def test_a_refused_rkey_is_an_exception(monkeypatch: pytest.MonkeyPatch) -
 async def test_the_writes_beside_a_failed_one_name_the_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with connected(big(1), big(2)) as pair:
+    async with connected(big(1), big(2), fence_timeout=SOON) as pair:
         ids = range(64)
         writes = [
             asyncio.ensure_future(pair.client.write_cache(pair.peer, ids, ids, i % 8))
@@ -234,7 +234,10 @@ async def test_a_write_that_cannot_be_drained_costs_the_connection(
 ) -> None:
     """Past the drain timeout the QP goes to ERR, and the wait still ends."""
     async with connected(
-        big(1), big(2), drain_timeout=0.05, server_options={"notify_receives": 1}
+        *(big(1), big(2)),
+        drain_timeout=0.05,
+        fence_timeout=SOON,
+        server_options={"notify_receives": 1},
     ) as pair:
         # No credit and no acknowledgement: the server's half is out of RTS already.
         (incoming,) = pair.server._connections.incoming.values()
