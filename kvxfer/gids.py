@@ -211,20 +211,26 @@ def choose(
       near: As :func:`weakness` has it.
 
     Raises:
-      DeviceUnavailableError: The entry asked for is empty, or none can be used; the
-        message has the table.
+      DeviceUnavailableError: The entry asked for is empty or cannot be used, or none
+        can be; the message has the table.
     """
+    there = listing(table, link_layer)
     if index is not None:
-        for entry in table:
-            if entry.index == index:
-                return entry
-        raise DeviceUnavailableError(
-            f"{where} has no GID at index {index}; see gid_index. It has: "
-            + listing(table)
-        )
+        asked = next((entry for entry in table if entry.index == index), None)
+        if asked is None:
+            raise DeviceUnavailableError(
+                f"{where} has no GID at index {index}; see gid_index. It has: {there}"
+            )
+        if why := problem(asked, link_layer):
+            # Packets from it would not leave, and no call of the verbs says so.
+            raise DeviceUnavailableError(
+                f"GID {index} of {where} cannot be used: {why}; see gid_index. It has: "
+                f"{there}"
+            )
+        return asked
     ranked = rank(table, link_layer, near)
     if not ranked:
-        raise DeviceUnavailableError(f"{where} has no GID to use: {listing(table)}")
+        raise DeviceUnavailableError(f"{where} has no GID to use: {there}")
     return ranked[0]
 
 

@@ -182,6 +182,28 @@ def test_a_gid_index_is_taken_at_its_word(judge: Judge) -> None:
     assert found.gid is not None and (found.gid.index, found.gid.text) == (1, "fe80::5")
 
 
+def test_a_gid_index_that_cannot_be_used_is_refused(judge: Judge) -> None:
+    """Named or not: from a netdev that is elsewhere, or down, no packet leaves."""
+    asked = Options(device="mlx5_4", gid_index=0)
+    with pytest.raises(DeviceUnavailableError, match="gid_index") as caught:
+        devices.check(asked, judge("container", device="mlx5_4", gid_index=0))
+    said = str(caught.value)
+    assert "GID 0 of mlx5_4 cannot be used: its netdev is in another network" in said
+    assert "5: 10.6.0.77 RoCE v2 on net1" in said
+    down = entry(1, "10.0.0.1", netdev_up=False)
+    with pytest.raises(DeviceUnavailableError, match=r"GID 1 of mlx5_0 .*eth0 is down"):
+        choose([down, entry(2, "fe80::1")], "ethernet", "mlx5_0", 1)
+    # On InfiniBand the netdev is IPoIB's, which says nothing of the port.
+    assert choose([down], "infiniband", "mlx5_0", 1) is down
+
+
+def test_no_nic_is_chosen_for_a_gid_index_that_it_cannot_use(judge: Judge) -> None:
+    verdicts = judge("container", gid_index=1)
+    assert [v.spec.label for v in verdicts if v.usable] == ["soft0"]
+    for label in ("mlx5_4", "mlx5_5"):
+        assert "another network namespace" in reasons(verdicts)[label]
+
+
 def test_no_nic_means_software_unless_it_is_refused(judge: Judge) -> None:
     assert winner(judge("bare")).is_software
     verdicts = judge("bare", require_rdma=True)
@@ -355,3 +377,11 @@ def test_a_device_that_is_not_there_is_said_so(tmp_path: Path) -> None:
     assert "no device 'mlx5_9'" in err
     code, _, err = run("--sysfs", sysfs, "--gid-index", "-1")
     assert (code, "gid_index" in err) == (2, True)
+
+
+def test_a_gid_that_cannot_be_used_is_said_so(tmp_path: Path) -> None:
+    sysfs = str(make("container", tmp_path / "m").sys)
+    code, out, err = run("--sysfs", sysfs, "--device", "mlx5_4", "--gid-index", "0")
+    assert code == 1
+    assert "-  mlx5_4" in out
+    assert "its netdev is in another network namespace" in err
