@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from pathlib import Path
 
@@ -19,6 +20,7 @@ SEED = {
     "KVCACHE_RDMA_NICS": ("mlx5_0, mlx5_1", "nics", "mlx5_0, mlx5_1"),
     "KVCACHE_IB_TIMEOUT": ("16", "ib_timeout", 16),
     "KVCACHE_RELAX_ORDERING": ("1", "relaxed_ordering", True),
+    "KVCACHE_GDRCOPY_FLUSH_ENABLE": ("1", "flush", "initiator_read"),
     "KVCACHE_SOCKET_IFNAME": ("eth0", "socket_ifname", "eth0"),
     "KVCACHE_DEBUG": ("true", "debug", True),
     "KVCACHE_DEBUG_FILE": ("/tmp/%h", "debug_file", "/tmp/%h"),
@@ -42,6 +44,19 @@ def test_variables_of_the_seed(variable: str) -> None:
         s for s in Options.explain(environ={variable: text}) if s.option.name == name
     ]
     assert (setting.value, setting.source) == (value, f"environment {variable}")
+
+
+def test_the_page_of_options_has_the_variables_of_the_seed() -> None:
+    """Those that are read are in the table, the others in the sentence."""
+    page = (Path(__file__).parent.parent / "docs" / "options.md").read_text()
+    _, _, part = page.partition("## Variables of FastDeploy's")
+    part, _, _ = part.partition("\n## ")
+    rows = re.findall(r"^\| `(K\w+|SET\w+)` \| `(\w+)` \|", part, re.M)
+    assert dict(rows) == {name: option for name, (_, option, _) in SEED.items()}
+    sentence = re.search(r"\n\n([^|;]*) do\s+nothing;", part)
+    assert sentence is not None
+    named = re.findall(r"`(\w+)`", sentence[1])
+    assert sorted(named) == sorted(WITHOUT_EFFECT)
 
 
 def test_levels_of_debugging() -> None:
