@@ -18,7 +18,7 @@ from kvxfer.errors import DeviceUnavailableError, OptionError
 from kvxfer.gids import GID
 from kvxfer.inventory import Inventory, ask_port, take
 from kvxfer.options import Options
-from kvxfer.sysfs import Port, RDMADevice, Sysfs
+from kvxfer.sysfs import GPU, Port, RDMADevice, Sysfs
 from kvxfer.topology import Distance, Place, distance
 
 _log = logging.getLogger("kvxfer.devices")
@@ -85,6 +85,10 @@ def survey(options: Options) -> list[Verdict]:
     """
     verdicts = look(options)
     check(options, verdicts)
+    if not verdicts[0].is_software:
+        why = absent_gpu(Sysfs(Path(options.sysfs)).gpus(), options)
+        if why:
+            _log.warning("%s; %s is used", why, verdicts[0].spec.label)
     return verdicts
 
 
@@ -154,9 +158,9 @@ def judge(
       local: Where the process runs.
       visible: What ``CUDA_VISIBLE_DEVICES`` says; None: as the environment has it.
     """
-    if visible is None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = _visible(visible)
     gpu = find_gpu(inventory, options, visible)
+    absent = absent_gpu(inventory.gpus, options, visible)
     found = [
         _examine(device, port, inventory, options, gpu)
         for device in inventory.devices
@@ -166,6 +170,8 @@ def judge(
     if wanted:
         return _explicit(found, wanted, options)
     ranked = _ranked([v for v in found if v.usable], gpu, local or Place(), options)
+    if ranked and absent:
+        ranked[0] = replace(ranked[0], reason=f"{ranked[0].reason}; {absent}")
     verdicts = ranked + [v for v in found if not v.usable]
     n_used = sum(v.usable for v in verdicts)
     if n_used:
@@ -200,12 +206,45 @@ def find_gpu(inventory: Inventory, options: Options, visible: str = "") -> Place
     if options.gpu_index is None:
         return None
     index = options.gpu_index
-    shown = [word.strip() for word in visible.split(",") if word.strip()]
+    shown = _shown(visible)
     if shown:
         if not all(word.isdecimal() for word in shown) or index >= len(shown):
             return None
         index = int(shown[index])
     return next((gpu.place for gpu in inventory.gpus if gpu.index == index), None)
+
+
+def absent_gpu(
+    gpus: Sequence[GPU], options: Options, visible: str | None = None
+) -> str:
+    """Say that the GPU which the options name is not among those that are here.
+
+    Empty if it is, or they name none, or it cannot be told: no GPU is listed, or
+    CUDA's are not named by numbers. All the same a device is chosen.
+    """
+    shown = _shown(_visible(visible))
+    here = find_gpu(Inventory(gpus=tuple(gpus)), options, ",".join(shown))
+    if not gpus or here is not None:
+        return ""
+    if options.gpu_pci is not None:
+        there = ", ".join(gpu.place.address for gpu in gpus)
+        return f"GPU {options.gpu_pci} is not here: there are {there}"
+    index = options.gpu_index
+    if index is None or not all(word.isdecimal() for word in shown):
+        return ""
+    if shown and index >= len(shown):
+        names = ",".join(shown)
+        return f"GPU {index} is not here: CUDA_VISIBLE_DEVICES={names} is {len(shown)}"
+    which = f"{shown[index]}, by CUDA_VISIBLE_DEVICES," if shown else f"{index}"
+    return f"GPU {which} is not here: there are {len(gpus)}"
+
+
+def _visible(given: str | None) -> str:
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "") if given is None else given
+
+
+def _shown(visible: str) -> list[str]:
+    return [word.strip() for word in visible.split(",") if word.strip()]
 
 
 def _named(options: Options) -> str:

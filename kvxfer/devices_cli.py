@@ -11,7 +11,7 @@ import click
 
 from kvxfer import command, devices, gids
 from kvxfer.devices import Verdict
-from kvxfer.errors import DeviceUnavailableError
+from kvxfer.errors import DeviceUnavailableError, OptionError
 from kvxfer.options import Options
 
 HEADERS = (
@@ -153,9 +153,16 @@ def main(
 
 
 def show(options: Options, *, with_gids: bool, machine: bool) -> int:
-    """Print the table; return the exit code."""
+    """Print the table; return the exit code.
+
+    Raises:
+      click.UsageError: Options contradict each other.
+    """
     open_devices = options.sysfs == Options().sysfs
-    verdicts = devices.look(options, open_devices=open_devices)
+    try:
+        verdicts = devices.look(options, open_devices=open_devices)
+    except OptionError as error:
+        raise click.UsageError(str(error)) from error
     if machine:
         for verdict in verdicts:
             click.echo(json.dumps(as_json(verdict)))

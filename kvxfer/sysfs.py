@@ -149,11 +149,12 @@ class Sysfs:
     # -- devices -----------------------------------------------------------------
 
     def _device(self, path: Path, networks: list[Network]) -> RDMADevice:
+        # What it leads to may be missing from a copy; its name is enough.
         driver = path / "device" / "driver"
         return RDMADevice(
             name=path.name,
             place=self._place(path / "device"),
-            driver=driver.resolve().name if driver.exists() else "",
+            driver=driver.readlink().name if driver.is_symlink() else "",
             is_soft_roce=self.is_soft_roce(path.name),
             ports=tuple(
                 self._port(port, networks) for port in _by_number(path / "ports")

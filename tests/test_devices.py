@@ -108,6 +108,27 @@ def test_gpus_that_cuda_hides(judge: Judge, visible: str, chosen: str) -> None:
     assert winner(judge("dgx", gpu_index=1, visible=visible)).spec.label == chosen
 
 
+def test_a_gpu_that_is_not_here_is_said(judge: Judge) -> None:
+    for options, visible, words in (
+        ({"gpu_index": 77}, "", "GPU 77 is not here: there are 8"),
+        ({"gpu_index": 1}, "5", "GPU 1 is not here: CUDA_VISIBLE_DEVICES=5 is 1"),
+        ({"gpu_index": 0}, "9", "GPU 9, by CUDA_VISIBLE_DEVICES, is not here: there"),
+        ({"gpu_pci": "1b:00.0"}, "", "GPU 1b:00.0 is not here: there are 0000:18:06.0"),
+    ):
+        verdict = winner(judge("dgx", visible=visible, **options))
+        assert verdict.spec.provider == "libibverbs"
+        assert words in verdict.reason
+    # What cannot be told is not said.
+    for name, options, visible in (
+        ("dgx", {"gpu_index": 7}, ""),
+        ("dgx", {"gpu_index": 77}, "GPU-8932f937"),
+        ("container", {"gpu_index": 77}, ""),
+        ("container", {"gpu_pci": "1b:00.0"}, ""),
+    ):
+        verdict = winner(judge(name, visible=visible, **options))
+        assert "not here" not in verdict.reason
+
+
 def test_without_a_gpu_the_processor_decides(judge: Judge) -> None:
     assert winner(judge("dgx", node=1)).spec.label == "mlx5_4"
     assert reasons(judge("dgx", node=1))["mlx5_0"] == "on NUMA node 0, unlike mlx5_4"
@@ -377,6 +398,13 @@ def test_a_device_that_is_not_there_is_said_so(tmp_path: Path) -> None:
     assert "no device 'mlx5_9'" in err
     code, _, err = run("--sysfs", sysfs, "--gid-index", "-1")
     assert (code, "gid_index" in err) == (2, True)
+
+
+@pytest.mark.parametrize("device", ["soft", "null"])
+def test_options_that_contradict_each_other_are_wrong_use(device: str) -> None:
+    code, out, err = run("--device", device, "--require-rdma")
+    assert (code, out) == (2, "")
+    assert "device names the" in err and "Traceback" not in err
 
 
 def test_a_gid_that_cannot_be_used_is_said_so(tmp_path: Path) -> None:
