@@ -469,7 +469,7 @@ async def numeric_address(host: str) -> str:
         return literal
     try:
         infos = await asyncio.get_running_loop().getaddrinfo(host, None)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ControlError(f"host {host!r} does not resolve: {error}") from error
     # As the control connection does: IPv4 first where a name has both.
     infos.sort(key=lambda info: info[0] != socket.AF_INET)

@@ -89,6 +89,7 @@ class Machine:
         modules: Sequence[str] = ("ib_uverbs", "mlx5_ib", "nvidia_peermem"),
         providers: Sequence[str] = ("mlx4", "mlx5", "rxe"),
         device_files: bool = True,
+        control_groups: str = "cgroup.controllers",
         **files: str,
     ) -> None:
         """Say what else the machine is; what is not said is well.
@@ -96,6 +97,8 @@ class Machine:
         Args:
           providers: Of rdma-core; none at all means that it is not installed.
           device_files: Whether /dev/infiniband is there.
+          control_groups: What of version 2 is at the root of the control groups, or
+            of version 1; empty: none are mounted.
           files: Contents by path, with ``__`` for the slashes.
         """
         limits = "Limit                     Soft Limit           Hard Limit   Units\n"
@@ -114,6 +117,8 @@ class Machine:
             "sys/devices/system/clocksource/clocksource0/current_clocksource": "tsc",
             **{name.replace("__", "/"): text for name, text in files.items()},
         }
+        if control_groups:
+            texts.setdefault(f"sys/fs/cgroup/{control_groups}", "cpu memory pids")
         for name, text in texts.items():
             _put(self.root / name, text)
         for module in modules:
@@ -136,13 +141,20 @@ class Machine:
         _put(self.proc / "net/if_inet6", "\n".join(self._if_inet6))
 
     def device(
-        self, name: str, pci: Path | None, *, soft_roce_on: str | None = None
+        self,
+        name: str,
+        pci: Path | None,
+        *,
+        soft_roce_on: str | None = None,
+        driver: str = "",
     ) -> Path:
-        """Add an RDMA device."""
+        """Add an RDMA device, and what drives the PCI device beneath."""
         place = (pci or self.sys / "devices/virtual") / "infiniband" / name
         place.mkdir(parents=True)
         if pci is not None:
             (place / "device").symlink_to(pci)
+            if driver:
+                (pci / "driver").symlink_to(f"/sys/bus/pci/drivers/{driver}")
         if soft_roce_on is not None:
             _put(place / "parent", soft_roce_on)
         (self.sys / "class/infiniband" / name).symlink_to(place)
@@ -400,6 +412,31 @@ def bare(machine: Machine) -> None:
     machine.host(modules=("nf_tables",), providers=())
 
 
+def legacy(machine: Machine) -> None:
+    """A container on an older host: control groups 1, a NIC named by its place."""
+    machine.cpus("0-7")
+    nic = machine.pci("pci0000:00", "0000:00:02.0", "0000:03:00.0", what=MELLANOX_NIC)
+    machine.netdev("net1", "10.3.0.7/24", mtu=9000)
+    machine.port(
+        machine.device("rocep3s0f0", nic, driver="mlx5_core"),
+        rate="100 Gb/sec (4X EDR)",
+        gids=roce_table("net1", "10.3.0.7", "fe80::3"),
+    )
+    machine.host(
+        kernel="4.18.0-553.el8.x86_64",
+        providers=("mlx4", "rxe"),
+        device_files=True,
+        control_groups="",
+        **{
+            ".dockerenv": "",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": str(32 << 30),
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "50000",
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+            "sys/fs/cgroup/pids/pids.max": "4096",
+        },
+    )
+
+
 MACHINES: dict[str, Callable[[Machine], None]] = {
     "bare": bare,
     "bonded": bonded,
@@ -408,6 +445,7 @@ MACHINES: dict[str, Callable[[Machine], None]] = {
     "dual_port": dual_port,
     "holes": holes,
     "infiniband": infiniband,
+    "legacy": legacy,
     "virtual": virtual,
 }
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator
 
 from kvxfer import options as options_module
 from kvxfer._version import __version__
+from kvxfer.doctor import cma, network
 from kvxfer.doctor.machine import CAP_IPC_LOCK, CAP_SYS_PTRACE, Machine
 from kvxfer.doctor.report import Finding, note, ok, problem, warning
 from kvxfer.options import Options
@@ -22,6 +22,20 @@ Check = Callable[[Machine, Options], Iterator[Finding]]
 _STA_UNSYNC = 0x0040
 _FEW_FILES = 4096
 _GIB = 1 << 30
+_CGROUPS = "/sys/fs/cgroup"
+_NO_MEMORY_LIMIT = 1 << 62
+
+
+def copied(machine: Machine, options: Options) -> Iterator[Finding]:
+    """Whether a copy of another machine is one."""
+    missing = [name for name in ("sys", "proc") if not machine.exists(name)]
+    if missing:
+        yield warning(
+            "root",
+            f"{machine.root} has no {' and no '.join(missing)}",
+            "Nothing of what would be in there is known: what is well may not be.",
+            "--root takes the directory that another machine's /sys and /proc are in",
+        )
 
 
 def extension(machine: Machine, options: Options) -> Iterator[Finding]:
@@ -96,21 +110,50 @@ def open_files(machine: Machine, options: Options) -> Iterator[Finding]:
 
 def same_host(machine: Machine, options: Options) -> Iterator[Finding]:
     """Whether one process may copy out of another: the wire within a host."""
-    scope = machine.text("/proc/sys/kernel/yama/ptrace_scope")
-    if scope in ("", "0"):
-        yield ok("same host", f"ptrace_scope is {scope or 'not there'}: CMA works")
-    elif scope == "1":
-        yield ok("same host", "ptrace_scope is 1: CMA works between peers that agree")
-    elif machine.has_capability(CAP_SYS_PTRACE) and scope == "2":
-        yield ok("same host", "ptrace_scope is 2, and CAP_SYS_PTRACE lifts that")
-    else:
-        yield warning(
-            "same host",
-            f"ptrace_scope is {scope}",
-            "The software device cannot copy between processes (CMA) and takes its "
-            "TCP wire, at a fraction of the speed.",
-            "sysctl kernel.yama.ptrace_scope=1, or CAP_SYS_PTRACE",
+    yield copies(
+        machine.text("/proc/sys/kernel/yama/ptrace_scope"),
+        machine.has_capability(CAP_SYS_PTRACE),
+        cma.attempt() if machine.is_this else None,
+    )
+
+
+def copies(scope: str, may_trace: bool, failed: str | None) -> Finding:
+    """Say whether processes of a host can copy out of each other (CMA).
+
+    Args:
+      scope: Yama's ``ptrace_scope``; empty where there is no Yama.
+      may_trace: The process has CAP_SYS_PTRACE.
+      failed: Why a copy out of a child failed; empty if it did not, None if it was
+        not tried.
+    """
+    text = f"ptrace_scope is {scope or 'not there'}"
+    lifted = scope == "2" and may_trace
+    if scope in ("2", "3") and not lifted:
+        return _no_copies(
+            text, "sysctl kernel.yama.ptrace_scope=1, or CAP_SYS_PTRACE where it is 2"
         )
+    if failed:
+        return _no_copies(
+            f"{text}; process_vm_readv of a child: {failed}",
+            "docker run --cap-add SYS_PTRACE; or a profile of seccomp that permits "
+            "process_vm_readv; the same user for both processes",
+        )
+    if lifted:
+        text += ", and CAP_SYS_PTRACE lifts that"
+    if failed is None:
+        return ok("same host", f"{text}: CMA is permitted; not tried")
+    between = " between peers that agree" if scope == "1" else ""
+    return ok("same host", f"{text}: CMA works{between}; bytes of a child were copied")
+
+
+def _no_copies(found: str, remedy: str) -> Finding:
+    return warning(
+        "same host",
+        found,
+        "The software device cannot copy between processes (CMA) and takes its "
+        "TCP wire, at a fraction of the speed.",
+        remedy,
+    )
 
 
 def huge_pages(machine: Machine, options: Options) -> Iterator[Finding]:
@@ -136,70 +179,70 @@ def huge_pages(machine: Machine, options: Options) -> Iterator[Finding]:
 def container(machine: Machine, options: Options) -> Iterator[Finding]:
     """What a container may use of its host."""
     kind = machine.in_container()
+    memory, cpus, pids = (limit(machine) for limit in (_memory, _cpus, _pids))
     limits = []
-    memory = machine.text("/sys/fs/cgroup/memory.max")
-    if memory.isdecimal():
-        limits.append(f"{int(memory) / _GIB:.1f} GiB of memory")
-    quota = machine.text("/sys/fs/cgroup/cpu.max").split()
-    if quota and quota[0].isdecimal():
-        limits.append(f"{int(quota[0]) / int(quota[1]):g} CPUs")
-    pids = machine.text("/sys/fs/cgroup/pids.max")
-    if pids.isdecimal():
+    if memory is not None:
+        limits.append(f"{memory / _GIB:.1f} GiB of memory")
+    if cpus is not None:
+        limits.append(f"{cpus:g} CPUs")
+    if pids is not None:
         limits.append(f"{pids} processes")
-    if not kind and not limits:
+    if not limits and not _has_control_groups(machine):
+        yield note(
+            "container",
+            f"{kind or 'none'}; limits are not known: {_CGROUPS} has no control groups",
+        )
+    elif not kind and not limits:
         yield ok("container", "none, and no limits of a control group")
-        return
-    text = f"{kind or 'none'}, {', '.join(limits) or 'no limits'}"
-    if quota and quota[0].isdecimal() and int(quota[0]) < int(quota[1]):
+    elif cpus is not None and cpus < 1:
         yield warning(
             "container",
-            text,
+            f"{kind or 'none'}, {', '.join(limits)}",
             "With less than one CPU, threads stop in the middle of a transfer.",
             "docker run --cpus 2, or a larger limit in the pod",
         )
     else:
-        yield ok("container", text)
+        yield ok("container", f"{kind or 'none'}, {', '.join(limits) or 'no limits'}")
 
 
-def firewall(machine: Machine, options: Options) -> Iterator[Finding]:
-    """Whether something may stand before the control port."""
-    port = options.port
-    modules = machine.modules()
-    filters = machine.text("/proc/net/ip_tables_names").split()
-    if "nf_tables" in modules:
-        filters.append("nf_tables")
-    ports = f"TCP port {port}"
-    if machine.names("/sys/class/infiniband"):
-        ports += ", and UDP port 4791 for RoCE"
-    if filters:
-        yield note(
-            "firewall",
-            f"packet filters are there: {', '.join(dict.fromkeys(filters))}",
-            f"Nodes that connect need {ports}.",
-            f"nft list ruleset; firewall-cmd --add-port={port}/tcp; try it from the "
-            "other side: kvxfer doctor --peer HOST:PORT",
-        )
-    else:
-        yield ok("firewall", f"no packet filter here; nodes that connect need {ports}")
-    if machine.is_this and port:
-        yield from _port_is_free(options)
+# Each is in one place in version 2 of control groups, and elsewhere in version 1.
 
 
-def _port_is_free(options: Options) -> Iterator[Finding]:
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((options.host, options.port))
-        except OSError as error:
-            yield note(
-                "control port",
-                f"{options.host} port {options.port}: {error.strerror}",
-                "An endpoint that is running already has it, or another program.",
-                f"ss -ltnp sport = :{options.port}; or another port by KVXFER_PORT",
-            )
-        else:
-            yield ok("control port", f"{options.host} port {options.port} is free")
+def _has_control_groups(machine: Machine) -> bool:
+    return any(
+        machine.exists(f"{_CGROUPS}/{name}")
+        for name in ("cgroup.controllers", "memory", "cpu", "cpu,cpuacct", "pids")
+    )
+
+
+def _memory(machine: Machine) -> int | None:
+    """Bytes; None where there is no limit, or it is not known."""
+    text = machine.text(f"{_CGROUPS}/memory.max") or machine.text(
+        f"{_CGROUPS}/memory/memory.limit_in_bytes"
+    )
+    # Version 1 has no word for none: it says the largest multiple of a page.
+    return int(text) if text.isdecimal() and int(text) < _NO_MEMORY_LIMIT else None
+
+
+def _cpus(machine: Machine) -> float | None:
+    words = machine.text(f"{_CGROUPS}/cpu.max").split()
+    for controller in ("cpu", "cpu,cpuacct"):
+        words = words or [
+            machine.text(f"{_CGROUPS}/{controller}/cpu.cfs_{name}_us")
+            for name in ("quota", "period")
+            if machine.exists(f"{_CGROUPS}/{controller}/cpu.cfs_{name}_us")
+        ]
+    # "max" or -1 is none.
+    if len(words) != 2 or not all(word.isdecimal() for word in words):
+        return None
+    return int(words[0]) / int(words[1])
+
+
+def _pids(machine: Machine) -> int | None:
+    text = machine.text(f"{_CGROUPS}/pids.max") or machine.text(
+        f"{_CGROUPS}/pids/pids.max"
+    )
+    return int(text) if text.isdecimal() else None
 
 
 def clock(machine: Machine, options: Options) -> Iterator[Finding]:
@@ -255,6 +298,7 @@ def processors(machine: Machine, options: Options) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Check, ...] = (
+    copied,
     extension,
     environment,
     memlock,
@@ -263,6 +307,6 @@ CHECKS: tuple[Check, ...] = (
     huge_pages,
     container,
     processors,
-    firewall,
+    network.firewall,
     clock,
 )

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import click
 from kvxfer.doctor import checks, fabric
 from kvxfer.doctor.machine import Machine
 from kvxfer.doctor.report import Finding, Level, problem, verdict
-from kvxfer.errors import OptionError
+from kvxfer.errors import OptionError, UsageError
 from kvxfer.options import Options
 
 _ROOT = Path("/")
@@ -26,26 +27,58 @@ def look(machine: Machine, options: Options) -> list[Finding]:
     for check in (*checks.CHECKS, *fabric.CHECKS):
         try:
             found += check(machine, options)
-        except ImportError as error:
-            found.append(
-                problem(
-                    check.__name__.replace("_", " "),
-                    f"{error}",
-                    "It could not be looked at.",
-                    "see the line kvxfer above",
-                )
-            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, the rest is told
+            # Several checks stumble over the same.
+            _add(found, [_failed(check.__name__.replace("_", " "), error)])
     return found
+
+
+def _failed(check: str, error: Exception) -> Finding:
+    """Say of a check that it could not be made."""
+    if isinstance(error, UsageError):
+        return problem(
+            check,
+            f"{error}",
+            "Nothing can be transferred with these options.",
+            "kvxfer config prints the options in force and where each comes from",
+        )
+    if isinstance(error, ImportError):
+        return problem(
+            check,
+            f"{error}",
+            "It could not be looked at.",
+            "see the line kvxfer above",
+        )
+    return problem(
+        check,
+        f"{type(error).__name__}: {error}",
+        "It could not be looked at; the other lines do not depend on it.",
+        "if what it names is as it should be, report it as a mistake of kvxfer",
+    )
+
+
+def _add(found: list[Finding], more: Iterable[Finding]) -> None:
+    """Add findings, except problems that have been told."""
+    told = {f.found for f in found if f.level is Level.PROBLEM}
+    found += [f for f in more if f.found not in told]
 
 
 async def transfers(machine: Machine, options: Options) -> list[Finding]:
     """Write and compare on each device that may be used."""
     from kvxfer.doctor import transfer
 
+    try:
+        verdicts = fabric.judged(machine, options)
+    except Exception as error:  # noqa: BLE001 - as for look()
+        return [_failed("choice", error)]
     found: list[Finding] = []
-    for judged in fabric.judged(machine, options):
-        if judged.usable:
+    for judged in verdicts:
+        if not judged.usable:
+            continue
+        try:
             found += await transfer.loopback(judged, options)
+        except Exception as error:  # noqa: BLE001 - the other devices are tried
+            found.append(_failed(f"write {judged.spec.label}", error))
     return found
 
 
@@ -155,6 +188,12 @@ def main(
         options = Options.load(config=config, **overrides)
     except OptionError as error:
         raise click.UsageError(str(error)) from error
+    if listen is not None or there is not None:
+        # Both sides transfer, which nothing of this can do without its compiled part.
+        findings = list(checks.extension(Machine(), options))
+        if _is_broken(findings):
+            show(findings, machine=machine, skip_ok=skip_ok)
+            sys.exit(1)
     if listen is not None:
         _listen(options)
         return
@@ -176,7 +215,7 @@ def _examine(
     findings = look(machine, options)
     # Without the compiled part there is nothing to transfer with.
     if transfer and machine.is_this and not _is_broken(findings):
-        findings += asyncio.run(transfers(machine, options))
+        _add(findings, asyncio.run(transfers(machine, options)))
     return findings
 
 

@@ -12,7 +12,7 @@ from kvxfer.doctor.machine import Machine
 from kvxfer.doctor.report import Finding, note, ok, problem, warning
 from kvxfer.errors import DeviceUnavailableError
 from kvxfer.options import Options
-from kvxfer.sysfs import Sysfs
+from kvxfer.sysfs import RDMADevice, Sysfs
 
 if TYPE_CHECKING:
     from kvxfer.devices import Verdict
@@ -20,10 +20,36 @@ if TYPE_CHECKING:
 _JUMBO_BYTES = 4200
 _DMABUF_KERNEL = (5, 12)
 _PEER_MODULES = ("nvidia_peermem", "nv_peer_mem", "amdgpu")
+# What rdma-core calls the other half of a driver of the kernel.
+_PROVIDERS = {
+    "mlx5_core": "mlx5",
+    "mlx4_core": "mlx4",
+    "ib_mthca": "mthca",
+    "bnxt_en": "bnxt_re",
+    "bnxt_re": "bnxt_re",
+    "cxgb4": "cxgb4",
+    "efa": "efa",
+    "erdma": "erdma",
+    "hfi1": "hfi1verbs",
+    "hns3": "hns",
+    "hns_roce_hw_v2": "hns",
+    "i40e": "irdma",
+    "ice": "irdma",
+    "idpf": "irdma",
+    "ib_qib": "ipathverbs",
+    "mana": "mana",
+    "be2net": "ocrdma",
+    "qede": "qedr",
+    "vmw_pvrdma": "vmw_pvrdma",
+}
 
 
 def _has_nic(machine: Machine) -> bool:
     return bool(machine.names("/sys/class/infiniband"))
+
+
+def _sysfs(machine: Machine) -> Sysfs:
+    return Sysfs(machine.path("/sys"), machine.path("/proc"))
 
 
 def libraries(machine: Machine, options: Options) -> Iterator[Finding]:
@@ -47,7 +73,7 @@ def libraries(machine: Machine, options: Options) -> Iterator[Finding]:
         name.partition(".")[0]
         for name in machine.names("/etc/libibverbs.d", "*.driver")
     }
-    wanted = {_provider(name) for name in machine.names("/sys/class/infiniband")}
+    wanted = {_provider(device) for device in _sysfs(machine).devices()}
     missing = wanted - providers - {""}
     if missing:
         yield problem(
@@ -60,9 +86,20 @@ def libraries(machine: Machine, options: Options) -> Iterator[Finding]:
         yield ok("providers", ", ".join(sorted(providers)))
 
 
-def _provider(device: str) -> str:
-    """Guess the provider by the usual name of a device: mlx5_0, rxe0, irdma1."""
-    match = re.match(r"(mlx4|mlx5|rxe|siw|bnxt_re|irdma|hns|efa|erdma|mana)", device)
+def _provider(device: RDMADevice) -> str:
+    """Say which provider a device needs; empty where that is not known.
+
+    Its name says nothing where rdma-core has given it one by its place, such as
+    ``rocep1s0f0``. The kernel's driver does.
+    """
+    if device.is_soft_roce:
+        return "rxe"
+    # mlx5_core.sf is a function of an mlx5_core.
+    driver = device.driver.partition(".")[0]
+    if driver in _PROVIDERS:
+        return _PROVIDERS[driver]
+    usual = r"(mlx4|mlx5|rxe|siw|bnxt_re|irdma|hns|efa|erdma|mana)"
+    match = re.match(usual, device.name)
     return match[1] if match else ""
 
 
@@ -221,9 +258,26 @@ def registered_by(
     return ("nvidia-peermem", why) if peer else ("none", why)
 
 
+def gpu(machine: Machine, options: Options) -> Iterator[Finding]:
+    """Whether the GPU that the options name is here."""
+    from kvxfer import devices
+
+    why = devices.absent_gpu(_sysfs(machine).gpus(), options)
+    if not why:
+        return
+    # An index also says whose turn it is among NICs; an address is for nothing else.
+    report = note if options.gpu_pci is None else warning
+    yield report(
+        "GPU",
+        why,
+        "No NIC can be chosen for being near to it.",
+        "kvxfer config prints gpu_index and gpu_pci; echo $CUDA_VISIBLE_DEVICES",
+    )
+
+
 def gpu_memory(machine: Machine, options: Options) -> Iterator[Finding]:
     """Whether a NIC can reach the memory of the GPUs, and by what way it would."""
-    found = Sysfs(machine.path("/sys"), machine.path("/proc")).gpus()
+    found = _sysfs(machine).gpus()
     if not found:
         yield ok("GPU memory", "no GPU")
         return
@@ -290,6 +344,7 @@ CHECKS: tuple[Check, ...] = (
     device_files,
     ports,
     mtu,
+    gpu,
     gpu_memory,
     relaxed_ordering,
 )

@@ -44,6 +44,16 @@ class Machine:
         """Say whether a file is there."""
         return self.path(name).exists()
 
+    def hides(self, name: str) -> bool:
+        """Say whether a file is there that cannot be read."""
+        try:
+            self.path(name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
+        return False
+
     def library(self, name: str) -> Path | None:
         """Find a shared library where they usually are."""
         for directory in _LIBRARY_DIRS:

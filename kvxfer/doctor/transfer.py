@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import socket
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +21,7 @@ from kvxfer.doctor.report import Finding, note, ok, problem
 from kvxfer.errors import (
     GeometryMismatchError,
     KVXferError,
+    OptionError,
     RetryExceededError,
     WriteTimeoutError,
 )
@@ -229,14 +231,16 @@ async def probe(host: str, port: int, options: Options) -> list[Finding]:
     if findings[-1].remedy:
         return findings
     seed = secrets.randbelow(1 << 10) + 1
+    is_connected = False
     with make_cache() as cache:
         fill(cache, seed)
         try:
             async with _connected(cache, options, host, port) as (client, peer):
+                is_connected = True
                 findings.append(
                     ok("negotiation", f"{peer.device}, from GID {peer.link.gid}")
                 )
-                findings += await _data(client, peer, seed)
+                await _data(client, peer, seed, findings)
         except GeometryMismatchError:
             findings.append(
                 note(
@@ -247,15 +251,34 @@ async def probe(host: str, port: int, options: Options) -> list[Finding]:
                 )
             )
         except KVXferError as error:
-            findings.append(
-                problem(
-                    "negotiation",
-                    f"{type(error).__name__}: {error}",
-                    "The endpoint answers, but no connection can be made.",
-                    "kvxfer devices, on both sides; kvxfer config",
-                )
-            )
+            findings.append(_failed(error, is_connected))
     return findings
+
+
+def _failed(error: KVXferError, is_connected: bool) -> Finding:
+    """Say what it means that the path failed, before it was one or later."""
+    text = f"{type(error).__name__}: {error}"
+    if is_connected:
+        return problem(
+            "data path",
+            text,
+            "The connection was made, and broke: the other side ended, or a device.",
+            "what kvxfer doctor --listen says there; kvxfer doctor and dmesg | tail on "
+            "both sides",
+        )
+    if isinstance(error, OptionError):
+        return problem(
+            "choice",
+            text,
+            "Nothing can be transferred with these options.",
+            "kvxfer config prints the options in force and where each comes from",
+        )
+    return problem(
+        "negotiation",
+        text,
+        "The endpoint answers, but no connection can be made.",
+        "kvxfer devices, on both sides; kvxfer config",
+    )
 
 
 async def _control(host: str, port: int) -> list[Finding]:
@@ -264,6 +287,16 @@ async def _control(host: str, port: int) -> list[Finding]:
     start = time.monotonic()
     try:
         _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 5)
+    except (socket.gaierror, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else f"{error}"
+        return [
+            problem(
+                "control",
+                f"{where}: the name is not known: {why}",
+                "Neither /etc/hosts nor a name server has an address for it.",
+                f"getent hosts {host}; or give an IP address",
+            )
+        ]
     except asyncio.TimeoutError:
         return [
             problem(
@@ -289,16 +322,17 @@ async def _control(host: str, port: int) -> list[Finding]:
     return [ok("control", f"{where} answers in {micros:.0f} us")]
 
 
-async def _data(client: Client, peer: Peer, seed: int) -> list[Finding]:
+async def _data(client: Client, peer: Peer, seed: int, findings: list[Finding]) -> None:
     """Write small, then large, then all; have it compared there."""
-    findings = []
     passed, error = await _largest_packet(client, peer)
     try:
         if error is not None:
             raise error
         measured = await measure(client, peer)
     except (RetryExceededError, WriteTimeoutError) as failure:
-        return [_swallowed(peer, passed, failure)]
+        facts = f"{peer.device} by GID {peer.link.gid}"
+        findings.append(swallowed(facts, peer.wire, passed, failure))
+        return
     sizes = ", ".join(map(str, _PACKETS))
     findings.append(ok("packets", f"of {sizes} bytes come through"))
     findings.append(ok("data path", str(measured)))
@@ -312,9 +346,18 @@ async def _data(client: Client, peer: Peer, seed: int) -> list[Finding]:
         findings.append(
             note("verified", "the other side did not say: is it kvxfer doctor?")
         )
-        return findings
+        return
     _, told, count = str(peer.error).partition(_VERDICT)
-    if told and count.split()[0].rstrip(".") == "0":
+    if not told:
+        findings.append(
+            problem(
+                "verified",
+                str(peer.error),
+                "The connection ended before the other side said what has arrived.",
+                "what kvxfer doctor --listen says there; once more",
+            )
+        )
+    elif count.split()[0].rstrip(".") == "0":
         findings.append(
             ok("verified", f"{_LAYERS * _BLOCKS} blocks compared at the other side")
         )
@@ -327,7 +370,6 @@ async def _data(client: Client, peer: Peer, seed: int) -> list[Finding]:
                 "kvxfer doctor on both hosts; do not use this path",
             )
         )
-    return findings
 
 
 async def _largest_packet(client: Client, peer: Peer) -> tuple[int, KVXferError | None]:
@@ -342,9 +384,22 @@ async def _largest_packet(client: Client, peer: Peer) -> tuple[int, KVXferError 
     return passed, None
 
 
-def _swallowed(peer: Peer, passed: int, error: KVXferError) -> Finding:
-    """Say what it means that nothing longer than ``passed`` bytes comes through."""
-    facts = f"{peer.device} by GID {peer.link.gid}"
+def swallowed(facts: str, wire: str, passed: int, error: KVXferError) -> Finding:
+    """Say what it means that nothing longer than ``passed`` bytes comes through.
+
+    Args:
+      facts: The device, and by which of its GIDs.
+      wire: As :attr:`kvxfer.Peer.wire` has it.
+    """
+    if passed == 0 and wire != "rdma":
+        return problem(
+            "data path",
+            f"{facts}: {error}",
+            "The control connection works and the wire of the software device does "
+            "not: it goes to a TCP port of its own, which the kernel chooses there.",
+            "let the TCP ports of sysctl net.ipv4.ip_local_port_range through, at the "
+            "side that is written to; or narrow the range",
+        )
     if passed == 0:
         return problem(
             "data path",
