@@ -1,7 +1,8 @@
 """Several NICs in one host, end to end: the software device under their names.
 
 The shim of the strangers' tests stands in for libibverbs, so the devices are listed,
-opened and driven as NICs are; sysfs is that of a machine that is made up.
+opened and driven as NICs are. sysfs is empty: nothing is known of them but what the
+verbs say, so they are equals. What sysfs decides is in test_devices.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,16 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import asyncio, json, logging, sys
 import kvxfer
+import kvxfer.link
+
+paths = []
+made = kvxfer.link.QPPath
+
+def look_at(**fields):
+    paths.append({name: fields[name] for name in ("lid", "is_global")})
+    return made(**fields)
+
+kvxfer.link.QPPath = look_at
 
 def cache():
     return kvxfer.KVCache.allocate(n_layers=2, n_blocks=8, block_bytes=4096)
@@ -40,6 +51,8 @@ async def main():
             say["wire"] = result.wire
             say["after"] = [s.name for s in client.device_states()]
             say["there"] = server.devices
+            say["paths"] = paths
+            say["layers"] = {s.name: s.link_layer for s in client.device_states()}
         say["bytes"] = int(target.view(1, "k")[5][0])
     print(json.dumps(say))
 
@@ -61,6 +74,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
         timeout=300,
     )
+    (out / "sys").mkdir()
     return out / "libkvxsoft.so"
 
 
@@ -78,6 +92,7 @@ def run(
             "PYTHONPATH": str(ROOT),
             "KVXFER_IBVERBS_PATH": str(shim),
             "KVXFER_SHIM_DEVICES": devices,
+            "KVXFER_SYSFS": str(shim.with_name("sys")),
         },
         check=True,
         timeout=60,
@@ -128,3 +143,28 @@ def test_no_nic_in_common_shows_both_tables(shim: Path) -> None:
 def test_software_where_no_nic_is_common(shim: Path) -> None:
     found = run(shim, "mlx5_0:infiniband mlx5_1", {}, {"device": "soft"})
     assert (found["device"], found["bytes"]) == ("soft0", 77)
+
+
+def test_a_write_over_infiniband(shim: Path) -> None:
+    """By the LID that the peer's port has; its GID too, which is of another subnet."""
+    found = run(shim, "mlx5_0:infiniband mlx5_1:infiniband", {}, {"device": "mlx5_1"})
+    assert (found["device"], found["there"]) == ("mlx5_0", ["mlx5_1"])
+    assert found["layers"]["mlx5_0"] == "infiniband"
+    assert (found["bytes"], found["wire"]) == (77, "rdma")
+    assert found["paths"] == [{"lid": 17, "is_global": True}] * 2
+
+
+def test_ethernet_has_no_lids(shim: Path) -> None:
+    found = run(shim, "mlx5_0", {}, {})
+    assert found["layers"]["mlx5_0"] == "ethernet"
+    assert found["paths"] == [{"lid": 0, "is_global": True}] * 2
+
+
+@pytest.mark.parametrize("gpu", [5, 9])
+def test_eight_nics_in_turn_by_gpu(shim: Path, gpu: int) -> None:
+    names = [f"mlx5_{i}" for i in range(8)]
+    found = run(shim, " ".join(names), {"gpu_index": gpu}, {"gpu_index": 3})
+    assert found["device"] == names[gpu % 8]
+    # Each side by its own GPU.
+    assert found["there"] == ["mlx5_3", "soft0"]
+    assert found["bytes"] == 77
