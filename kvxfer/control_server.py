@@ -308,8 +308,10 @@ class ControlServer:
 
     @property
     def connections(self) -> list[int]:
-        """The ``conn_id`` of every established connection."""
-        return [c for c, link in self._by_conn_id.items() if link.core.is_established]
+        """The ``conn_id`` of every established connection; from any thread."""
+        # Other threads look at copies: a loop here would meet what comes and goes.
+        known = self._by_conn_id.copy()
+        return [c for c, link in known.items() if link.core.is_established]
 
     def send_credit(
         self, conn_id: int, consumed_bytes: int, consumed_records: int
@@ -362,7 +364,7 @@ class ControlServer:
         return True
 
     def statistics(self) -> ControlStatistics:
-        """Return the counts of this moment."""
+        """Return the counts of this moment; from any thread."""
         return ControlStatistics(
             connections=len(self.connections),
             pending=len(self._pending),

@@ -211,7 +211,8 @@ class Collector:
 
 
 def _by_one(values: Mapping[str, float]) -> dict[tuple[str, ...], float]:
-    return {(name,): value for name, value in list(values.items())}
+    # A copy, in one step: the event loop's thread goes on counting.
+    return {(name,): value for name, value in dict(values).items()}
 
 
 class Exporter:

@@ -166,8 +166,10 @@ class Remotes:
         return len(self._parked)
 
     def peers(self) -> list[Peer]:
-        """The connections, those being made left out."""
-        return [r.peer for r in self._by_invite.values() if r.peer is not None]
+        """The connections, those being made left out; from any thread."""
+        # A copy, and each looked at once: another thread's event loop goes on.
+        known = [remote.peer for remote in list(self._by_invite.values())]
+        return [peer for peer in known if peer is not None]
 
     async def close(self) -> None:
         """Close all connections. Twice is fine."""

@@ -301,8 +301,8 @@ class Server:
 
     @property
     def peers(self) -> list[str]:
-        """Addresses of the connected writers."""
-        return [incoming.peer for incoming in self._connections.incoming.values()]
+        """Addresses of the connected writers; from any thread."""
+        return [i.peer for i in list(self._connections.incoming.values())]
 
     @property
     def counters(self) -> Counters:
@@ -326,7 +326,7 @@ class Server:
         return {"connecting": counts.pending, "connected": counts.connections}
 
     def handshakes(self) -> dict[str, int]:
-        """Count what has come to the control port, by how it ended."""
+        """Count what has come to the control port, by how it ended; any thread."""
         if self._control is None:
             return {}
         counts = self._control.statistics()

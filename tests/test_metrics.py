@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import signal
 import sys
 import urllib.request
 from asyncio.subprocess import PIPE
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvxfer import Client, Server
 from kvxfer.counters import BOUNDS, Histogram
 from kvxfer.errors import ControlError, KVXferError, UsageError
 from kvxfer.metrics import Collector, Exporter
 from kvxfer.testing import loopback, set_faults
-from tests.endpoints import QUICK, SOON, failure_of, take, until
-from tests.streaming import streamed
+from tests.endpoints import QUICK, SOON, arena, connected, dial, failure_of, take, until
+from tests.streaming import HASTY, streamed
 
+T = TypeVar("T")
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -209,6 +214,82 @@ async def test_serve_gives_metrics() -> None:
         process.send_signal(signal.SIGINT)
         await asyncio.wait_for(process.communicate(), SOON)
     assert process.returncode == 0
+
+
+# -- while things change --------------------------------------------------------------
+
+
+def line_by_line(look: Callable[[], T], change: Callable[[], object]) -> T:
+    """Call ``look``; before each line of kvxfer that it runs, call ``change``.
+
+    What another thread may do to it at a bad moment is so done at each of them.
+    """
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        if "/kvxfer/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            change()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return look()
+    finally:
+        sys.settrace(before)
+
+
+async def test_a_server_is_scraped_while_connections_come_and_go() -> None:
+    """Its thread may be stopped anywhere, and the event loop's goes on."""
+    loop = asyncio.get_running_loop()
+    async with contextlib.AsyncExitStack() as stack:
+        pair = await stack.enter_async_context(connected())
+        source = stack.enter_context(arena(seed=3))
+        other = await stack.enter_async_context(Client(source.cache, **QUICK))
+
+        async def come_or_go() -> None:
+            if not other.is_connected("127.0.0.1", pair.server.port):
+                await dial(other, pair.server)
+                return
+            await (await dial(other, pair.server)).close()
+            await until(lambda: len(pair.server.peers) == 1)
+
+        def change() -> None:
+            asyncio.run_coroutine_threadsafe(come_or_go(), loop).result(SOON)
+
+        for end in (pair.server, other):
+            states = await asyncio.to_thread(
+                line_by_line, end.connection_states, change
+            )
+            assert set(states) >= {"connecting", "connected"}
+        for look in (pair.server.handshakes, lambda: pair.server.peers):
+            assert await asyncio.to_thread(line_by_line, look, change)
+
+
+async def test_a_client_is_scraped_while_it_is_invited() -> None:
+    loop = asyncio.get_running_loop()
+    async with contextlib.AsyncExitStack() as stack:
+        pair = await stack.enter_async_context(streamed())
+
+        async def invite(server: Server) -> None:
+            n = pair.client.connection_states()["connected"]
+            server.offer(pair.prefill, f"r{n}", {"main": [1]})
+            await until(lambda: pair.client.connection_states()["connected"] > n)
+
+        async def one_more() -> None:
+            target = stack.enter_context(arena(seed=3))
+            server = Server(target.cache, host="127.0.0.1", port=0, **HASTY)
+            await invite(await stack.enter_async_context(server))
+
+        def change() -> None:
+            if pair.client.connection_states()["connected"] < 8:
+                asyncio.run_coroutine_threadsafe(one_more(), loop).result(SOON)
+
+        await invite(pair.server)
+        look = pair.client.connection_states
+        states = await asyncio.to_thread(line_by_line, look, change)
+        assert 1 <= states["connected"] <= 8
 
 
 def test_bounds_of_a_histogram() -> None:
