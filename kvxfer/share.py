@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import errno
 import logging
 import os
 import socket
 import stat
+import time
 from pathlib import Path
 
 from kvxfer import Arrival, Failure, KVCache, Server, Ticket
@@ -34,6 +36,10 @@ _log = logging.getLogger("kvxfer.share")
 _MAX_PARKED = 65536
 # What a process that does not read may cost, before it is let go.
 _MAX_UNREAD_BYTES = 64 << 20
+# After a connection that could not be taken: seconds to the next attempt, and
+# between two warnings.
+_REFUSED_PAUSE = 0.1
+_LOG_INTERVAL = 10.0
 
 
 class Share:
@@ -48,12 +54,18 @@ class Share:
       path: Of a Unix socket, with or without ``unix:`` in front. Who may write to it
         may attach.
       mode: Its permissions.
+
+    Attributes:
+      refused: How often a connection could not be taken, for want of descriptors or
+        memory; it waits, and is tried again.
     """
 
     def __init__(
         self, server: Server, cache: KVCache, path: str, mode: int = 0o600
     ) -> None:
         self.path = path.removeprefix("unix:")
+        self.refused = 0
+        self._next_log = 0.0
         self._server = server
         self._mode = mode
         self._files, self._layout = _describe(cache)
@@ -118,10 +130,29 @@ class Share:
         assert self._socket is not None
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(self._socket)
+            try:
+                connection, _ = await loop.sock_accept(self._socket)
+            except OSError as error:
+                self._log_refused(error)
+                # It still waits: the next attempt would fail like this one.
+                await asyncio.sleep(_REFUSED_PAUSE)
+                continue
             task = loop.create_task(self._attend(connection))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _log_refused(self, error: OSError) -> None:
+        self.refused += 1
+        now = time.monotonic()
+        if now >= self._next_log:
+            self._next_log = now + _LOG_INTERVAL
+            out = error.errno in (errno.EMFILE, errno.ENFILE)
+            _log.warning(
+                "a process at %s could not be taken, and waits: %s%s",
+                self.path,
+                error.strerror or error,
+                "; raise ulimit -n" if out else "",
+            )
 
     async def _attend(self, connection: socket.socket) -> None:
         """Serve one process until it has gone."""
@@ -224,12 +255,22 @@ class _Session:
 
     async def _abort(self, command: messages.Abort) -> None:
         found = self._offered.get(command.request_id)
+        problem = ""
         if found is not None:
-            await found[0].abort(command.reason)
-        self.send(messages.Answer(command.number, ""))
+            try:
+                await found[0].abort(command.reason)
+            except KVXferError as error:
+                problem = str(error)
+        self.send(messages.Answer(command.number, problem))
 
     async def close(self) -> None:
-        """Fence what is not over."""
+        """Fence what is not over, then end the connection, whatever fails."""
+        try:
+            await self._fence()
+        finally:
+            self._writer.transport.abort()
+
+    async def _fence(self) -> None:
         offered = list(self._offered.values())
         tasks = {task for _, task in offered} | self._aborting
         for task in tasks:
@@ -237,8 +278,10 @@ class _Session:
         if tasks:
             await asyncio.wait(tasks)
         for ticket, _ in offered:
-            await ticket.abort("the process that offered it has gone")
-        self._writer.transport.abort()
+            try:
+                await ticket.abort("the process that offered it has gone")
+            except Exception:  # noqa: BLE001 - the others have to be fenced, too
+                _log.exception("%r could not be given up", ticket)
 
 
 def _news(ticket: Ticket) -> messages.TicketNews:

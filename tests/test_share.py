@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ from kvxfer.errors import (
     BrokenPeerError,
     ClosedResourceError,
     ControlError,
+    InternalError,
     KVXferError,
     UsageError,
 )
@@ -349,6 +351,68 @@ async def test_a_process_that_does_not_read_is_let_go(
             while beside.share.attached:
                 await client.write_cache(peer, [1], [2], request_id=name)
         assert peer.connected
+
+
+# -- what goes wrong in the sidecar ---------------------------------------------------
+
+
+@contextlib.contextmanager
+def out_of_descriptors() -> Iterator[None]:
+    """Let this process open nothing more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_sidecar_without_descriptors_lets_in_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It says so once, and not at each attempt."""
+    async with sidecar(tmp_path / "s") as beside:
+        with socket.socket(socket.AF_UNIX) as engine:
+            engine.setblocking(False)
+            with out_of_descriptors():
+                engine.connect(beside.path)
+                await until(lambda: beside.share.refused >= 3)
+                assert beside.share.attached == 0
+            await until(lambda: beside.share.attached == 1)
+        cache, _ = await beside.attach()
+        cache.close()
+    said = [r.getMessage() for r in caplog.records if "not be taken" in r.getMessage()]
+    assert len(said) == 1
+    assert "Too many open files" in said[0] and "ulimit -n" in said[0]
+
+
+async def test_a_fence_that_fails_leaves_out_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an engine that has gone everything is fenced, and its connection ended."""
+    real = Ticket.abort
+
+    def abort(self: Ticket, reason: str = "") -> Any:
+        if self.request_id == "first":
+            raise InternalError("no way to say so")
+        return real(self, reason)
+
+    monkeypatch.setattr(Ticket, "abort", abort)
+    async with sidecar(tmp_path / "s") as beside:
+        cache, attachment = await beside.attach()
+        tickets = {
+            name: await asyncio.to_thread(
+                attachment.offer, "127.0.0.1:1", name, {"main": [block]}
+            )
+            for block, name in enumerate(("first", "second"))
+        }
+        with pytest.raises(UsageError, match="no way to say so"):
+            await asyncio.to_thread(tickets["first"].abort)
+        cache.close()
+        await until(lambda: [t for t in beside.server.finished() if over(t, "second")])
+        await until(lambda: not beside.share._tasks)
 
 
 async def test_serve_shares_its_cache_and_its_end_is_noticed(tmp_path: Path) -> None:
