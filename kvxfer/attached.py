@@ -11,9 +11,11 @@ import contextlib
 import mmap
 import os
 import queue
+import select
 import socket
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -29,102 +31,9 @@ from kvxfer.errors import (
 from kvxfer.layout import Group, Plane, PlaneLayer
 from kvxfer.memory import Span, address_range
 from kvxfer.shared_messages import GaveUp, Landed, TicketNews
+from kvxfer.shared_ticket import SharedTicket
 
 __all__ = ["Attachment", "SharedTicket"]
-
-_OVER = ("done", "aborted", "failed")
-
-
-class SharedTicket:
-    """A request that this process has offered through the sidecar.
-
-    All attributes may be read from any thread, without waiting.
-
-    Attributes:
-      request_id: As it was offered.
-      state: As of ``Ticket``: offered, arriving, ending, done, aborted, failed.
-      layers_done: The layers that are in place.
-      error: Why it ended badly; empty while it goes on, and when all went well.
-      aux: What the writer gave to ``finish``.
-    """
-
-    def __init__(self, attachment: Attachment, request_id: str) -> None:
-        self.request_id = request_id
-        self.state = "offered"
-        self.layers_done: tuple[int, ...] = ()
-        self.error = ""
-        self.aux = b""
-        self._attachment = attachment
-        self._changed = threading.Condition()
-
-    def __repr__(self) -> str:
-        return f"<SharedTicket {self.request_id!r}, {self.state}>"
-
-    @property
-    def is_over(self) -> bool:
-        """Whether no byte of it can land any more."""
-        return self.state in _OVER
-
-    def _take(self, news: TicketNews) -> None:
-        with self._changed:
-            self.state = news.state
-            self.layers_done = tuple(news.layers_done)
-            self.error = news.error
-            self.aux = news.aux
-            self._changed.notify_all()
-
-    def _lose(self) -> None:
-        with self._changed:
-            if not self.is_over:
-                self.state, self.error = "failed", "the sidecar is gone"
-            self._changed.notify_all()
-
-    def join_layer(self, layer: int, timeout: float | None = None) -> None:
-        """Wait until a layer is in place.
-
-        Raises:
-          BrokenPeerError: The request ended before.
-          TimeoutError: It is not there after so many seconds.
-        """
-        with self._changed:
-            self._changed.wait_for(
-                lambda: layer in self.layers_done or self.is_over, timeout
-            )
-        if layer in self.layers_done:
-            return
-        if not self.is_over:
-            raise TimeoutError(f"layer {layer} is not there after {timeout:g} s")
-        raise self._failure()
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait until all is in place.
-
-        Raises:
-          BrokenPeerError: The request ended badly.
-          TimeoutError: It goes on after so many seconds.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self.is_over, timeout)
-        if not self.is_over:
-            raise TimeoutError(f"{self!r} goes on after {timeout:g} s")
-        if self.state != "done":
-            raise self._failure()
-
-    def abort(self, reason: str = "") -> None:
-        """Give it up; returns when no byte of it can land any more.
-
-        Raises:
-          BrokenPeerError: The sidecar is gone.
-        """
-        self._attachment._command(
-            lambda number: messages.Abort(number, self.request_id, reason)
-        )
-
-    def _failure(self) -> BrokenPeerError:
-        return BrokenPeerError(
-            f"request {self.request_id!r} {self.state}: "
-            f"{self.error or 'no writer holds that layer'}"
-        )
 
 
 class Attachment:
@@ -132,10 +41,18 @@ class Attachment:
 
     It ends with :meth:`close`, or with either process. What this process has offered
     and is not done is fenced then: nothing of it lands any more.
+
+    Attributes:
+      path: Of the sidecar's socket.
+      timeout: Seconds that the sidecar has for an answer. One that takes longer counts
+        as gone, and what it says later is not heard.
+      groups: What its cache is.
+      spans: The memory, by group, plane and layer.
     """
 
-    def __init__(self, path: str, connection: socket.socket) -> None:
+    def __init__(self, path: str, connection: socket.socket, timeout: float) -> None:
         self.path = path
+        self.timeout = timeout
         self.groups: list[Group] = []
         self.spans: dict[tuple[str, str, int], Span] = {}
         self._socket = connection
@@ -145,6 +62,8 @@ class Attachment:
         self._answers: dict[int, queue.SimpleQueue[str]] = {}
         self._number = 0
         self._state = "open"
+        self._why = "is gone"
+        self._ending = threading.Lock()
         self._reader = threading.Thread(
             target=self._read, name="kvxfer-share", daemon=True
         )
@@ -155,7 +74,7 @@ class Attachment:
 
         Args:
           path: Of its socket, with or without ``unix:`` in front.
-          timeout: Seconds.
+          timeout: Seconds, for this and for each answer later.
 
         Raises:
           ControlError: Nobody is there, or the permissions of the path do not let
@@ -164,7 +83,7 @@ class Attachment:
         """
         path = path.removeprefix("unix:")
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self = cls(path, connection)
+        self = cls(path, connection, timeout)
         try:
             connection.settimeout(timeout)
             connection.connect(path)
@@ -257,14 +176,28 @@ class Attachment:
             while True:
                 self._take(self._message(b""))
         except (OSError, KVXferError):
-            if self._state == "open":
-                self._state = "broken"
+            self._end("broken")
         finally:
             self._arrivals.put(None)
             for ticket in list(self._tickets.values()):
-                ticket._lose()
+                ticket._lose(f"the sidecar {self._why}")
             for answer in list(self._answers.values()):
-                answer.put("the sidecar is gone")
+                answer.put("")  # none: the state says why
+
+    def _end(self, state: str, why: str = "is gone") -> None:
+        """Say how the connection ends, if it has not, and wake all that wait for it."""
+        with self._ending:
+            if self._state != "open":
+                return
+            self._state, self._why = state, why
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _gone(self) -> BrokenPeerError:
+        return BrokenPeerError(
+            f"the sidecar at {self.path} {self._why}",
+            hint="Attach again when it runs again; what was offered is fenced then.",
+        )
 
     def _take(self, message: object) -> None:
         if isinstance(message, (Landed, GaveUp)):
@@ -293,7 +226,7 @@ class Attachment:
             if found is None:
                 self._arrivals.put(None)  # for others who wait
                 if self._state == "broken":
-                    raise BrokenPeerError(f"the sidecar at {self.path} is gone")
+                    raise self._gone()
                 return
             yield found
 
@@ -314,11 +247,13 @@ class Attachment:
 
         Raises:
           UsageError: The sidecar does not take it; its words.
-          BrokenPeerError: The sidecar is gone.
+          BrokenPeerError: The sidecar is gone, or does not answer for
+            :attr:`timeout` seconds. It fences what it has heard of when it runs again.
         """
         if request_id in self._tickets:
             raise UsageError(f"request {request_id!r} is offered already")
-        ticket = self._tickets[request_id] = SharedTicket(self, request_id)
+        ticket = SharedTicket(request_id, lambda why: self._abort(request_id, why))
+        self._tickets[request_id] = ticket
         peers = [peer] if isinstance(peer, str) else list(peer)
         ids = {group: [int(i) for i in of] for group, of in blocks.items()}
         try:
@@ -339,43 +274,90 @@ class Attachment:
             raise
         return ticket
 
-    def _command(self, make: object) -> None:
-        """Send a command and wait for the answer."""
-        assert callable(make)
+    def _abort(self, request_id: str, reason: str) -> None:
+        """Give a request up, and wait for its fence, however long that takes."""
+        self._command(
+            lambda number: messages.Abort(number, request_id, reason),
+            # What is not offered has no fence to wait for.
+            lambda number: messages.Abort(number, "", ""),
+        )
+
+    def _command(
+        self,
+        make: Callable[[int], messages.Command],
+        ask: Callable[[int], messages.Command] | None = None,
+    ) -> None:
+        """Send a command and wait for the answer.
+
+        Args:
+          make: Makes the command, of its number.
+          ask: Makes one that is answered at once: the answer to the other may take any
+            time, as long as this one is answered.
+        """
         answer: queue.SimpleQueue[str] = queue.SimpleQueue()
         with self._sending:
-            if self._state == "closed":
-                raise ClosedResourceError(f"the attachment to {self.path} is closed")
             self._number += 1
             number = self._number
+            frame = messages.encode(make(number))
             self._answers[number] = answer
-            if self._state == "broken":
-                answer.put("the sidecar is gone")
-            else:
-                with contextlib.suppress(OSError):  # the reader hears of it, too
-                    self._socket.sendall(messages.encode(make(number)))
-        error = answer.get()
-        del self._answers[number]
+            if self._state == "open":
+                self._send(frame)
+        try:
+            while self._state == "open":
+                try:
+                    error = answer.get(timeout=self.timeout)
+                except queue.Empty:
+                    if ask is None:
+                        self._end("broken", self._silence)
+                    else:
+                        self._command(ask)
+                    continue
+                if error:
+                    raise UsageError(error)
+                break
+        finally:
+            del self._answers[number]
         if self._state == "broken":
-            raise BrokenPeerError(f"the sidecar at {self.path} is gone")
+            raise self._gone()
         if self._state == "closed":
             raise ClosedResourceError(f"the attachment to {self.path} is closed")
-        if error:
-            raise UsageError(error)
+
+    @property
+    def _silence(self) -> str:
+        return f"does not answer for {self.timeout:g} s"
+
+    def _send(self, frame: bytes) -> None:
+        """Send, unless the sidecar reads nothing for too long: then it counts as gone.
+
+        The socket has no timeout, which would be the reader's, too.
+        """
+        left = memoryview(frame)
+        deadline = time.monotonic() + self.timeout
+        room = select.poll()
+        room.register(self._socket, select.POLLOUT)
+        try:
+            while left and self._state == "open":
+                try:
+                    left = left[self._socket.send(left, socket.MSG_DONTWAIT) :]
+                except BlockingIOError:
+                    seconds = deadline - time.monotonic()
+                    if seconds <= 0 or not room.poll(seconds * 1000):
+                        self._end("broken", self._silence)
+        except OSError:
+            self._end("broken")
 
     def close(self) -> None:
         """End the connection; the memory stays mapped while it is used. Twice is fine.
 
-        What was offered and is not over is fenced by the sidecar.
+        What was offered and is not over is fenced by the sidecar. Calls of other
+        threads end with ClosedResourceError.
         """
-        with self._sending:
-            if self._state != "broken":
-                self._state = "closed"
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
+        # Before the lock: who has it may wait for a sidecar that reads nothing.
+        self._end("closed")
         if threading.current_thread() is not self._reader:
             self._reader.join()
-        self._socket.close()
+        with self._sending:
+            self._socket.close()
 
 
 def _map(fd: int, size: int) -> Span:

@@ -302,7 +302,8 @@ class KVCache:
 
         Args:
           path: Of the sidecar's socket, with or without ``unix:`` in front.
-          timeout: Seconds.
+          timeout: Seconds for this, and for each answer of the sidecar later: one that
+            takes longer counts as gone.
 
         Raises:
           ControlError: Nobody is there, or this user may not write to the path.

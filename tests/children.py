@@ -29,6 +29,19 @@ from tests.endpoints import QUICK, SOON, arena, until
 ROOT = Path(__file__).parent.parent
 
 
+async def freeze(pid: int) -> None:
+    """Stop a process; when this returns none of its threads runs any more."""
+
+    def is_stopped() -> bool:
+        stats = Path(f"/proc/{pid}/task").glob("*/stat")
+        # The thread's name, in parentheses, may hold anything.
+        states = [stat.read_text().rpartition(")")[2].split()[0] for stat in stats]
+        return set(states) == {"T"}
+
+    os.kill(pid, signal.SIGSTOP)
+    await until(is_stopped)
+
+
 class Child:
     """A running child, as the test sees it."""
 
@@ -59,14 +72,7 @@ class Child:
 
     async def stop(self) -> None:
         """Freeze the child; when this returns none of its threads runs any more."""
-        self.signal(signal.SIGSTOP)
-        await until(self._is_stopped)
-
-    def _is_stopped(self) -> bool:
-        stats = Path(f"/proc/{self.pid}/task").glob("*/stat")
-        # The thread's name, in parentheses, may hold anything.
-        states = [stat.read_text().rpartition(")")[2].split()[0] for stat in stats]
-        return set(states) == {"T"}
+        await freeze(self.pid)
 
     async def close(self) -> None:
         """Kill the child if it lives still."""

@@ -33,7 +33,9 @@ from kvxfer.errors import (
     UsageError,
 )
 from kvxfer.share import Share
+from tests.children import freeze
 from tests.endpoints import SOON, Arena, arena, noise, until
+from tests.patience import patient
 from tests.streaming import HASTY
 from tests.test_cli import running
 
@@ -413,6 +415,107 @@ async def test_a_fence_that_fails_leaves_out_no_other(
         cache.close()
         await until(lambda: [t for t in beside.server.finished() if over(t, "second")])
         await until(lambda: not beside.share._tasks)
+
+
+@contextlib.asynccontextmanager
+async def serving(path: Path) -> AsyncIterator[tuple[int, KVCache, Attachment]]:
+    """Give a sidecar that is a process: its pid, and an attachment to it."""
+    async with running(
+        *("kvxfer.serve", "--json", "--port", "0", "--share", f"unix:{path}"),
+        *("--layers", "2", "--blocks", "64", "--block-bytes", "512"),
+    ) as serve:
+        await serve.event()
+        cache = await asyncio.to_thread(KVCache.attach, path)
+        assert cache.attachment is not None
+        try:
+            yield serve.process.pid, cache, cache.attachment
+        finally:
+            cache.close()
+
+
+async def test_a_frozen_sidecar_counts_as_gone(tmp_path: Path) -> None:
+    """Within the time that was given to attach; thawed, it serves who comes again."""
+    nobody, blocks = "127.0.0.1:1", {"main": [1]}
+    async with serving(tmp_path / "s") as (pid, cache, attachment):
+        pending = await asyncio.to_thread(attachment.offer, nobody, "r", blocks)
+        await freeze(pid)
+        attachment.timeout = 0.2
+        with pytest.raises(BrokenPeerError, match="does not answer for 0") as caught:
+            await asyncio.wait_for(
+                asyncio.to_thread(attachment.offer, nobody, "x", {"main": [2]}), SOON
+            )
+        assert "Attach again" in caught.value.hint
+        # All that waits for it is told.
+        with pytest.raises(BrokenPeerError, match="does not answer"):
+            await take(attachment, 1)
+        with pytest.raises(BrokenPeerError, match="does not answer"):
+            pending.join(SOON)
+        with pytest.raises(BrokenPeerError, match="does not answer"):
+            pending.abort()
+        cache.close()
+        os.kill(pid, signal.SIGCONT)
+        with await asyncio.to_thread(KVCache.attach, tmp_path / "s") as again:
+            assert again.attachment is not None
+            deadline = asyncio.get_running_loop().time() + SOON
+            while True:  # until the fence, they are offered
+                try:
+                    await asyncio.to_thread(again.attachment.offer, nobody, "r", blocks)
+                    break
+                except UsageError:
+                    assert asyncio.get_running_loop().time() < deadline
+
+
+async def test_an_abort_that_a_frozen_sidecar_does_not_hear(tmp_path: Path) -> None:
+    async with serving(tmp_path / "s") as (pid, _, attachment):
+        ticket = await asyncio.to_thread(
+            attachment.offer, "127.0.0.1:1", "r", {"main": [1]}
+        )
+        await freeze(pid)
+        attachment.timeout = 0.1
+        with pytest.raises(BrokenPeerError, match="does not answer"):
+            await asyncio.wait_for(asyncio.to_thread(ticket.abort), SOON)
+
+
+async def test_a_fence_may_take_longer_than_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sidecar that answers something else is not taken for gone."""
+    real = Ticket.abort
+    may_end = asyncio.Event()
+
+    async def slow(ticket: Ticket, reason: str) -> None:
+        await may_end.wait()
+        await real(ticket, reason)
+
+    monkeypatch.setattr(Ticket, "abort", slow)
+    async with sidecar(tmp_path / "s") as beside:
+        cache, attachment = await beside.attach()
+        ticket = await asyncio.to_thread(
+            attachment.offer, "127.0.0.1:1", "r", {"main": [1]}
+        )
+        attachment.timeout = patient(1.5)
+        aborting = asyncio.ensure_future(asyncio.to_thread(ticket.abort))
+        await until(lambda: attachment._number == 3)  # the offer, the abort, a question
+        may_end.set()
+        await asyncio.wait_for(aborting, SOON)
+        await until(lambda: ticket.is_over)
+        assert ticket.state == "aborted"
+        cache.close()
+
+
+async def test_a_close_does_not_wait_for_a_frozen_sidecar(tmp_path: Path) -> None:
+    """Not even while another thread says more than the socket holds."""
+    async with serving(tmp_path / "s") as (pid, cache, attachment):
+        await freeze(pid)
+        attachment.timeout = 10 * SOON
+        many = {"main": list(range(1 << 20))}
+        offering = asyncio.ensure_future(
+            asyncio.to_thread(attachment.offer, "127.0.0.1:1", "r", many)
+        )
+        await until(lambda: attachment._answers)
+        await asyncio.wait_for(asyncio.to_thread(cache.close), SOON)
+        with pytest.raises(ClosedResourceError):
+            await asyncio.wait_for(offering, SOON)
 
 
 async def test_serve_shares_its_cache_and_its_end_is_noticed(tmp_path: Path) -> None:
