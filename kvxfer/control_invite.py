@@ -25,6 +25,7 @@ from kvxfer.control_io import (
     try_send,
 )
 from kvxfer.errors import KVXferError, ProtocolError, UsageError, VersionMismatchError
+from kvxfer.rates import Buckets
 
 __all__ = ["InviteListener", "Inviter", "listen_address"]
 
@@ -47,10 +48,25 @@ def listen_address(listen: str) -> Address:
 
 
 class InviteListener:
-    """Listens for invitations; anything else that comes is counted and dropped."""
+    """Listens for invitations; anything else that comes is counted and dropped.
 
-    def __init__(self, listen: str, on_invite: OnInvite) -> None:
-        self.garbage = 0
+    Args:
+      listen: As for :func:`listen_address`.
+      on_invite: Is given what is taken.
+      rate: Messages that are read in a second, from each address. Invitations are
+        sent again, so one that is not read is late and not lost.
+
+    Attributes:
+      garbage: Messages that were no invitation.
+      unread: Messages of those that sent too many.
+
+    Raises:
+      UsageError: ``listen`` is no address.
+    """
+
+    def __init__(self, listen: str, on_invite: OnInvite, rate: float) -> None:
+        self.garbage = self.unread = 0
+        self._rates = Buckets(rate)
         self._address = listen_address(listen)
         self._on_invite = on_invite
         self._sockets: Sockets | None = None
@@ -107,14 +123,17 @@ class InviteListener:
             await asyncio.sleep(0)
 
     def _take(self, frames: list[zmq.Frame]) -> None:
+        host = ""
+        if not self._address.is_ipc:
+            host = str(frames[-1].get("Peer-Address")).removeprefix("::ffff:")
+        if not self._rates.take(host, asyncio.get_running_loop().time()):
+            self.unread += 1
+            return
         if len(frames) != 2:
             raise ProtocolError(f"a message of {len(frames) - 1} frames, not one")
         message = wire.decode(frames[1].bytes)
         if not isinstance(message, wire.Invite):
             raise ProtocolError(f"{type(message).__name__} where invitations go")
-        host = ""
-        if not self._address.is_ipc:
-            host = str(frames[1].get("Peer-Address")).removeprefix("::ffff:")
         self._on_invite(message, host)
 
 

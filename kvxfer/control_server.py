@@ -10,13 +10,13 @@ import logging
 import secrets
 import warnings
 from dataclasses import dataclass
-from typing import Protocol
 
 import zmq
 import zmq.asyncio
 
 from kvxfer import wire
 from kvxfer.auth import Doorkeeper
+from kvxfer.control_delegate import ListenerDelegate
 from kvxfer.control_io import (
     LINGER_MS,
     Address,
@@ -34,6 +34,7 @@ from kvxfer.control_link import (
     run_closing,
     timing,
 )
+from kvxfer.control_strangers import Strangers
 from kvxfer.control_watch import MONITORED, LinkWatch
 from kvxfer.curve import server_keys
 from kvxfer.errors import (
@@ -56,7 +57,6 @@ from kvxfer.protocol import (
     FailedReceived,
     FenceWanted,
     ListenerConnection,
-    OfferParts,
     OfferWanted,
     RequestReceived,
 )
@@ -71,45 +71,6 @@ _PLAIN = (
     "write to the cache. Set secret_key_file and client_keys_dir, or listen on "
     "127.0.0.1 or ipc://; see docs/security.md"
 )
-
-
-class ListenerDelegate(Protocol):
-    """What a :class:`ControlServer` asks of its owner, one connection at a time.
-
-    The coroutines of one connection never overlap. An exception in any of them
-    ends that connection and no other. ``closed`` comes exactly once for each
-    ``conn_id`` for which ``offer`` returned; an ``offer`` that raises, or is
-    cancelled, releases what it made itself.
-    """
-
-    async def offer(
-        self, hello: wire.Hello, conn_id: int, peer_address: str
-    ) -> OfferParts:
-        """Make this side's end (QPs in INIT); a KVXferError refuses the peer."""
-
-    async def accept(self, conn_id: int, accept: wire.Accept) -> None:
-        """Bring this side's QPs to RTS; Ready goes out when this returns."""
-
-    def established(self, conn_id: int) -> None:
-        """Ready is on its way: both sides are in RTS."""
-
-    async def fence(self, conn_id: int, reason: str) -> None:
-        """Let nothing of this connection land any more, then return."""
-
-    def failed(self, conn_id: int, message: wire.Failed) -> None:
-        """The peer gave up these layers of this request."""
-
-    def credit(self, conn_id: int, consumed_bytes: int, consumed_records: int) -> None:
-        """The peer (a target) consumed so much of its ring since the start."""
-
-    def request(self, conn_id: int, message: wire.RequestMessage) -> None:
-        """The peer says something about a request."""
-
-    def drained(self, conn_id: int) -> None:
-        """The peer answers ``drain``: it has nothing under way any more."""
-
-    async def closed(self, conn_id: int, reason: CloseReason) -> None:
-        """The connection is over; release its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,10 +150,11 @@ class ControlServer:
         self._pending: set[Link] = set()
         self._doors = LinkWatch()
         self._hellos = Buckets(self._options.max_handshake_rate)
+        self._others = Strangers(self._options.max_handshake_rate)
         self._draining = ""
         self._monitor: zmq.asyncio.Socket | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._accepted = self._refused = self._garbage = self._strangers = 0
+        self._accepted = self._refused = self._garbage = 0
         self._floods_ended = 0
 
     # -- life --------------------------------------------------------------
@@ -370,8 +332,8 @@ class ControlServer:
             pending=len(self._pending),
             accepted=self._accepted,
             refused=self._refused,
-            garbage=self._garbage,
-            strangers=self._strangers,
+            garbage=self._garbage + self._others.garbage,
+            strangers=self._others.strangers,
             floods=self._floods_ended,
             denied=0 if self._doorkeeper is None else self._doorkeeper.denied,
             links=self._doors.accepted,
@@ -395,29 +357,40 @@ class ControlServer:
     def _take(self, frames: list[zmq.Frame]) -> None:
         identity = frames[0].bytes
         link = self._by_identity.get(identity)
-        if link is not None and self._floods(link):
+        if link is None:
+            self._take_other(identity, frames)
+            return
+        if self._floods(link):
             return
         try:
-            if len(frames) != 2:
-                raise ProtocolError(f"a message of {len(frames) - 1} frames, not one")
-            message = wire.decode(frames[1].bytes)
+            message = _message(frames)
         except (ProtocolError, VersionMismatchError) as exc:
             self._garbage += 1
-            if link is not None:
-                link.apply(link.core.violation(str(exc)))
-            elif isinstance(exc, VersionMismatchError):
-                self._answer(identity, refuse_of(exc))
+            link.apply(link.core.violation(str(exc)))
             return
-        if link is not None:
-            link.receive(message)
-            core = link.core
-            assert isinstance(core, ListenerConnection)
-            if core.was_superseded and isinstance(message, wire.Hello):
-                self._greet(identity, message, frames[1])
-        elif isinstance(message, wire.Hello):
+        link.receive(message)
+        core = link.core
+        assert isinstance(core, ListenerConnection)
+        if core.was_superseded and isinstance(message, wire.Hello):
             self._greet(identity, message, frames[1])
+
+    def _take_other(self, identity: bytes, frames: list[zmq.Frame]) -> None:
+        """Take what is said without a connection."""
+        client = self._client(frames[-1])
+        if not self._others.reads(client, frames[-1].buffer, _now()):
+            return
+        answer: wire.Refuse | None
+        try:
+            message = _message(frames)
+        except (ProtocolError, VersionMismatchError) as exc:
+            answer = self._others.nonsense(client, exc, _now())
         else:
-            self._stranger(identity, message, self._peer_address(frames[1]))
+            if isinstance(message, wire.Hello):
+                self._greet(identity, message, frames[1])
+                return
+            answer = self._others.says(client, message, _now())
+        if answer is not None:
+            self._answer(identity, answer)
 
     def _floods(self, link: Link) -> bool:
         """Put an end to a connection that says too much; its words are not read."""
@@ -436,16 +409,11 @@ class ControlServer:
             return ""
         return str(frame.get("Peer-Address")).removeprefix("::ffff:")
 
-    def _stranger(self, identity: bytes, message: wire.Message, address: str) -> None:
-        self._strangers += 1
-        if not self._hellos.take(f"stranger {address}", _now()):
-            return  # Not even an answer: it would help to flood.
-        if isinstance(message, (wire.Bye, wire.Refuse)):
-            return
-        # A peer of our past life, or one taken for dead: let it know at once.
-        text = "no such connection: the listener restarted or has dropped it"
-        code = wire.RefuseCode.UNKNOWN_CONNECTION.value
-        self._answer(identity, wire.Refuse(code=code, message=text))
+    def _client(self, frame: zmq.Frame) -> str:
+        """Return whose limits hold for it: a key's, or without keys an address's."""
+        if self._doorkeeper is None:
+            return self._peer_address(frame)
+        return str(frame.get("User-Id"))
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
         while True:
@@ -494,7 +462,7 @@ class ControlServer:
             self._refuse(identity, wire.RefuseCode.CLOSING, text)
             return
         peer_address = self._peer_address(frame)
-        client = peer_address if self._doorkeeper is None else str(frame.get("User-Id"))
+        client = self._client(frame)
         reason = self._too_many(client)
         if not self._hellos.take(client, _now()):
             limit = self._options.max_handshake_rate
@@ -604,6 +572,12 @@ class ControlServer:
         assert link.core.conn_id is not None
         if link.owned:
             await self._delegate.closed(link.core.conn_id, reason)
+
+
+def _message(frames: list[zmq.Frame]) -> wire.Message:
+    if len(frames) != 2:
+        raise ProtocolError(f"a message of {len(frames) - 1} frames, not one")
+    return wire.decode(frames[1].bytes)
 
 
 def _now() -> float:

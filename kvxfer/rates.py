@@ -26,6 +26,11 @@ class Bucket:
         self._left -= 1
         return True
 
+    def has(self, now: float) -> bool:
+        """Say whether one more may happen at ``now``, and count nothing."""
+        left = self._left + (now - self._at) * self._per_s
+        return min(max(1.0, self._per_s), left) >= 1
+
     def is_full(self, now: float) -> bool:
         """Whether it has been quiet for as long as matters."""
         return self._left + (now - self._at) * self._per_s >= max(1.0, self._per_s)
@@ -49,6 +54,11 @@ class Buckets:
                 self._forget_quiet(now)
             bucket = self._by_name[name] = Bucket(self._per_s, now)
         return bucket.take(now)
+
+    def has(self, name: str, now: float) -> bool:
+        """Say whether one more of this name may happen, and count nothing."""
+        bucket = self._by_name.get(name)
+        return bucket is None or bucket.has(now)
 
     def _forget_quiet(self, now: float) -> None:
         for name, bucket in list(self._by_name.items()):

@@ -151,7 +151,9 @@ class Remotes:
         """
         if self._options.listen is not None:
             self._keys = client_keys(self._options, None)
-            listener = InviteListener(self._options.listen, self._on_invite)
+            listener = InviteListener(
+                self._options.listen, self._on_invite, self._options.max_handshake_rate
+            )
             await listener.open()
             self._listener = listener
 

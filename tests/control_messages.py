@@ -102,6 +102,11 @@ def accept(role: wire.Role = "initiator", **changes: Any) -> wire.Accept:
     return wire.Accept(**{**fields, **changes})
 
 
+def invite(**changes: Any) -> wire.Invite:
+    fields: dict[str, Any] = {"invite": NONCE, "host": "::1", "port": 7777, **changes}
+    return wire.Invite(incarnation=INCARNATION, **fields)
+
+
 def requests_from_target() -> list[wire.RequestMessage]:
     group = wire.OfferedGroup(
         group="main", first_block=3, block_ids=b"\1\0\0\0" * 2, announced=[0]
@@ -142,7 +147,7 @@ def one_of_each() -> list[wire.Message]:
         wire.Bye(conn_id=CONN_ID, reason="done"),
         wire.Drain(conn_id=CONN_ID, reason="an update"),
         wire.Drained(conn_id=CONN_ID),
-        wire.Invite(incarnation=INCARNATION, invite=NONCE, host="::1", port=7777),
+        invite(),
         *requests_from_target(),
         *requests_from_initiator(),
     ]

@@ -13,12 +13,20 @@ import zmq
 import zmq.asyncio
 
 from kvxfer import curve, wire
-from kvxfer.control import ControlClient
+from kvxfer.control import ControlClient, InviteListener
 from kvxfer.errors import RefusedError
 from kvxfer.options import Options
 from tests import control_messages as make
 from tests.endpoints import connected, dial, until
-from tests.test_control import PATIENCE, Dialer, Listener, ask, dialed, make_server
+from tests.test_control import (
+    PATIENCE,
+    Dialer,
+    Listener,
+    ask,
+    dialed,
+    hear,
+    make_server,
+)
 
 
 @pytest.fixture
@@ -150,6 +158,65 @@ async def test_handshakes_have_a_rate(listener: Listener) -> None:
         assert caught.value.code == "busy"
         assert listener.calls.count("offer") == offers
         assert server.statistics().refused == 1
+
+
+@pytest.mark.parametrize("version", [9, None], ids=["of a version", "of nothing"])
+async def test_garbage_without_a_connection_has_a_rate(
+    listener: Listener, version: int | None
+) -> None:
+    """Of a flood little is read and answered; whoever dials meanwhile is let in."""
+    rate, n = 2, 60
+    frame = wire.encode(wire.Ping(seq=1), version=version) if version else b"nothing"
+    loop = asyncio.get_running_loop()
+    async with make_server(listener, max_handshake_rate=rate) as server:
+        with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as dealer:
+            dealer.linger = 0
+            dealer.connect(f"tcp://{server.endpoint}")
+            began = loop.time()
+            for _ in range(n):
+                await dealer.send(frame)
+            await until(lambda: server.statistics().garbage == n)
+            async with dialed(server):
+                seconds = loop.time() - began
+            # Every answer to the flood comes before the one to this.
+            await dealer.send(wire.encode(make.hello()))
+            answers = []
+            while not isinstance(answer := await hear(dealer), wire.Offer):
+                answers.append(answer)
+    assert all(isinstance(a, wire.Refuse) and a.code == "version" for a in answers)
+    if version is None:
+        assert not answers
+    else:
+        assert rate <= len(answers) <= rate + rate * seconds
+
+
+@pytest.mark.parametrize("frame", [make.invite(), b"nothing"], ids=["valid", "garbage"])
+async def test_invitations_have_a_rate(frame: bytes | wire.Invite) -> None:
+    """Of those that are too many most are not read, and one that comes later is."""
+    rate, n = 2, 60
+    taken: list[wire.Invite] = []
+    loop = asyncio.get_running_loop()
+    data = wire.encode(frame) if isinstance(frame, wire.Invite) else frame
+    listener = InviteListener(
+        "127.0.0.1:0", lambda invite, _: taken.append(invite), rate
+    )
+    with zmq.asyncio.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.linger = 0
+        began = loop.time()
+        await listener.open()
+        try:
+            dealer.connect(f"tcp://{listener.endpoint}")
+            for _ in range(n):
+                await dealer.send(data)
+            await until(lambda: len(taken) + listener.garbage + listener.unread == n)
+            n_read = n - listener.unread
+            assert rate <= n_read <= rate + rate * (loop.time() - began)
+            later = make.invite(invite=b"another one now.")
+            while later not in taken:
+                await dealer.send(wire.encode(later))
+                await asyncio.sleep(0.01)
+        finally:
+            await listener.close()
 
 
 async def test_clients_wait_for_their_turn() -> None:

@@ -49,8 +49,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "control_link": {"control_io", "protocol", "rates"},
     "control_client": {"control_link"},
     "control_watch": {"control_link"},
-    "control_server": {"control_watch"},
-    "control_invite": {"control_io"},
+    "control_strangers": {"control_link"},
+    "control_delegate": {"protocol"},
+    "control_server": {"control_delegate", "control_strangers", "control_watch"},
+    "control_invite": {"control_io", "rates"},
     "control": {"control_client", "control_invite", "control_server"},
     # Requests as state machines: no input or output.
     "positions": {"blocks"},
