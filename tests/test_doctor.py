@@ -490,11 +490,11 @@ def test_it_works_without_the_extensions(tmp_path: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def listening() -> AsyncIterator[int]:
-    """Run the other side in a process of its own."""
+async def listening(device: str = "soft") -> AsyncIterator[int]:
+    """Run the other side in a process of its own; give its port."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "kvxfer", "doctor", "--listen", "127.0.0.1:0"),
-        *("--device", "soft"),
+        *("--device", device),
         stdout=PIPE,
     )
     try:

@@ -8,12 +8,13 @@ from asyncio.subprocess import PIPE, create_subprocess_exec
 import pytest
 
 from kvxfer import _verbs, devices
-from kvxfer.doctor import cli, fabric
+from kvxfer.doctor import cli, fabric, transfer
 from kvxfer.doctor.machine import Machine
 from kvxfer.doctor.report import Level
 from kvxfer.options import Options
 from kvxfer.sysfs import Sysfs
 from tests.pages import ENDS, SAYS
+from tests.test_doctor import listening
 
 pytestmark = pytest.mark.rdma
 
@@ -47,6 +48,17 @@ async def test_blocks_are_written_and_compared(device: str) -> None:
     found = await cli.transfers(Machine(), options)
     assert [f.level for f in found] == [Level.OK], found
     assert "by rdma" in found[0].found
+
+
+async def test_the_whole_path_to_another_process(device: str) -> None:
+    """What ``--peer`` does, by the device on both sides."""
+    async with listening(device) as port:
+        found = await transfer.probe("127.0.0.1", port, Options.load(device=device))
+    assert [f.check for f in found] == [
+        *("control", "negotiation", "packets", "data path", "verified")
+    ], found
+    assert not [f for f in found if f.level is Level.PROBLEM], found
+    assert "blocks compared at the other side" in found[-1].found
 
 
 def test_nothing_that_is_read_is_a_problem(device: str) -> None:
