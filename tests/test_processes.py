@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from kvxfer.errors import (
     ConnectTimeoutError,
     WriteTimeoutError,
 )
+from kvxfer.options import Options
 from tests.children import Child, Nursery
 from tests.endpoints import QUICK, SOON, Arena, Bytes, arena, expected, until
 from tests.patience import patient
@@ -245,6 +247,52 @@ async def test_an_idle_client_notices_a_frozen_server(
             await child.stop()
             await until(lambda: not peer.connected, IN_TIME)
             assert not client.is_connected("127.0.0.1", port)
+
+
+@pytest.mark.slow
+async def test_how_soon_a_frozen_peer_is_noticed(
+    nursery: Nursery, wire: str, tmp_path: Path
+) -> None:
+    """With the options' defaults. How long it took is shown by ``-rP``, not judged."""
+    names = ("ping_interval", "ping_timeout")
+    defaults = {name: getattr(Options(), name) for name in names}
+    clock = time.monotonic
+    one_at_a_time = asyncio.Lock()
+
+    async def freeze_a_server(index: int, client: Client) -> float:
+        async with contextlib.AsyncExitStack() as stack:
+            async with one_at_a_time:
+                starting = nursery.start(
+                    "serve", path=str(tmp_path / str(index)), shape={**SHAPE, "seed": 2}
+                )
+                child = await stack.enter_async_context(starting)
+            peer = await client.connect("127.0.0.1", (await child.event())["port"])
+            # They are frozen at different moments between two signs of life.
+            await asyncio.sleep(index * defaults["ping_interval"] / 5)
+            began = clock()
+            await child.stop()
+            await until(lambda: not peer.connected, SOON)
+            return clock() - began
+
+    async def freeze_a_client(server: Server) -> float:
+        async with writing(nursery, server.port, wire, **defaults) as (child, _):
+            began = clock()
+            await child.stop()
+            await until(lambda: not server.peers, SOON)
+            return clock() - began
+
+    with arena(**SHAPE, seed=1) as source, arena(**SHAPE, seed=3) as target:
+        async with Client(source.cache, **QUICK | defaults) as client:
+            by_client = await asyncio.gather(
+                *(freeze_a_server(i, client) for i in range(5))
+            )
+        async with Server(target.cache, port=0, **QUICK | defaults) as server:
+            by_server = [await freeze_a_client(server) for _ in range(3)]
+    for who, seconds in (("client", by_client), ("server", by_server)):
+        sys.stdout.write(
+            f"{wire}: a frozen peer noticed by the {who} after "
+            f"{min(seconds):.2f} to {max(seconds):.2f} s\n"
+        )
 
 
 async def test_a_client_that_stands_still_writes_no_more(

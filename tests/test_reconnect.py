@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import sys
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ async def test_a_storm_of_connects_with_kills(
     """No connect is slower than its deadline, and nothing of any is left.
 
     Two of the processes are killed, one as it begins and one half through, each with
-    all its clients, and others take their places.
+    all its clients, and others take their places. What it saw is shown by ``-rP``.
     """
     every: dict[str, Any]
     every = {"shape": SHAPE, "n_clients": n_clients, "times": times, **STORM}
@@ -143,7 +144,14 @@ async def test_a_storm_of_connects_with_kills(
             assert max(worst) < STORM["connect_timeout"]
             # A peer that was killed may be known by its silence alone.
             await until(lambda: held(server) == before, 3 * STORM["ping_timeout"])
-            assert server.handshakes()["accepted"] >= n_children * n_clients * times
+            accepted = server.handshakes()["accepted"]
+            assert accepted >= n_children * n_clients * times
+            sys.stdout.write(
+                f"connections made: {accepted}\n"
+                "processes killed: 2 of the storm, and 1 before it\n"
+                f"slowest connect: {max(worst):.2f} s\n"
+                f"before: {before}\nafter: {held(server)}\n"
+            )
         await taken
 
 
