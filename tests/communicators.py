@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvxfer.testing import set_faults
 from rdma_comm import RDMACommunicator
+from tests.endpoints import SOON
 
 Bytes = NDArray[np.uint8]
 
@@ -144,3 +150,48 @@ def nodes(
     ):
         assert ours.connect(host, str(port), dst_tp_size) == 0
         yield Nodes(source, target, ours, decode, str(port), host)
+
+
+def initiator_faults(pair: Nodes, plan: str) -> None:
+    """Give the prefill node's device a fault plan; it counts from now."""
+    set_faults(pair.prefill._ends.client()._endpoint, plan)
+
+
+def target_faults(pair: Nodes, plan: str) -> None:
+    """Likewise the decode node's."""
+    server = pair.decode._ends._server
+    assert server is not None
+    set_faults(server._endpoint, plan)
+
+
+def writers(pair: Nodes) -> int:
+    """Count the writers that the decode node knows."""
+    server = pair.decode._ends._server
+    assert server is not None
+    return len(server.peers)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for what other threads and the device do by themselves."""
+    deadline = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def program(text: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Run a program in a process of its own, from its line "ready" on.
+
+    It is killed in the end.
+    """
+    command = [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()

@@ -19,7 +19,14 @@ from kvxfer.requests import TicketState
 from kvxfer.testing import set_faults
 from kvxfer.verbs_types import Access
 from kvxfer.wire import FEATURE_FLUSH
-from tests.communicators import memory, nodes
+from tests.communicators import (
+    HOST,
+    Nodes,
+    communicator,
+    free_port,
+    memory,
+    target_faults,
+)
 from tests.cuda_stand_in import StandIn
 from tests.endpoints import arena, check_reconnects, connected, dial, take, until
 from tests.engine_rig import Rig, Shape
@@ -290,10 +297,30 @@ def test_unset_it_is_on_for_gpus_that_need_it(
     driver.close()
 
 
-def test_the_drop_in_flushes_with_scales(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The original reads behind keys and values, and never behind their scales."""
+@pytest.mark.parametrize("flush", [False, True])
+def test_the_drop_in_flushes_with_scales(
+    flush: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original reads behind keys and values, and never behind their scales.
+
+    All four planes are there when the call returns; without the flush none is.
+    """
+    planes, port = ("k", "v", "k_scale", "v_scale"), free_port()
+    ours, theirs = [1, 2, 3], [7, 5, 9]
+    source, target = memory(1, planes), memory(2, planes)
+    # What may be read remotely is what plays a GPU's memory, so the decode node
+    # permits it in both cases.
     monkeypatch.setenv("KVCACHE_GDRCOPY_FLUSH_ENABLE", "1")
-    planes = ("k", "v", "k_scale", "v_scale")
-    with nodes(memory(1, planes), memory(2, planes)) as pair:
-        assert pair.prefill._ends.client().options.flush == "initiator_read"
-        pair.check_write([1, 2, 3], [7, 5, 9], 1)
+    with communicator("decode", port, target) as decode:
+        monkeypatch.setenv("KVCACHE_GDRCOPY_FLUSH_ENABLE", str(int(flush)))
+        with communicator("prefill", "0", source) as prefill:
+            assert prefill.connect(HOST, port) == 0
+            target_faults(Nodes(source, target, prefill, decode, str(port)), LATE_GPU)
+            before, wanted = target.copy(), target.copy()
+            for name, of in wanted.items():
+                of[1][theirs] = source.planes[name][1][ours]
+            assert prefill.write_cache(HOST, port, ours, theirs, 1) == 0
+            assert target.differs(wanted if flush else before) == []
+            assert target.differs(before if flush else wanted) == [
+                f"{name} layer 1" for name in planes
+            ]

@@ -10,7 +10,6 @@ import asyncio
 import re
 import signal
 import socket
-import subprocess
 import sys
 import textwrap
 import threading
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvxfer.testing import live_objects, set_faults
+from kvxfer.testing import live_objects
 from rdma_comm import RDMACommunicator
 from tests.communicators import (
     BLOCK_BYTES,
@@ -36,8 +35,13 @@ from tests.communicators import (
     Nodes,
     communicator,
     free_port,
+    initiator_faults,
     memory,
     nodes,
+    program,
+    target_faults,
+    wait_until,
+    writers,
 )
 from tests.endpoints import SOON, until
 from tests.leaks import take_census
@@ -57,23 +61,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         ("IB_TIMEOUT", "14"),
     ):
         monkeypatch.setenv(f"KVXFER_{name}", value)
-
-
-def initiator_faults(pair: Nodes, plan: str) -> None:
-    set_faults(pair.prefill._ends.client()._endpoint, plan)
-
-
-def target_faults(pair: Nodes, plan: str) -> None:
-    server = pair.decode._ends._server
-    assert server is not None
-    set_faults(server._endpoint, plan)
-
-
-def writers(pair: Nodes) -> int:
-    """How many writers the decode node knows."""
-    server = pair.decode._ends._server
-    assert server is not None
-    return len(server.peers)
 
 
 def check_again(pair: Nodes) -> None:
@@ -137,11 +124,45 @@ def test_a_post_that_is_refused_goes_on_where_it_was() -> None:
     """The original drains the CQ and begins anew: it takes the completions of other
     calls with it, hides their errors, and writes twice what it had posted."""
     with nodes() as pair:
-        for nth in (1, 3, 20):
+        for nth in (2, 3, 20, 49):
             initiator_faults(pair, f"act=enomem@post={nth}")
-            assert pair.write(OURS, THEIRS) in (0, -1)
-            assert pair.prefill.connect(HOST, pair.port) == 0
             pair.check_write(OURS, THEIRS, 1)
+        # With nothing in flight no completion will ever say that there is room, so
+        # this one is an error, and a new connection is as good as the first.
+        initiator_faults(pair, "act=enomem@post=1")
+        assert pair.write(OURS, THEIRS) == -1
+        check_again(pair)
+
+
+def test_posts_that_are_refused_are_the_business_of_their_own_call() -> None:
+    """The original's other threads lose their completions to the one that drains."""
+    n_threads, n_blocks = 8, 4
+    with nodes() as pair:
+        # The third WR of five of the writes, of 10 each: never one that finds the
+        # queue empty. What was refused once is counted again.
+        initiator_faults(
+            pair, ";".join(f"act=enomem@post={3 + 51 * i}" for i in range(5))
+        )
+
+        def work(i: int) -> list[str]:
+            ours = list(range(i * n_blocks, (i + 1) * n_blocks))
+            theirs, wrong = ours[::-1], []
+            for n in range(4):
+                layer = n % N_LAYERS
+                for of in pair.target.planes.values():
+                    of[layer][theirs] = 0
+                if pair.write(ours, theirs, layer) != 0:
+                    wrong.append(f"thread {i} write {n} failed")
+                for name, of in pair.target.planes.items():
+                    found = of[layer][theirs]
+                    if not (found == pair.source.planes[name][layer][ours]).all():
+                        wrong.append(f"thread {i} write {n}: {name} is not there")
+            return wrong
+
+        with ThreadPoolExecutor(n_threads) as pool:
+            found = list(pool.map(work, range(n_threads)))
+        assert [text for texts in found for text in texts] == []
+        assert pair.prefill.is_connected(HOST, pair.port)
 
 
 def test_more_blocks_than_the_queue_has_room_for(
@@ -167,18 +188,22 @@ def test_nothing_lands_after_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     another request by then, and their completions end the next call early."""
     monkeypatch.setenv("KVXFER_WRITE_TIMEOUT", "0.3")
     monkeypatch.setenv("KVXFER_DRAIN_TIMEOUT", "0.3")
+    monkeypatch.setenv("KVXFER_SOFT_WIRE", "tcp")  # the others know no late write
     with nodes() as pair:
-        target_before = pair.target.copy()
-        initiator_faults(pair, "act=late_write,us=500000,nth=1")
+        # What will be late leaves by a connection of that wire, which has to be up.
+        pair.check_write(OURS, THEIRS, 1)
+        initiator_faults(pair, "act=late_write,us=1000000,nth=1")
         assert pair.write(OURS, THEIRS) == -1
         assert pair.prefill.connect(pair.host, pair.port) == 0
-        # The same blocks, another request: three writes, so that time passes.
-        for name, of in target_before.items():
-            of[0][THEIRS] = pair.source.planes[name][0][list(reversed(OURS))]
-        deadline = time.monotonic() + 1.0
-        while time.monotonic() < deadline:
-            assert pair.write(list(reversed(OURS)), THEIRS) == 0
-            assert pair.target.differs(target_before) == []
+        # The same blocks, another request; not again, which would hide what lands.
+        wanted = pair.target.copy()
+        for name, of in wanted.items():
+            of[0][THEIRS] = pair.source.planes[name][0][OURS[::-1]]
+        assert pair.write(OURS[::-1], THEIRS) == 0
+        # The late bytes have a connection to themselves, and end with it: what stays
+        # are the two ends of the new one.
+        wait_until(lambda: live_objects()["soft.connections"] == 2)
+        assert pair.target.differs(wanted) == []
 
 
 def test_a_revoked_rkey_is_an_error() -> None:
@@ -323,8 +348,8 @@ def test_slow_and_wrong_clients_delay_nobody() -> None:
         pair.check_write(OURS, THEIRS)
 
 
-PROGRAM = """
-    import os, sys
+DECODE = """
+    import sys
     from tests.communicators import memory
     from rdma_comm import RDMACommunicator
     held = memory(2)
@@ -334,37 +359,18 @@ PROGRAM = """
 """
 
 
-@contextmanager
-def decode_process(port: int) -> Iterator[subprocess.Popen[str]]:
-    """Run a decode node in a process of its own."""
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(port)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            yield process
-        finally:
-            process.kill()
-
-
 def test_a_node_that_is_killed_is_not_connected() -> None:
     """Whoever asks is told, without having to write first; and the node that takes
     its place is another one, which takes a new connection."""
     port = free_port()
     with communicator("prefill", "0", memory(1)) as prefill:
         for _ in range(2):
-            with decode_process(port) as process:
+            with program(DECODE, port) as process:
                 assert prefill.connect(HOST, port) == 0
                 assert prefill.write_cache(HOST, port, OURS, THEIRS, 0) == 0
                 process.send_signal(signal.SIGKILL)
                 process.wait(SOON)
-                deadline = time.monotonic() + SOON
-                while prefill.is_connected(HOST, port):
-                    assert time.monotonic() < deadline
+                wait_until(lambda: not prefill.is_connected(HOST, port))
                 assert prefill.write_cache(HOST, port, OURS, THEIRS, 0) == -1
 
 
@@ -372,7 +378,7 @@ def test_threads_that_write_to_a_node_that_is_killed_get_codes() -> None:
     """The original destroys the QP under threads that use it."""
     port = free_port()
     with (
-        decode_process(port) as process,
+        program(DECODE, port) as process,
         communicator("prefill", "0", memory(1)) as prefill,
     ):
         assert prefill.connect(HOST, port) == 0
@@ -440,9 +446,9 @@ def test_reconnects_leave_nothing(times: int, caplog: pytest.LogCaptureFixture) 
         reconnect(pair, 6)  # whatever is made once
         before = held()
         reconnect(pair, times)
-        deadline = time.monotonic() + SOON
         # The last of the broken ones may be closing still, now as before: more of
         # anything is what a leak is.
+        deadline = time.monotonic() + SOON
         while any(n > before.get(what, 0) for what, n in held().items()):
             assert time.monotonic() < deadline, (before, held())
 
