@@ -399,7 +399,8 @@ class KVCache:
         - they touch and lie in host memory. On a GPU, allocations that happen
           to touch cannot be registered together.
 
-        GPU memory is cut between entries into regions of at most 3.5 GiB.
+        GPU memory is cut between entries into regions of at most 3.5 GiB; an entry
+        longer than that is one region all the same, and a warning in the log.
 
         Raises:
           ClosedResourceError: The cache is closed.

@@ -12,11 +12,12 @@ import importlib
 import mmap
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from kvxfer.errors import DeviceUnavailableError
 
-__all__ = ["Cuda", "CudaError", "describe", "load"]
+__all__ = ["Cuda", "CudaError", "describe", "driver_is_mapped", "load"]
 
 _API = "cuda.bindings.driver"
 
@@ -154,6 +155,14 @@ def load() -> Cuda:
     except Exception as error:
         why = f"the CUDA driver is not there: {error}"
         raise DeviceUnavailableError(why) from error
+
+
+def driver_is_mapped() -> bool:
+    """Say whether something in this process has loaded the CUDA driver already."""
+    try:
+        return "/libcuda.so" in Path("/proc/self/maps").read_text(errors="replace")
+    except OSError:
+        return False
 
 
 def describe() -> list[str]:

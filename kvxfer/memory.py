@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import logging
 import mmap
 import os
 import weakref
@@ -31,6 +32,8 @@ __all__ = [
     "page_bytes",
     "round_up",
 ]
+
+_log = logging.getLogger("kvxfer.memory")
 
 #: Bytes of GPU memory in one region: drivers give out no dma-buf of 4 GiB.
 MAX_DEVICE_REGION = 7 << 29
@@ -104,7 +107,22 @@ def merge_regions(found: Iterable[tuple[PlaneLayer, Span]]) -> list[Region]:
             regions.append(_region(low, high, span))
         else:
             regions += _slices([p for p, _ in found if low <= p.base < high])
+    _warn_of_long(regions)
     return regions
+
+
+def _warn_of_long(regions: Iterable[Region]) -> None:
+    """Say in the log which layers of GPU memory may be more than a driver exports."""
+    long = [r for r in regions if not r.on_host and r.length > MAX_DEVICE_REGION]
+    if long:
+        _log.warning(
+            "%d layers of GPU memory are longer than %d bytes, %d the longest at %#x: "
+            "each is one region all the same, for which the driver may give out no "
+            "dma-buf. Fewer blocks in a cache make its layers shorter",
+            len(long),
+            MAX_DEVICE_REGION,
+            *max((r.length, r.addr) for r in long),
+        )
 
 
 def _region(low: int, high: int, span: Span) -> Region:

@@ -275,6 +275,27 @@ def test_long_allocations_are_registered_in_slices() -> None:
     assert host == Region(whole[0], 8 * GIB)
 
 
+def test_a_layer_longer_than_a_slice_is_one_region_and_a_warning(
+    nic: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The driver may refuse it, and then the log has said why."""
+    block_bytes, base = 1 << 20, GPU_ADDRESS
+    fits = device_cache(base, n_blocks=7 << 9, block_bytes=block_bytes)
+    assert [r.length for r in fits.regions] == [MAX_DEVICE_REGION]
+    assert caplog.records == []
+    n_blocks = (7 << 9) + 1
+    length = n_blocks * block_bytes
+    far = base + (1 << 40)
+    long = device_cache(base, far, n_blocks=n_blocks, block_bytes=block_bytes)
+    assert [r.length for r in long.regions] == [length, length]
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("kvxfer.memory", "WARNING")
+    assert f"2 layers of GPU memory are longer than {MAX_DEVICE_REGION} bytes" in (
+        caplog.text
+    )
+    assert f"{length} the longest at {far:#x}" in caplog.text
+
+
 def test_slices_of_a_cache_are_found_by_place(nic: None) -> None:
     base = GPU_ADDRESS
     cache = KVCache.from_tensors({"k": [Tensor(base + i * GIB) for i in range(8)]})

@@ -26,6 +26,15 @@ __all__ = ["RDMACommunicator"]
 
 _log = logging.getLogger("kvxfer.fastdeploy")
 
+_NOT_ASKED = (
+    "this process uses CUDA, and without the package cuda-bindings nobody can say "
+    "whether the cache is on a GPU: it is taken for host memory. On a GPU that means: "
+    "no dma-buf, so nvidia-peermem has to be loaded; no flush by itself, so "
+    "KVCACHE_GDRCOPY_FLUSH_ENABLE has to be set where the GPU needs it; and the "
+    "software device fails at the first connect instead of refusing it here. Remedy: "
+    "pip install 'kvxfer[cuda]'"
+)
+
 
 class RDMACommunicator:
     """The KV cache of one GPU, to be written from (prefill) or into (decode).
@@ -221,7 +230,10 @@ def _on_gpu(arguments: Arguments) -> bool:
     try:
         driver = cuda.load()
     except DeviceUnavailableError as error:
-        _log.debug("not asked whether the cache is on a GPU: %s", error)
+        if isinstance(error.__cause__, ImportError) and cuda.driver_is_mapped():
+            _log.warning(_NOT_ASKED)
+        else:
+            _log.debug("not asked whether the cache is on a GPU: %s", error)
         return False
     pointers = [at for of in arguments.planes.values() for at in of]
     return any(driver.gpu_of(at) is not None for at in pointers)
