@@ -295,7 +295,7 @@ def test_options_reach_the_queue_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVXFER_IB_TIMEOUT")
     found: list[tuple[str, Any]] = []
 
-    class Recording(QueuePair):
+    class Recording(QueuePair):  # type: ignore[misc]  # final in the stub
         def to_init(self, **given: Any) -> None:
             found.append(("init", given["pkey_index"]))
             # The software device has one partition key.
