@@ -108,7 +108,10 @@ static void begin(struct villain *v)
 	CHECK(memory != MAP_FAILED);
 	v->page = (struct shm_page *)memory;
 	v->requests = memory + SHM_PAGE_BYTES;
-	v->out = (struct shm_end){ &v->page->requests, v->requests, 0 };
+	v->out = (struct shm_end){
+		.pipe = &v->page->requests,
+		.bytes = v->requests,
+	};
 }
 
 static void finish(struct villain *v)
