@@ -39,7 +39,7 @@ OPTIONS: dict[str, Any] = {
 #: The end of a peer is noticed by then, and what has to end with it has ended.
 IN_TIME = patient(2.5)
 ALL = range(64)
-#: Over both wires and both tests a thousand deaths, with those of half a WR.
+#: Over three wires and both tests 750 deaths where slow tests run, or else 60.
 FEW_OR_MANY = pytest.mark.parametrize(
     "n", [10, pytest.param(125, marks=pytest.mark.slow)]
 )
