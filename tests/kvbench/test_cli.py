@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import resource
 import shlex
 import stat
 import subprocess
@@ -430,9 +429,13 @@ def test_a_reader_that_goes_away() -> None:
 
 # --- cost ----------------------------------------------------------------------------
 
+#: A bare interpreter has 70, the command 180; numpy alone would bring 100 more.
+MOST_MODULES = 240
+
 
 @pytest.mark.parametrize("module", ["kvxfer.kvbench.cli", "kvxfer.cli"])
-def test_plan_starts_fast_and_imports_little(module: str) -> None:
+def test_plan_imports_little(module: str) -> None:
+    """What makes its start fast, told without a clock."""
     if module == "kvxfer.cli":  # as `kvxfer kvbench` does it
         pytest.importorskip("click")
         words = ["kvbench", "plan", *BASE]
@@ -449,13 +452,10 @@ def test_plan_starts_fast_and_imports_little(module: str) -> None:
         "for name in sys.modules:\n"  # no extension
         "    if name.startswith('kvxfer._') and name != 'kvxfer._version':\n"
         "        heavy.add(name)\n"
+        f"if len(sys.modules) > {MOST_MODULES}: heavy.add(len(sys.modules))\n"
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    spent = (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
-    assert spent < 0.3
