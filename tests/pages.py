@@ -6,6 +6,7 @@ writes them anew. What is between ``<!-- generated: WHAT -->`` and the next
 ``<!-- end of generated -->`` in a page of docs/ is the answer to WHAT.
 
     kvxfer doctor | python -m tests.pages --record NAME
+    scripts/test-rdma -n 0 -k test_the_command
     python -m tests.pages --record soft-roce < .cache/test-rdma.log
 
 puts what a real machine has said between ``<!-- recorded: NAME -->`` and
