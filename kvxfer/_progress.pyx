@@ -126,7 +126,7 @@ cdef void completed(Core *core, ibv_wc *wc) noexcept nogil:
         Lane *lane
         uint64_t sequence
         uint64_t before
-    # Some devices keep the CQEs of a QP that is gone.
+    # Soft-RoCE keeps the CQEs of a QP that is gone; NICs drop them with it.
     if (queue is NULL or queue.generation != generation
             or lane_index >= queue.n_lanes):
         return
