@@ -85,7 +85,8 @@ def survey(options: Options) -> list[Verdict]:
     """
     verdicts = look(options)
     check(options, verdicts)
-    if not verdicts[0].is_software:
+    named = options.gpu_index is not None or options.gpu_pci is not None
+    if named and not verdicts[0].is_software:
         why = absent_gpu(Sysfs(Path(options.sysfs)).gpus(), options)
         if why:
             _log.warning("%s; %s is used", why, verdicts[0].spec.label)

@@ -214,23 +214,25 @@ def choose(
       DeviceUnavailableError: The entry asked for is empty or cannot be used, or none
         can be; the message has the table.
     """
-    there = listing(table, link_layer)
     if index is not None:
         asked = next((entry for entry in table if entry.index == index), None)
         if asked is None:
             raise DeviceUnavailableError(
-                f"{where} has no GID at index {index}; see gid_index. It has: {there}"
+                f"{where} has no GID at index {index}; see gid_index. It has: "
+                + listing(table, link_layer)
             )
         if why := problem(asked, link_layer):
             # Packets from it would not leave, and no call of the verbs says so.
             raise DeviceUnavailableError(
                 f"GID {index} of {where} cannot be used: {why}; see gid_index. It has: "
-                f"{there}"
+                + listing(table, link_layer)
             )
         return asked
     ranked = rank(table, link_layer, near)
     if not ranked:
-        raise DeviceUnavailableError(f"{where} has no GID to use: {there}")
+        raise DeviceUnavailableError(
+            f"{where} has no GID to use: {listing(table, link_layer)}"
+        )
     return ranked[0]
 
 

@@ -23,7 +23,9 @@ class SharedTicket:
 
     Attributes:
       request_id: As it was offered.
-      state: As of ``Ticket``: offered, arriving, ending, done, aborted, failed.
+      state: As of ``Ticket``: offered, arriving, ending, done, aborted, failed. Or
+        lost: the connection to the sidecar has ended first, and until the sidecar has
+        fenced the request, or ended itself, its blocks may still be written.
       layers_done: The layers that are in place.
       error: Why it ended badly; empty while it goes on, and when all went well.
       aux: What the writer gave to ``finish``.
@@ -43,8 +45,13 @@ class SharedTicket:
 
     @property
     def is_over(self) -> bool:
-        """Whether no byte of it can land any more."""
+        """Whether no byte of it can land any more; never of one that is lost."""
         return self.state in _OVER
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether nothing more will be heard of it."""
+        return self.is_over or self.state == "lost"
 
     def _take(self, news: TicketNews) -> None:
         with self._changed:
@@ -57,23 +64,23 @@ class SharedTicket:
     def _lose(self, error: str) -> None:
         with self._changed:
             if not self.is_over:
-                self.state, self.error = "failed", error
+                self.state, self.error = "lost", error
             self._changed.notify_all()
 
     def join_layer(self, layer: int, timeout: float | None = None) -> None:
         """Wait until a layer is in place.
 
         Raises:
-          BrokenPeerError: The request ended before.
+          BrokenPeerError: The request ended before, or is lost.
           TimeoutError: It is not there after so many seconds.
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: layer in self.layers_done or self.is_over, timeout
+                lambda: layer in self.layers_done or self._is_settled, timeout
             )
         if layer in self.layers_done:
             return
-        if not self.is_over:
+        if not self._is_settled:
             raise TimeoutError(f"layer {layer} is not there after {timeout:g} s")
         raise self._failure()
 
@@ -81,12 +88,12 @@ class SharedTicket:
         """Wait until all is in place.
 
         Raises:
-          BrokenPeerError: The request ended badly.
+          BrokenPeerError: The request ended badly, or is lost.
           TimeoutError: It goes on after so many seconds.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self.is_over, timeout)
-        if not self.is_over:
+            self._changed.wait_for(lambda: self._is_settled, timeout)
+        if not self._is_settled:
             raise TimeoutError(f"{self!r} goes on after {timeout:g} s")
         if self.state != "done":
             raise self._failure()
@@ -95,7 +102,8 @@ class SharedTicket:
         """Give it up; returns when no byte of it can land any more.
 
         Raises:
-          BrokenPeerError: The sidecar is gone, or does not answer.
+          BrokenPeerError: The sidecar is gone, or does not answer: its blocks may
+            still be written.
         """
         self._give_up(reason)
 

@@ -451,7 +451,11 @@ async def test_a_frozen_sidecar_counts_as_gone(tmp_path: Path) -> None:
         with pytest.raises(BrokenPeerError, match="does not answer"):
             pending.join(SOON)
         with pytest.raises(BrokenPeerError, match="does not answer"):
+            pending.join_layer(0, SOON)
+        with pytest.raises(BrokenPeerError, match="does not answer"):
             pending.abort()
+        # Nobody has fenced it: what a writer has begun may still land.
+        assert pending.state == "lost" and not pending.is_over
         cache.close()
         os.kill(pid, signal.SIGCONT)
         with await asyncio.to_thread(KVCache.attach, tmp_path / "s") as again:
