@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from kvxfer.testing import set_faults
@@ -169,6 +170,20 @@ def writers(pair: Nodes) -> int:
     server = pair.decode._ends._server
     assert server is not None
     return len(server.peers)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines for tests that meet one of them; to be imported by their modules."""
+    for name, value in (
+        ("CONNECT_TIMEOUT", "10"),
+        ("DRAIN_TIMEOUT", "1"),
+        ("FENCE_TIMEOUT", "1"),
+        ("PING_INTERVAL", "0.2"),
+        ("PING_TIMEOUT", "2"),
+        ("IB_TIMEOUT", "14"),
+    ):
+        monkeypatch.setenv(f"KVXFER_{name}", value)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -26,7 +26,7 @@ import pytest
 
 from kvxfer.testing import live_objects
 from rdma_comm import RDMACommunicator
-from tests.communicators import (
+from tests.communicators import (  # noqa: F401
     BLOCK_BYTES,
     HOST,
     N_BLOCKS,
@@ -39,6 +39,7 @@ from tests.communicators import (
     memory,
     nodes,
     program,
+    quick,
     target_faults,
     wait_until,
     writers,
@@ -47,20 +48,6 @@ from tests.endpoints import SOON, until
 from tests.leaks import take_census
 
 OURS, THEIRS = list(range(24)), list(range(31, 7, -1))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deadlines for tests that meet one of them."""
-    for name, value in (
-        ("CONNECT_TIMEOUT", "10"),
-        ("DRAIN_TIMEOUT", "1"),
-        ("FENCE_TIMEOUT", "1"),
-        ("PING_INTERVAL", "0.2"),
-        ("PING_TIMEOUT", "2"),
-        ("IB_TIMEOUT", "14"),
-    ):
-        monkeypatch.setenv(f"KVXFER_{name}", value)
 
 
 def check_again(pair: Nodes) -> None:

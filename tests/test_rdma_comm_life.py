@@ -17,7 +17,7 @@ from kvxfer import curve
 from kvxfer._verbs import QueuePair
 from kvxfer.testing import live_objects
 from rdma_comm import RDMACommunicator
-from tests.communicators import (
+from tests.communicators import (  # noqa: F401
     HOST,
     communicator,
     free_port,
@@ -25,26 +25,13 @@ from tests.communicators import (
     memory,
     nodes,
     program,
+    quick,
     target_faults,
     wait_until,
 )
 from tests.endpoints import SOON
 
 PLANES = ("k", "v", "k_scale", "v_scale")
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deadlines for tests that meet one of them."""
-    for name, value in (
-        ("CONNECT_TIMEOUT", "10"),
-        ("DRAIN_TIMEOUT", "1"),
-        ("FENCE_TIMEOUT", "1"),
-        ("PING_INTERVAL", "0.2"),
-        ("PING_TIMEOUT", "2"),
-        ("IB_TIMEOUT", "14"),
-    ):
-        monkeypatch.setenv(f"KVXFER_{name}", value)
 
 
 def n_writers(decode: RDMACommunicator) -> int:
