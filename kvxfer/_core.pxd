@@ -305,6 +305,7 @@ cdef struct Core:               # all that an engine has but its Python objects
     int news_fd                 # eventfd: there is something for Python
     bint waits                  # Python wants to be told; it has taken all there was
     bint armed                  # the next completion makes an event, or has made one
+    bint behind                 # CQEs are left of which no event may tell Python
     Queue **queues              # by slot; NULL: free
     uint32_t n_slots
     uint32_t n_queues

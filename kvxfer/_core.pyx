@@ -368,9 +368,9 @@ cdef void end_if_drained(Core *core, Queue *queue) noexcept nogil:
 
 
 cdef bint has_news(Core *core) noexcept nogil:
-    """Whether something has ended or arrived that Python has not taken."""
+    """Whether Python has not taken something that has ended or arrived, or may have."""
     return (core.finished is not NULL or core.arrivals is not NULL
-            or core.n_unreported != 0)
+            or core.n_unreported != 0 or core.behind)
 
 
 cdef void tell(Core *core) noexcept nogil:

@@ -125,9 +125,11 @@ cdef void _drive(Core *core) noexcept nogil:
 cdef void _hand_back(Core *core) noexcept nogil:
     """Let Python hear of the next completion. The lock is held."""
     # What this finds has ended, or its queue has more to do.
-    listen(core, BUDGET)
+    cdef bint more = listen(core, BUDGET)
+    if core.stopping:
+        core.behind = more
     tell(core)
-    if core.stopping or not wants_thread(core):
+    if core.stopping or not (more or wants_thread(core)):
         core.thread_drives = False
         watch_channel(core, True)
 

@@ -27,17 +27,20 @@ cdef bint settle(Core *core, uint32_t budget) noexcept nogil:
 
     For Python's thread. When this returns false, the next completion of what is in
     flight makes an event, or has made one, or the engine's own thread sees to it.
-    True means that the budget of CQEs was used up: call again, no event may come.
+    True means that the budget of CQEs was used up: no event may come for what is left,
+    so it is news by itself until Python has called again.
     """
+    cdef bint more
     pump(core)
-    if drain(core, budget):
-        return True
+    more = drain(core, budget)
     if core.threaded:
-        if not core.thread_drives and wants_thread(core):
+        if not core.thread_drives and (more or wants_thread(core)):
             hand_over(core)
         if core.thread_drives:
+            core.behind = False
             return False
-    return listen(core, budget)
+    core.behind = more or listen(core, budget)
+    return core.behind
 
 
 cdef bint listen(Core *core, uint32_t budget) noexcept nogil:

@@ -17,7 +17,7 @@ from kvxfer._verbs import Device
 from kvxfer.errors import UsageError
 from kvxfer.testing import loopback
 from tests.device_ends import SUCCESS
-from tests.endpoints import QUICK, SOON
+from tests.endpoints import QUICK, SOON, arena, connected
 from tests.engine_rig import Rig, Shape
 from tests.leaks import TASK_DIR
 
@@ -216,6 +216,23 @@ async def test_a_client_and_a_server(progress: str) -> None:
                 assert np.array_equal(
                     pair.source.view(layer, plane), pair.target.view(layer, plane)[::-1]
                 )
+
+
+@pytest.mark.parametrize("progress", MODES)
+async def test_a_write_ends_though_one_look_does_not_take_all_its_completions(
+    progress: str,
+) -> None:
+    """On the null device they are all there before the write's first look is over."""
+    n_blocks = 80_000
+    ids = np.random.default_rng(5).permutation(n_blocks)
+    with (
+        arena(n_blocks=n_blocks, layers=1, planes={"kv": (8, 24)}, seed=1) as source,
+        arena(n_blocks=n_blocks, layers=1, planes={"kv": (8, 24)}, seed=2) as target,
+    ):
+        async with connected(source, target, device="null0", progress=progress) as pair:
+            result = await pair.client.write_cache(pair.peer, ids, ids[::-1])
+    # Each chain of 64 completes once, and one look takes at most 512.
+    assert result.wrs > 64 * 512
 
 
 def test_the_thread_takes_no_signals() -> None:
