@@ -1,6 +1,6 @@
 """What owns an engine's core, and the thread that drives it."""
 
-from kvxfer._core cimport Core
+from kvxfer._core cimport Batch, Core
 from kvxfer._verbs cimport Handle
 
 
@@ -9,3 +9,6 @@ cdef class Driver(Handle):
 
     cdef int _start(self) except -1
     cdef void _stop(self) noexcept
+
+
+cdef void linger(Core *core, Batch *batch) noexcept nogil

@@ -62,12 +62,16 @@ cdef extern from "poll.h" nogil:
 cdef enum:
     BUDGET = 64         # CQEs while the lock is held
     SPIN_NS = 20000     # that it looks on after the last completion, if it may
+    LINGER_NS = 50000   # that whoever submits looks for the end of a small write
+    LINGER_BYTES = 128 << 10    # what goes for small
 
 MODES = {"event": EVENT, "adaptive": ADAPTIVE, "spin": SPIN}
 
 # On so few processors a device's own threads need those that we would spin on.
 _FEW = 2
 cdef uint64_t _spin_ns = SPIN_NS if len(os.sched_getaffinity(0)) > _FEW else 0
+# On one, nothing can end while we look.
+cdef bint _may_linger = len(os.sched_getaffinity(0)) > 1
 
 
 cdef bint _sleep(Core *core, bint listening) noexcept nogil:
@@ -132,6 +136,23 @@ cdef void _hand_back(Core *core) noexcept nogil:
     if core.stopping or not (more or wants_thread(core)):
         core.thread_drives = False
         watch_channel(core, True)
+
+
+cdef void linger(Core *core, Batch *batch) noexcept nogil:
+    """Look for the end of a small submission for as long as going to sleep takes.
+
+    A block or two are there before an event could have woken the loop. Only if they
+    have nothing else to wait for. The lock is held; it is let go between looks, and the
+    processor is left to whoever wants it.
+    """
+    cdef uint64_t deadline = now_ns() + LINGER_NS
+    if core.mode == EVENT or not _may_linger:
+        return
+    pump(core)
+    while (batch.n_open and not core.thread_drives and core.n_ready == 0
+            and core.flying_bytes <= LINGER_BYTES and not drain(core, BUDGET)
+            and batch.n_open and now_ns() < deadline):
+        _breathe(core)
 
 
 cdef void *_adaptive(void *argument) noexcept nogil:

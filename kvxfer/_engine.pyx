@@ -25,7 +25,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from kvxfer._core cimport *
-from kvxfer._driver cimport Driver
+from kvxfer._driver cimport Driver, linger
 from kvxfer._ibverbs cimport *
 from kvxfer._post cimport flush, post_receive, relist
 from kvxfer._progress cimport cancel, forget, settle, stop, take_events, wake_thread
@@ -567,6 +567,8 @@ cdef class Engine:
             admit(self.core, batch)
             batch.refs += 1    # the caller's
             relist(self.core, batch.queue)
+            if not leave:
+                linger(self.core, batch)
             settle(self.core, BUDGET)
             if not leave and batch.n_open == 0:
                 done = _take_back(self.core, batch)

@@ -473,7 +473,7 @@ class Options:
         "auto", "Wire of the software device.", choices=("auto", "shm", "cma", "tcp")
     )
     progress: str = _option(
-        "event",
+        "adaptive",
         "Who sees to what is in flight: the event loop (event), a thread that looks "
         "without pause (spin), or the loop while it is little and else a thread that "
         "sleeps in between (adaptive).",
