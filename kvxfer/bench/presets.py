@@ -54,8 +54,7 @@ PRESETS = {
     ),
     "null-planes": Preset(
         "the same, two planes",
-        {**_SMALL, "null": True, "sizes": "1K", "against": "verbs"}
-        | {"planes": "k,v"},
+        {**_SMALL, "null": True, "sizes": "1K", "against": "verbs"} | {"planes": "k,v"},
     ),
     "latency": Preset(
         "one block of 64 KiB: what asyncio adds",
