@@ -11,7 +11,9 @@
 		    IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM | IBV_QP_EX_WITH_SEND | \
 		    IBV_QP_EX_WITH_SEND_WITH_IMM | IBV_QP_EX_WITH_RDMA_READ |  \
 		    IBV_QP_EX_WITH_ATOMIC_CMP_AND_SWP |                        \
-		    IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD))
+		    IBV_QP_EX_WITH_ATOMIC_FETCH_AND_ADD |                      \
+		    IBV_QP_EX_WITH_BIND_MW | IBV_QP_EX_WITH_LOCAL_INV |        \
+		    IBV_QP_EX_WITH_SEND_WITH_INV))
 
 /*
  * The WRs between ibv_wr_start and ibv_wr_complete. The calls in between have
@@ -155,6 +157,40 @@ static void wr_send_imm(struct ibv_qp_ex *ex, __be32 imm_data)
 	begin(ex, IBV_WR_SEND_WITH_IMM, 0, 0, imm_data);
 }
 
+/* The key to invalidate goes where immediate data would. */
+static void begin_invalidate(struct ibv_qp_ex *ex, enum ibv_wr_opcode opcode,
+			     uint32_t invalidate_rkey)
+{
+	struct builder *b = builder_of(ex);
+
+	begin(ex, opcode, 0, 0, 0);
+	if (b->n)
+		current(b)->invalidate_rkey = invalidate_rkey;
+}
+
+static void wr_send_inv(struct ibv_qp_ex *ex, uint32_t invalidate_rkey)
+{
+	begin_invalidate(ex, IBV_WR_SEND_WITH_INV, invalidate_rkey);
+}
+
+static void wr_local_inv(struct ibv_qp_ex *ex, uint32_t invalidate_rkey)
+{
+	begin_invalidate(ex, IBV_WR_LOCAL_INV, invalidate_rkey);
+}
+
+static void wr_bind_mw(struct ibv_qp_ex *ex, struct ibv_mw *mw, uint32_t rkey,
+		       const struct ibv_mw_bind_info *bind_info)
+{
+	struct builder *b = builder_of(ex);
+
+	begin(ex, IBV_WR_BIND_MW, 0, 0, 0);
+	if (b->n == 0)
+		return;
+	current(b)->bind_mw.mw = mw;
+	current(b)->bind_mw.rkey = rkey;
+	current(b)->bind_mw.bind_info = *bind_info;
+}
+
 static void wr_set_sge_list(struct ibv_qp_ex *ex, size_t num_sge,
 			    const struct ibv_sge *sg_list)
 {
@@ -263,6 +299,9 @@ static void fill_calls(struct ibv_qp_ex *ex)
 	ex->wr_atomic_fetch_add = wr_atomic_fetch_add;
 	ex->wr_send = wr_send;
 	ex->wr_send_imm = wr_send_imm;
+	ex->wr_send_inv = wr_send_inv;
+	ex->wr_bind_mw = wr_bind_mw;
+	ex->wr_local_inv = wr_local_inv;
 	ex->wr_set_sge = wr_set_sge;
 	ex->wr_set_sge_list = wr_set_sge_list;
 	ex->wr_set_inline_data = wr_set_inline_data;

@@ -188,6 +188,8 @@ static int take_answer(struct soft_conn *conn)
 	conn->in_len = 0;
 	if (frame_get_header(conn->in, &header))
 		header.type = 0;
+	/* The peer counts the WRs that it is sent. */
+	header.seq += qp->sq.n_local;
 	if (!qp->faults.deaf_from || !soft_inject_lost(conn, &header))
 		qp->progress_ns = conn->ctx->now_ns;
 	if (!obey(conn, &header))

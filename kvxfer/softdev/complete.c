@@ -17,6 +17,10 @@ static enum ibv_wc_opcode send_opcode(uint8_t opcode)
 		return IBV_WC_FETCH_ADD;
 	case IBV_WR_ATOMIC_CMP_AND_SWP:
 		return IBV_WC_COMP_SWAP;
+	case IBV_WR_BIND_MW:
+		return IBV_WC_BIND_MW;
+	case IBV_WR_LOCAL_INV:
+		return IBV_WC_LOCAL_INV;
 	case IBV_WR_RDMA_WRITE:
 	case IBV_WR_RDMA_WRITE_WITH_IMM:
 		return IBV_WC_RDMA_WRITE;
@@ -73,6 +77,9 @@ void soft_recv_done(struct soft_qp *qp, const struct frame_desc *desc,
 		/* Both ends carry the application's four bytes unchanged. */
 		cqe.wc.imm_data = desc->imm;
 		cqe.wc.wc_flags = IBV_WC_WITH_IMM;
+	} else if (desc->flags & DESC_INV) {
+		cqe.wc.invalidated_rkey = desc->imm;
+		cqe.wc.wc_flags = IBV_WC_WITH_INV;
 	}
 	rq->next++;
 	pthread_mutex_lock(&cq->lock);

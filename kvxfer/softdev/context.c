@@ -10,6 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "windows.h"
 #include "wire_shm.h"
 
 #define SOCKET_BUFFER_BYTES (4u << 20)
@@ -263,6 +264,7 @@ static void init_context(struct soft_context *ctx, struct ibv_device *device)
 static void free_context(struct soft_context *ctx)
 {
 	close_fds(ctx);
+	free(ctx->windows);
 	pthread_mutex_destroy(&ctx->verbs.context.mutex);
 	pthread_mutex_destroy(&ctx->gate);
 	pthread_mutex_destroy(&ctx->lock);
@@ -344,7 +346,10 @@ struct ibv_context *soft_open_device(struct ibv_device *device,
 {
 	struct soft_context *ctx = new_context(device);
 
-	return ctx ? start(ctx, configure(ctx, address, wire)) : NULL;
+	if (!ctx)
+		return NULL;
+	soft_offer_windows(&ctx->verbs.context);
+	return start(ctx, configure(ctx, address, wire));
 }
 
 struct ibv_context *soft_open_null(struct ibv_device *device)

@@ -244,8 +244,12 @@ static enum frame_error check_desc(const struct frame_desc *desc)
 {
 	if (desc->flags & ~DESC_FLAGS)
 		return FRAME_BAD_FLAGS;
-	if ((desc->flags & (DESC_IMM | DESC_SOLICITED | DESC_SIGNALED)) &&
+	if ((desc->flags &
+	     (DESC_IMM | DESC_SOLICITED | DESC_SIGNALED | DESC_INV)) &&
 	    !(desc->flags & DESC_END))
+		return FRAME_BAD_FLAGS;
+	if (desc->flags & DESC_INV &&
+	    (desc->op != OP_SEND || desc->flags & DESC_IMM))
 		return FRAME_BAD_FLAGS;
 	if (desc->len > FRAME_MAX_MESSAGE || desc->total > FRAME_MAX_MESSAGE)
 		return FRAME_BAD_LENGTH;
@@ -276,7 +280,8 @@ static bool is_good_write(const struct frame_desc *desc)
 	const uint16_t whole = DESC_START | DESC_END | DESC_FETCH;
 
 	return desc->op == OP_WRITE && (desc->flags & whole) == whole &&
-	       !(desc->flags & ~DESC_FLAGS) && desc->len <= FRAME_MAX_MESSAGE &&
+	       !(desc->flags & ~(DESC_FLAGS & ~DESC_INV)) &&
+	       desc->len <= FRAME_MAX_MESSAGE &&
 	       desc->raddr <= UINT64_MAX - FRAME_MAX_MESSAGE &&
 	       desc->laddr <= UINT64_MAX - FRAME_MAX_MESSAGE;
 }

@@ -86,7 +86,8 @@ static inline bool frame_fetches(uint16_t op)
 #define DESC_SOLICITED 8u /* on END: the receive completion is solicited */
 #define DESC_FETCH 16u	  /* bytes are to be had at laddr, none follow */
 #define DESC_SIGNALED 32u /* on END: somebody waits for the acknowledgement */
-#define DESC_FLAGS 63u
+#define DESC_INV 64u	  /* on END of a SEND: imm is the rkey to invalidate */
+#define DESC_FLAGS 127u
 
 enum frame_error {
 	FRAME_OK = 0,
@@ -119,7 +120,7 @@ struct frame_desc {
 	uint32_t len;
 	uint16_t op;
 	uint16_t flags;
-	uint32_t imm;	  /* END with IMM: as the application gave it */
+	uint32_t imm;	  /* END with IMM or INV: as the application gave it */
 	uint32_t total;	  /* START: bytes of the whole WR; decoded, see below */
 	uint64_t operand; /* atomic: what to add or to put there */
 	uint64_t compare; /* COMPARE_SWAP: with what */

@@ -59,7 +59,7 @@ void soft_send_hello(struct soft_conn *conn)
 		.rnr_retry = qp->attr.rnr_retry,
 		.pid = (uint32_t)getpid(),
 		.pid_ns = ctx->pid_ns,
-		.first_seq = qp->sq.done,
+		.first_seq = qp->sq.done - qp->sq.n_local,
 		.nonce_addr = (uintptr_t)qp->nonce,
 	};
 	uint8_t body[FRAME_HELLO_BYTES];

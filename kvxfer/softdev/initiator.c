@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
+#include "windows.h"
 #include "wire_shm.h"
 
 #define BACKOFF_MAX_MS 50
@@ -209,6 +210,8 @@ bool soft_initiate(struct soft_qp *qp)
 {
 	struct soft_conn *conn;
 
+	if (qp_state(qp) == IBV_QPS_RTS)
+		soft_run_local(qp);
 	if (qp_state(qp) != IBV_QPS_RTS || !soft_outstanding(qp))
 		return false;
 	if (!qp->active) {

@@ -23,8 +23,7 @@ struct soft_landing {
 static bool is_for_gpu(struct soft_conn *conn, const struct frame_desc *desc)
 {
 	return desc->op == OP_WRITE && desc->len &&
-	       !soft_check_remote(conn->ctx, conn->qp->ibv.pd, desc->rkey,
-				  desc->raddr, desc->len,
+	       !soft_check_remote(conn->qp, desc->rkey, desc->raddr, desc->len,
 				  IBV_ACCESS_REMOTE_READ);
 }
 

@@ -55,6 +55,7 @@ struct soft_qp;
 struct soft_conn;
 struct soft_shm;
 struct soft_map;
+struct soft_windows;
 
 /* --- events -------------------------------------------------------------- */
 
@@ -84,6 +85,7 @@ struct soft_pd {
 struct soft_mr {
 	struct ibv_mr ibv;
 	unsigned int access;
+	uint32_t n_windows;		       /* bound to it; by ctx->lock */
 	struct soft_mr *next_lkey, *next_rkey; /* hash chains, by ctx->lock */
 	/* Memory that is a memfd; fd is ours. -1: it is not. */
 	int fd;
@@ -184,6 +186,7 @@ struct soft_sq {
 	atomic_uint_fast64_t tail; /* by the send CQ's lock */
 	uint64_t done, next;	   /* by ctx->lock */
 	uint64_t next_offset; /* bytes of WR next that are framed already */
+	uint64_t n_local;     /* WRs before next that no peer hears of */
 	/* Strict mode: checksums of what the WRs send. */
 	uint64_t *sums;
 	bool told_full; /* by sq_lock */
@@ -401,6 +404,7 @@ struct soft_context {
 	struct soft_mr *lkeys[SOFT_BUCKETS], *rkeys[SOFT_BUCKETS];
 	uint64_t
 		mr_generation; /* moves with every registration and the end of one */
+	struct soft_windows *windows; /* NULL: there never was one */
 	struct soft_mr *shared[SHM_MAX_REGIONS];
 	struct soft_list qps, conns, ready, run, dead, shms;
 	uint32_t n_qps,
@@ -547,15 +551,15 @@ static inline bool soft_mr_covers(const struct soft_mr *mr, uint64_t addr,
 	       length <= mr->ibv.length - (addr - base);
 }
 struct soft_mr *soft_find_lkey(struct soft_context *ctx, uint32_t lkey);
+/* The region behind the key, be it its own or that of a window. */
 struct soft_mr *soft_find_rkey(struct soft_context *ctx, uint32_t rkey);
 /* Give the MR a mapping of its own; ctx->lock held. Without, map stays NULL. */
 void soft_map_mr(struct soft_mr *mr);
 /* Checks; ctx->lock held. Return the vendor_err, or 0 if all is well. */
 uint32_t soft_check_local(struct soft_context *ctx, struct ibv_pd *pd,
 			  const struct ibv_sge *sge, unsigned int access);
-uint32_t soft_check_remote(struct soft_context *ctx, struct ibv_pd *pd,
-			   uint32_t rkey, uint64_t addr, uint64_t length,
-			   unsigned int access);
+uint32_t soft_check_remote(struct soft_qp *qp, uint32_t rkey, uint64_t addr,
+			   uint64_t length, unsigned int access);
 
 /* maps.c */
 int soft_check_mapped(uintptr_t addr, size_t length, bool write);

@@ -6,12 +6,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "windows.h"
 #include "wire_shm.h"
 
 #define KNOWN_ACCESS                                                        \
 	((unsigned int)(IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE |  \
 			IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC | \
-			IBV_ACCESS_HUGETLB | IBV_ACCESS_OPTIONAL_RANGE))
+			IBV_ACCESS_MW_BIND | IBV_ACCESS_HUGETLB |           \
+			IBV_ACCESS_OPTIONAL_RANGE))
 
 struct ibv_pd *soft_alloc_pd(struct ibv_context *context)
 {
@@ -65,13 +67,20 @@ struct soft_mr *soft_find_lkey(struct soft_context *ctx, uint32_t lkey)
 	return mr;
 }
 
-struct soft_mr *soft_find_rkey(struct soft_context *ctx, uint32_t rkey)
+static struct soft_mr *find_rkey(struct soft_context *ctx, uint32_t rkey)
 {
 	struct soft_mr *mr = *rkey_bucket(ctx, rkey);
 
 	while (mr && mr->ibv.rkey != rkey)
 		mr = mr->next_rkey;
 	return mr;
+}
+
+struct soft_mr *soft_find_rkey(struct soft_context *ctx, uint32_t rkey)
+{
+	struct soft_mr *mr = find_rkey(ctx, rkey);
+
+	return mr ? mr : soft_window_region(ctx, rkey);
 }
 
 static void drop_fd(struct soft_mr *mr)
@@ -137,7 +146,8 @@ static void insert_mr(struct soft_context *ctx, struct soft_mr *mr)
 	} while (!mr->ibv.lkey || soft_find_lkey(ctx, mr->ibv.lkey));
 	do {
 		soft_random(&mr->ibv.rkey, sizeof(mr->ibv.rkey));
-	} while (!mr->ibv.rkey || soft_find_rkey(ctx, mr->ibv.rkey) ||
+	} while (!mr->ibv.rkey || find_rkey(ctx, mr->ibv.rkey) ||
+		 soft_is_window_key(ctx, mr->ibv.rkey) ||
 		 mr->ibv.rkey == mr->ibv.lkey);
 
 	bucket = lkey_bucket(ctx, mr->ibv.lkey);
@@ -171,8 +181,7 @@ static int check_registration(uintptr_t addr, size_t length,
 	const unsigned int remote_store = IBV_ACCESS_REMOTE_WRITE |
 					  IBV_ACCESS_REMOTE_ATOMIC;
 
-	if (access &
-	    (IBV_ACCESS_ON_DEMAND | IBV_ACCESS_ZERO_BASED | IBV_ACCESS_MW_BIND))
+	if (access & (IBV_ACCESS_ON_DEMAND | IBV_ACCESS_ZERO_BASED))
 		return EOPNOTSUPP;
 	if (access & ~KNOWN_ACCESS || length == 0 || addr + length < addr)
 		return EINVAL;
@@ -257,6 +266,10 @@ int soft_dereg_mr(struct ibv_mr *ibmr)
 	/* Nothing moves while we hold the lock, and whoever moves next sees the
 	 * new generation and looks the key up again. */
 	soft_lock(ctx);
+	if (mr->n_windows) {
+		soft_unlock(ctx);
+		return EBUSY;
+	}
 	soft_inject_land_all(ctx);
 	remove_mr(ctx, mr);
 	soft_unlock(ctx);
@@ -285,18 +298,17 @@ uint32_t soft_check_local(struct soft_context *ctx, struct ibv_pd *pd,
 	return 0;
 }
 
-uint32_t soft_check_remote(struct soft_context *ctx, struct ibv_pd *pd,
-			   uint32_t rkey, uint64_t addr, uint64_t length,
-			   unsigned int access)
+uint32_t soft_check_remote(struct soft_qp *qp, uint32_t rkey, uint64_t addr,
+			   uint64_t length, unsigned int access)
 {
 	struct soft_mr *mr;
 
 	if (length == 0) /* as on a NIC: no bytes, no key */
 		return 0;
-	mr = soft_find_rkey(ctx, rkey);
+	mr = find_rkey(qp_context(qp), rkey);
 	if (!mr)
-		return KVX_SOFT_NO_RKEY;
-	if (mr->ibv.pd != pd)
+		return soft_check_window(qp, rkey, addr, length, access);
+	if (mr->ibv.pd != qp->ibv.pd)
 		return KVX_SOFT_REMOTE_PD;
 	if (!soft_mr_covers(mr, addr, length))
 		return KVX_SOFT_REMOTE_BOUNDS;

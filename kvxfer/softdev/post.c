@@ -3,7 +3,7 @@
 #include <errno.h>
 #include <string.h>
 
-#include "internal.h"
+#include "windows.h"
 
 /*
  * Errno as mlx5 has it: ENOMEM for a queue that is full, for too many SGEs, and
@@ -28,7 +28,10 @@ static int check_send(const struct soft_qp *qp, const struct ibv_send_wr *wr,
 	case IBV_WR_RDMA_WRITE_WITH_IMM:
 	case IBV_WR_SEND:
 	case IBV_WR_SEND_WITH_IMM:
+	case IBV_WR_SEND_WITH_INV:
 		return 0;
+	case IBV_WR_BIND_MW:
+	case IBV_WR_LOCAL_INV:
 	case IBV_WR_RDMA_READ:
 	case IBV_WR_ATOMIC_FETCH_AND_ADD:
 	case IBV_WR_ATOMIC_CMP_AND_SWP:
@@ -82,27 +85,31 @@ static int fill_wqe(struct soft_qp *qp, const struct ibv_send_wr *wr,
 	struct soft_sq *sq = &qp->sq;
 	struct soft_wqe *wqe = &sq->ring[head & sq->mask];
 	uint8_t *slot = sq->slots + (head & sq->mask) * sq->slot_bytes;
-	uint64_t length = total_length(wr->sg_list, wr->num_sge);
+	bool local = soft_is_local((uint8_t)wr->opcode);
+	int n_sge = local ? 0 : wr->num_sge; /* no bytes of ours */
+	uint64_t length = total_length(wr->sg_list, n_sge);
 
 	if (wr->send_flags & IBV_SEND_INLINE) {
 		if (length > qp->cap.max_inline_data)
 			return ENOMEM;
 		copy_inline(slot, wr);
-	} else if (wr->num_sge) {
+	} else if (n_sge) {
 		memcpy(slot, wr->sg_list,
-		       (size_t)wr->num_sge * sizeof(struct ibv_sge));
+		       (size_t)n_sge * sizeof(struct ibv_sge));
 	}
 	wqe->wr_id = wr->wr_id;
 	wqe->raddr = wr->wr.rdma.remote_addr;
 	wqe->rkey = wr->wr.rdma.rkey;
 	wqe->imm = wr->imm_data;
 	wqe->length = length;
-	wqe->num_sge = (uint16_t)wr->num_sge;
+	wqe->num_sge = (uint16_t)n_sge;
 	wqe->opcode = (uint8_t)wr->opcode;
 	wqe->signaled = qp->sq_sig_all || wr->send_flags & IBV_SEND_SIGNALED;
 	wqe->flags = (uint8_t)(wr->send_flags &
 			       (IBV_SEND_FENCE | IBV_SEND_SOLICITED |
 				IBV_SEND_INLINE));
+	if (local)
+		return soft_fill_local(slot, wr);
 	return soft_is_atomic(wqe->opcode) ? fill_atomic(wqe, slot, wr) : 0;
 }
 

@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "internal.h"
+#include "windows.h"
 
 static int check_create(struct ibv_pd *pd, const struct ibv_qp_init_attr *init)
 {
@@ -59,6 +59,7 @@ static int allocate_queues(struct soft_qp *qp, const struct ibv_qp_cap *asked)
 	sq->slot_bytes = at_least(qp->cap.max_send_sge * sizeof(struct ibv_sge),
 				  qp->cap.max_inline_data);
 	sq->slot_bytes = at_least(sq->slot_bytes, sizeof(struct soft_atomic));
+	sq->slot_bytes = at_least(sq->slot_bytes, sizeof(struct soft_local));
 	sq->ring = calloc(at_least(sq->depth, 1), sizeof(*sq->ring));
 	sq->slots = calloc(at_least(sq->depth, 1), sq->slot_bytes);
 
@@ -214,6 +215,7 @@ int soft_destroy_qp(struct ibv_qp *ibqp)
 	soft_lock(ctx);
 	soft_qp_hang_up(qp);
 	soft_inject_reset(qp);
+	soft_forget_windows(qp);
 	delist(ctx, qp);
 	soft_unlock(ctx);
 

@@ -209,6 +209,7 @@ static void reset(struct soft_qp *qp)
 	atomic_store(&qp->rq.tail, 0);
 	atomic_store(&qp->rq.starved, false);
 	qp->sq.done = qp->sq.next = qp->sq.next_offset = 0;
+	qp->sq.n_local = 0;
 	qp->rq.next = 0;
 	unlock_queues(qp);
 

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "windows.h"
 #include "wire_shm.h"
 
 /* A frame that is being put together. */
@@ -71,6 +72,7 @@ static uint16_t opcode_of(const struct soft_wqe *wqe)
 		return OP_COMPARE_SWAP;
 	case IBV_WR_SEND:
 	case IBV_WR_SEND_WITH_IMM:
+	case IBV_WR_SEND_WITH_INV:
 		return OP_SEND;
 	default:
 		return OP_WRITE;
@@ -84,6 +86,8 @@ static uint16_t end_flags(const struct soft_wqe *wqe)
 	if (wqe->opcode == IBV_WR_RDMA_WRITE_WITH_IMM ||
 	    wqe->opcode == IBV_WR_SEND_WITH_IMM)
 		flags |= DESC_IMM;
+	if (wqe->opcode == IBV_WR_SEND_WITH_INV)
+		flags |= DESC_INV;
 	if (wqe->flags & IBV_SEND_SOLICITED)
 		flags |= DESC_SOLICITED;
 	if (wqe->signaled)
@@ -329,6 +333,8 @@ static bool may_start(struct soft_qp *qp, uint64_t seq, bool first)
 
 	if (qp->local.status)
 		return false;
+	if (soft_is_local(wqe->opcode)) /* when all before it are done */
+		return false;
 	if (wqe->flags & IBV_SEND_FENCE && qp->reads_out)
 		return false;
 	if (soft_fetches(wqe) && qp->attr.max_rd_atomic &&
@@ -344,7 +350,7 @@ static bool may_start(struct soft_qp *qp, uint64_t seq, bool first)
 static void close_frame(struct builder *b, uint64_t first)
 {
 	struct frame_header header = { .type = FRAME_REQUEST,
-				       .seq = first,
+				       .seq = first - b->qp->sq.n_local,
 				       .n_desc = b->n_desc,
 				       .payload_len = (uint32_t)b->payload };
 	struct soft_tx *tx = b->tx;

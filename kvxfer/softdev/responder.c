@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
+#include "windows.h"
 #include "wire_shm.h"
 
 #define DRAIN_NS (2000 * NS_PER_MS)
@@ -116,8 +117,14 @@ static struct soft_failure check_desc(struct soft_qp *qp,
 	 * does on a wire: a bad WR writes nothing at all. */
 	uint64_t length = desc->flags & DESC_START ? desc->total : desc->len;
 
-	if (desc->op == OP_SEND)
-		return failure; /* goes where its RECV says */
+	if (desc->op == OP_SEND) { /* goes where its RECV says */
+		if (desc->flags & DESC_INV)
+			failure.vendor_err = soft_check_invalidate(qp,
+								   desc->imm);
+		if (failure.vendor_err)
+			failure.status = IBV_WC_REM_ACCESS_ERR;
+		return failure;
+	}
 	if (!(qp->attr.qp_access_flags & access) ||
 	    (frame_fetches(desc->op) && !qp->attr.max_dest_rd_atomic))
 		return (struct soft_failure){ IBV_WC_REM_INV_REQ_ERR,
@@ -125,9 +132,8 @@ static struct soft_failure check_desc(struct soft_qp *qp,
 	if (frame_is_atomic(desc->op) && desc->raddr % FRAME_ATOMIC_BYTES)
 		return (struct soft_failure){ IBV_WC_REM_INV_REQ_ERR,
 					      KVX_SOFT_REMOTE_ALIGNMENT };
-	failure.vendor_err = soft_check_remote(qp_context(qp), qp->ibv.pd,
-					       desc->rkey, desc->raddr, length,
-					       access);
+	failure.vendor_err = soft_check_remote(qp, desc->rkey, desc->raddr,
+					       length, access);
 	if (failure.vendor_err)
 		failure.status = IBV_WC_REM_ACCESS_ERR;
 	return failure;
@@ -299,6 +305,8 @@ static enum step use_recv(struct soft_conn *conn, const struct frame_desc *desc)
 	if (desc->op == OP_SEND && !rx->recv_checked)
 		return check_recv(conn, desc);
 	soft_inject_announced(qp);
+	if (desc->flags & DESC_INV) /* before anybody learns of it */
+		soft_invalidate(conn->ctx, desc->imm);
 	qp->rx_seq++;
 	rx->awaited |= (desc->flags & DESC_SIGNALED) != 0;
 	/* The acknowledgement leaves first, as a NIC's does: whoever learns of

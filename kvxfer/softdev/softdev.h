@@ -34,6 +34,8 @@ enum kvx_soft_vendor_err {
 	KVX_SOFT_LOCAL_MEMORY = 0x14,  /* registered, but no longer mapped */
 	KVX_SOFT_TOO_LONG = 0x15,      /* over max_msg_sz, or RECV too short */
 	KVX_SOFT_NO_RD_ATOMIC = 0x16,  /* READ with max_rd_atomic 0 */
+	KVX_SOFT_NO_WINDOW = 0x17,     /* bind, invalidate: no such window */
+	KVX_SOFT_WINDOW_STATE = 0x18,  /* its type or state does not allow it */
 	KVX_SOFT_NO_RKEY = 0x20,       /* rkey unknown or deregistered */
 	KVX_SOFT_REMOTE_PD = 0x21,     /* rkey of another PD than the QP's */
 	KVX_SOFT_REMOTE_BOUNDS = 0x22, /* outside the remote MR */
@@ -42,6 +44,7 @@ enum kvx_soft_vendor_err {
 	KVX_SOFT_REMOTE_MEMORY = 0x25,	  /* registered, but no longer mapped */
 	KVX_SOFT_REMOTE_RECV = 0x26,	  /* the RECV it hit is unusable */
 	KVX_SOFT_REMOTE_ALIGNMENT = 0x27, /* atomic at no multiple of 8 */
+	KVX_SOFT_REMOTE_OTHER_QP = 0x28,  /* a window bound by another QP */
 	KVX_SOFT_NO_ANSWER = 0x30, /* no progress within the retry time */
 	KVX_SOFT_PEER_GONE = 0x31, /* the established connection broke */
 	KVX_SOFT_REFUSED = 0x32,   /* wrong token, or no wire in common */

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "internal.h"
+#include "windows.h"
 
 #define PKEY_DEFAULT 0xffff
 #define VENDOR_ID 0xffffff /* nobody's; 0 would read as "not known" */
@@ -14,6 +14,10 @@
 #define LINK_SPEED_EDR 32
 #define PHYS_LINK_UP 5
 #define PHYS_DISABLED 3
+/* The last of them: SEND_WITH_INV and LOCAL_INV. */
+#define WINDOW_FLAGS                                             \
+	(IBV_DEVICE_MEM_WINDOW | IBV_DEVICE_MEM_WINDOW_TYPE_2B | \
+	 IBV_DEVICE_MEM_MGT_EXTENSIONS)
 
 static struct ibv_device soft0 = {
 	.node_type = IBV_NODE_CA,
@@ -56,10 +60,12 @@ static int query_device(struct ibv_context *context,
 			struct ibv_device_attr *attr)
 {
 	const uint64_t guid = get_device_guid(context->device);
+	const bool windows = context->ops.alloc_mw; /* the null device: no */
 
 	if (soft_orphaned(context))
 		return ENODEV;
 	*attr = (struct ibv_device_attr){
+		.device_cap_flags = windows ? WINDOW_FLAGS : 0,
 		.fw_ver = "1.0",
 		.node_guid = guid,
 		.sys_image_guid = guid,
@@ -73,6 +79,7 @@ static int query_device(struct ibv_context *context,
 		.max_cq = SOFT_MAX_QP,
 		.max_cqe = SOFT_MAX_CQE,
 		.max_mr = 1 << 20,
+		.max_mw = windows ? SOFT_MAX_MW : 0,
 		.max_pd = 1 << 20,
 		.max_qp_rd_atom = SOFT_MAX_RD_ATOMIC,
 		.max_res_rd_atom = SOFT_MAX_RD_ATOMIC * SOFT_MAX_QP,

@@ -31,6 +31,10 @@ static void believe(const struct frame_header *header,
 			CHECK(desc[i].total >= desc[i].len);
 			CHECK(desc[i].total <= FRAME_MAX_MESSAGE);
 		}
+		/* The field of immediate data holds one thing at most. */
+		CHECK(!(desc[i].flags & DESC_INV) ||
+		      (desc[i].op == OP_SEND && desc[i].flags & DESC_END &&
+		       !(desc[i].flags & DESC_IMM)));
 		open = !(desc[i].flags & DESC_END);
 		CHECK(fetch || !(desc[i].flags & DESC_FETCH));
 		if (!frame_fetches(desc[i].op) && !(desc[i].flags & DESC_FETCH))

@@ -27,10 +27,6 @@ REASONS = (
     (r"test_qp\..*raw_qp_ex_with_illegal_caps", "its QPs are UD, not RC"),
     (r"test_qpex\..*_bad_flow", "its QPs are UD, not RC"),
     (
-        r"MWTest|bind_mw",
-        "memory windows: the device has none; its rkeys are its regions'",
-    ),
-    (
         r"query_gid_ex_bad_flow",
         "wants a GID table with holes; this one has a single entry",
     ),
