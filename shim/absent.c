@@ -54,13 +54,6 @@ EXPORT int ibv_destroy_ah(struct ibv_ah *ah)
 	return EOPNOTSUPP;
 }
 
-EXPORT int ibv_resize_cq(struct ibv_cq *cq, int cqe)
-{
-	(void)cq;
-	(void)cqe;
-	return EOPNOTSUPP;
-}
-
 /* Shared receive queues. */
 
 EXPORT struct ibv_srq *ibv_create_srq(struct ibv_pd *pd,

@@ -268,6 +268,11 @@ EXPORT int ibv_destroy_cq(struct ibv_cq *cq)
 	return shim_soft.destroy_cq(cq);
 }
 
+EXPORT int ibv_resize_cq(struct ibv_cq *cq, int cqe)
+{
+	return soft_resize_cq(cq, cqe);
+}
+
 EXPORT int ibv_get_cq_event(struct ibv_comp_channel *channel,
 			    struct ibv_cq **cq, void **cq_context)
 {

@@ -95,6 +95,38 @@ int soft_destroy_cq(struct ibv_cq *ibcq)
 	return 0;
 }
 
+int soft_resize_cq(struct ibv_cq *ibcq, int cqe)
+{
+	struct soft_cq *cq = to_cq(ibcq);
+	struct soft_cqe *ring, *old;
+	uint32_t size;
+	uint64_t at;
+
+	if (soft_orphaned(ibcq->context))
+		return ENODEV;
+	if (cqe < 1 || cqe > SOFT_MAX_CQE)
+		return EINVAL;
+	size = ring_size(cqe);
+	ring = calloc(size, sizeof(*ring));
+	if (!ring)
+		return ENOMEM;
+	pthread_mutex_lock(&cq->lock);
+	if (cq->head - cq->tail > (uint64_t)cqe) {
+		pthread_mutex_unlock(&cq->lock);
+		free(ring);
+		return EINVAL;
+	}
+	for (at = cq->tail; at != cq->head; at++)
+		ring[at & (size - 1)] = cq->ring[at & cq->mask];
+	old = cq->ring;
+	cq->ring = ring;
+	cq->mask = size - 1;
+	ibcq->cqe = (int)size - 1;
+	pthread_mutex_unlock(&cq->lock);
+	free(old);
+	return 0;
+}
+
 static void free_slots(const struct soft_cqe *cqe)
 {
 	atomic_uint_fast64_t *tail = cqe->is_recv ? &cqe->qp->rq.tail :

@@ -593,6 +593,8 @@ struct ibv_cq *soft_create_cq(struct ibv_context *context, int cqe,
 			      void *cq_context,
 			      struct ibv_comp_channel *channel,
 			      int comp_vector);
+/* As ibv_resize_cq(3); EINVAL also where more entries wait to be polled. */
+int soft_resize_cq(struct ibv_cq *cq, int cqe);
 int soft_destroy_cq(struct ibv_cq *cq);
 int soft_poll_cq(struct ibv_cq *cq, int num_entries, struct ibv_wc *wc);
 int soft_req_notify_cq(struct ibv_cq *cq, int solicited_only);

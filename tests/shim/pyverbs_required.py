@@ -23,7 +23,11 @@ HEAD = """\
 REASONS = (
     (r"test_addr\.", "address handles: they belong to datagrams"),
     (r"_uc_qp", "UC: the device has RC only"),
-    (r"_ud_|_ud$|test_resize_cq|query_data_in_order", "its QPs are UD, not RC"),
+    (
+        r"test_resize_cq",
+        "fills its CQ with sends of a UD QP; over RC: tests/c/test_cq.c",
+    ),
+    (r"_ud_|_ud$|query_data_in_order", "its QPs are UD, not RC"),
     (r"test_qp\..*raw_qp_ex_with_illegal_caps", "its QPs are UD, not RC"),
     (r"test_qpex\..*_bad_flow", "its QPs are UD, not RC"),
     (
