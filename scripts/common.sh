@@ -25,3 +25,31 @@ need() {
 	PATH=$VENV/bin:$PATH
 	export PATH
 }
+
+# pyverbs_tests DIRECTORY: put rdma-core's tests there, as Debian ships them. They are
+# documentation in the package python3-pyverbs; images for containers leave that out
+# when they install it, so take them from the package itself then.
+pyverbs_tests() {
+	if [ -f "$1/run_tests.py" ]; then return; fi
+	shipped=/usr/share/doc/rdma-core/tests
+	if [ ! -d "$shipped" ]; then
+		say 'fetching the package python3-pyverbs for the tests in it'
+		rm -rf "$1.package"
+		mkdir -p "$1.package"
+		(
+			cd "$1.package"
+			apt-get -q download python3-pyverbs || {
+				apt-get -q update &&
+					apt-get -q download python3-pyverbs
+			}
+			dpkg -x python3-pyverbs_*.deb .
+		) >"$CACHE/apt.log" 2>&1 </dev/null ||
+			die "could not fetch it (see $CACHE/apt.log)"
+		shipped=$1.package$shipped
+	fi
+	rm -rf "$1.part"
+	mkdir -p "$(dirname "$1")"
+	cp -rL "$shipped" "$1.part"
+	gunzip -q "$1.part"/*.gz
+	mv "$1.part" "$1"
+}

@@ -1,12 +1,13 @@
 """Put what the tests in the guest import on a disk image; scripts/test-rdma calls this.
 
-python scripts/guest_image.py IMAGE
+python scripts/guest_image.py IMAGE [DIRECTORY...]
 
 The guest has the file system of the host over 9p, where each look at a file is a
 round trip and nothing is kept: an import of numpy takes half a minute there. From a
 disk of its own the guest's page cache works. The image holds directories and files
 under their absolute names, and in ``mounts`` those that the guest puts in their place.
-In ``libraries`` are those of the system, for LD_LIBRARY_PATH.
+In ``libraries`` are those of the system, for LD_LIBRARY_PATH. Each DIRECTORY is put in
+as well.
 """
 
 from __future__ import annotations
@@ -90,12 +91,12 @@ def copy_libraries(stage: Path, modules: list[Path]) -> None:
             shutil.copy2(library, stage / "libraries" / library.name)
 
 
-def fill(stage: Path) -> list[Path]:
+def fill(stage: Path, others: list[Path]) -> list[Path]:
     """Copy everything; return what is to be mounted in the guest."""
     library = Path(sysconfig.get_path("stdlib"))
     packages = Path(sysconfig.get_path("purelib"))
-    trees = [ROOT / "kvxfer", ROOT / "tests", PROVIDERS]
-    for tree in (library, *trees):
+    trees = [ROOT / "kvxfer", ROOT / "tests", PROVIDERS, *others]
+    for tree in dict.fromkeys([library, *trees]):
         shutil.copytree(
             tree,
             stage / tree.relative_to("/"),
@@ -106,17 +107,17 @@ def fill(stage: Path) -> list[Path]:
     python = Path(sys.executable).resolve()
     (stage / python.relative_to("/")).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(python, stage / python.relative_to("/"))
-    copy_libraries(stage, modules)
+    copy_libraries(stage, modules + [so for at in others for so in at.glob("*.so")])
     return [library, packages, python, *trees]
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) != 1:
-        raise SystemExit("usage: guest_image.py IMAGE")
+    if not arguments:
+        raise SystemExit("usage: guest_image.py IMAGE [DIRECTORY...]")
     image = Path(arguments[0])
     with tempfile.TemporaryDirectory(dir=image.parent) as directory:
         stage = Path(directory)
-        mounts = fill(stage)
+        mounts = fill(stage, [Path(argument) for argument in arguments[1:]])
         (stage / "mounts").write_text("".join(f"{path}\n" for path in mounts))
         files = [path.stat().st_size for path in stage.rglob("*") if path.is_file()]
         # Blocks of 4 KiB, and an inode of 256 bytes each.
