@@ -3,7 +3,8 @@
 A :class:`Nursery` is one process that has imported everything and forks a child for
 each :meth:`Nursery.start`: much faster than starting Python. What happens in the
 child is a coroutine of this module; it reports events, one JSON object a line, and
-ends when the test lets go of it.
+ends when the test lets go of it. A child may be told to halt at one step of the
+handshake, to be killed there.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from kvxfer import Client, Server
+from kvxfer import Client, Server, wire
+from kvxfer.control_link import Link
 from kvxfer.errors import KVXferError
 from tests.endpoints import QUICK, SOON, arena, until
 
@@ -104,7 +106,9 @@ class Nursery:
         """Run the coroutine function ``role`` of this module in a child.
 
         Args:
-          **arguments: Its arguments; ``environ`` is added to the environment.
+          **arguments: Its arguments; ``environ`` is added to the environment, and
+            at the step ``halt`` of the handshake (``received Hello``, ``sending
+            Offer``, ``sent Offer``) the child reports ``halted`` and stands still.
         """
         ours, theirs = socket.socketpair()
         request = json.dumps({"role": role, **arguments}).encode()
@@ -260,9 +264,45 @@ async def prefill(
                 )
 
 
+def _halt_at(step: str, connection: socket.socket) -> None:
+    """Stop this process's loop at a step; the threads of ZMQ and the device go on."""
+    when, name = step.split()
+    encode, decode, send = wire.encode, wire.decode, Link._send
+
+    def halt() -> NoReturn:
+        connection.send(json.dumps({"event": "halted"}).encode() + b"\n")
+        while True:
+            signal.pause()
+
+    def encoding(message: wire.Message, **arguments: Any) -> bytes:
+        if type(message).__name__ == name:
+            halt()
+        return encode(message, **arguments)
+
+    def decoding(frame: bytes, **arguments: Any) -> wire.Message:
+        message = decode(frame, **arguments)
+        if type(message).__name__ == name:
+            halt()
+        return message
+
+    def sending(link: Link, message: wire.Message) -> None:
+        send(link, message)
+        if type(message).__name__ == name:
+            halt()
+
+    place, function = {
+        "sending": ((wire, "encode"), encoding),
+        "sent": ((Link, "_send"), sending),
+        "received": ((wire, "decode"), decoding),
+    }[when]
+    setattr(*place, function)
+
+
 def _child(request: dict[str, Any], connection: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.update(request.pop("environ", {}))
+    if halt := request.pop("halt", ""):
+        _halt_at(halt, connection)
     planes = request["shape"]["planes"]  # JSON knows no tuples
     request["shape"]["planes"] = {name: tuple(size) for name, size in planes.items()}
     roles: dict[str, Callable[..., Coroutine[Any, Any, None]]]

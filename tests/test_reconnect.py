@@ -76,22 +76,27 @@ STORM: dict[str, Any] = {
 SHAPE: dict[str, Any] = {"n_blocks": 32, "layers": 1, "planes": {"k": (256, 288)}}
 
 
-def held(server: Server) -> dict[str, int]:
+def held(server: Server | None = None) -> dict[str, int]:
     """Count what the process has: one connection is as good as another."""
     census = take_census()
-    counts = {"fds": len(census.fds), "threads": len(census.threads)}
+    counts = {
+        "fds": len(census.fds),
+        "threads": len(census.threads),
+        **live_objects(),
+    }
+    if server is None:
+        return counts
     control = server._control
     assert control is not None
     return {
         **counts,
-        **live_objects(),
         "peers": len(server.peers),
         "links": control.statistics().links_open,
         "pending": control.statistics().pending,
     }
 
 
-def more(server: Server, before: dict[str, int]) -> dict[str, tuple[int, int]]:
+def more(server: Server | None, before: dict[str, int]) -> dict[str, tuple[int, int]]:
     """Say of what there is more than before; something may have been ending then."""
     now = held(server)
     return {
