@@ -240,7 +240,7 @@ cdef extern from "verbs_table.h" nogil:
         int (*query_qp)(ibv_qp *, ibv_qp_attr *, int, ibv_qp_init_attr *) noexcept nogil
         int (*destroy_qp)(ibv_qp *) noexcept nogil
         int (*bind_peer)(ibv_qp *, const kvx_peer_hint *) noexcept nogil
-        void (*wire_name)(ibv_qp *, char *) noexcept nogil
+        int (*wire_name)(ibv_qp *, char *) noexcept nogil
         int (*set_faults)(ibv_context *, const char *, size_t *) noexcept nogil
 
     int kvx_load_libibverbs(

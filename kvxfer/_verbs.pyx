@@ -806,6 +806,18 @@ cdef class QueuePair(Handle):
             self.pd.device.table.wire_name(self.qp, name)
         return name[:strlen(name)].decode()
 
+    @property
+    def cma_errno(self):
+        """Why the peer, a process of this host, cannot read this one's memory: the
+        errno of ``process_vm_readv``, once the software device has tried, or 0."""
+        cdef:
+            char name[KVX_WIRE_NAME_BYTES]
+            int err
+        self._ensure_open()
+        with nogil:
+            err = self.pd.device.table.wire_name(self.qp, name)
+        return err
+
     cdef _modify(self, ibv_qp_attr *attr, int mask, str target):
         cdef int err
         self._ensure_open()

@@ -12,6 +12,7 @@ import asyncio
 import enum
 import ipaddress
 import logging
+import os
 import secrets
 import socket
 from collections.abc import Sequence
@@ -168,6 +169,11 @@ class Link:
         adapter = self.adapter
         if adapter.trouble:
             return f"{adapter.name}: {adapter.trouble}"
+        if self.wire == "none" and self._cma_error:
+            return (
+                f"{self._cma_error}, and soft_wire permits no other way: set it to "
+                "auto on both sides, or permit the call (kvxfer doctor)"
+            )
         if not adapter.has(self.gid.gid):
             return f"{adapter.name} no longer has the GID {self.gid.text}"
         return ""
@@ -178,7 +184,22 @@ class Link:
         # Once it is known it is for life.
         if self._last_wire == "none" and self.state is not LinkState.CLOSED:
             self._last_wire = self.qp.wire
+            if self._last_wire != "none" and self._cma_error:
+                bind(_log, **self.facts).warning(
+                    "%s: bytes travel by %s", self._cma_error, self._last_wire
+                )
         return self._last_wire
+
+    @property
+    def _cma_error(self) -> str:
+        """Why the peer, a process of this host, cannot read memory here, or empty."""
+        errno = 0 if self.qp.closed else self.qp.cma_errno
+        if not errno:
+            return ""
+        return (
+            "the peer cannot read this process's memory "
+            f"(process_vm_readv: {os.strerror(errno)})"
+        )
 
     @property
     def facts(self) -> dict[str, object]:

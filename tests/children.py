@@ -27,6 +27,7 @@ from kvxfer import Client, Server, wire
 from kvxfer.control_link import Link
 from kvxfer.errors import KVXferError
 from tests.endpoints import QUICK, SOON, arena, until
+from tests.seccomp import deny
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,8 +107,9 @@ class Nursery:
         """Run the coroutine function ``role`` of this module in a child.
 
         Args:
-          **arguments: Its arguments; ``environ`` is added to the environment, and
-            at the step ``halt`` of the handshake (``received Hello``, ``sending
+          **arguments: Its arguments; ``environ`` is added to the environment,
+            ``deny`` has system calls and the errno that each fails with, and at the
+            step ``halt`` of the handshake (``received Hello``, ``sending
             Offer``, ``sent Offer``) the child reports ``halted`` and stands still.
         """
         ours, theirs = socket.socketpair()
@@ -301,6 +303,8 @@ def _halt_at(step: str, connection: socket.socket) -> None:
 def _child(request: dict[str, Any], connection: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.update(request.pop("environ", {}))
+    for call, errno in request.pop("deny", {}).items():
+        deny(call, errno)
     if halt := request.pop("halt", ""):
         _halt_at(halt, connection)
     planes = request["shape"]["planes"]  # JSON knows no tuples

@@ -99,10 +99,11 @@ static int set_faults(struct ibv_context *context, const char *plan, size_t *at)
 	return EOPNOTSUPP;
 }
 
-static void wire_name(struct ibv_qp *qp, char name[KVX_WIRE_NAME_BYTES])
+static int wire_name(struct ibv_qp *qp, char name[KVX_WIRE_NAME_BYTES])
 {
 	(void)qp;
 	snprintf(name, KVX_WIRE_NAME_BYTES, "rdma");
+	return 0;
 }
 
 static void say(char *error, size_t size, const char *format, ...)

@@ -120,8 +120,9 @@ struct kvx_verbs_table {
 	int (*bind_peer)(struct ibv_qp *qp, const struct kvx_peer_hint *hint);
 	/* How the QP's bytes travel: "rdma" on a NIC; "shm", "cma", "tcp" or,
 	 * before the first contact with the peer, "none" on the software
-	 * device; "null" on the null device. */
-	void (*wire_name)(struct ibv_qp *qp, char name[KVX_WIRE_NAME_BYTES]);
+	 * device; "null" on the null device. Returns the errno for which the
+	 * peer, a process of this host, cannot read this one's memory, or 0. */
+	int (*wire_name)(struct ibv_qp *qp, char name[KVX_WIRE_NAME_BYTES]);
 
 	/*
 	 * Have the device fail on purpose as the text says ("" ends it): see

@@ -57,6 +57,9 @@ enum frame_answer {
 
 enum frame_wire { WIRE_NONE = 0, WIRE_TCP = 1, WIRE_CMA = 2, WIRE_SHM = 3 };
 
+/* FRAME_WELCOME flags: the errno for which the responder cannot read the
+ * initiator's memory although both are on one host, or 0. */
+
 /* FRAME_READ_RESP flags */
 #define RESP_END 1u /* these are the last bytes of the READ */
 

@@ -34,15 +34,14 @@ static uint32_t wires_of(const struct soft_conn *conn, uint32_t wires)
 }
 
 /* What to propose on it. Memory that cannot be mapped is better read where it
- * is than copied into the ring, so shm is for those who have some that can. */
+ * is than copied into the ring, so shm is for those of whose most can. */
 static uint32_t proposed(const struct soft_conn *conn)
 {
 	const struct soft_qp *qp = conn->qp;
 	uint32_t wires = wires_of(conn, offered_wires(qp));
 	const uint32_t shm = 1u << WIRE_SHM;
 
-	return wires == shm || to_pd(qp->ibv.pd)->n_shared ? wires :
-							     wires & ~shm;
+	return wires == shm || soft_can_be_mapped(qp) ? wires : wires & ~shm;
 }
 
 void soft_send_hello(struct soft_conn *conn)
@@ -128,8 +127,13 @@ static struct frame_header choose_wire(struct soft_conn *conn,
 		wires &= 1u << qp->wire_in;
 	if (conn->shm && !soft_shm_probe(conn->shm, hello))
 		wires = 0;
-	if (wires & 1u << WIRE_CMA && !(wires & 1u << WIRE_SHM))
+	if (wires & 1u << WIRE_CMA && !(wires & 1u << WIRE_SHM)) {
 		err = soft_cma_probe(ctx, hello);
+		/* Of another host nobody expects it; EACCES is an EPERM that
+		 * the peer's leave would not mend. */
+		if (err != ENXIO)
+			answer.flags = err == EACCES ? EPERM : (uint16_t)err;
+	}
 	if (wires & 1u << WIRE_SHM) {
 		answer.seq = WIRE_SHM;
 	} else if (!err) {
@@ -240,6 +244,7 @@ static void allow_trace(struct soft_qp *qp, uint64_t pid)
 		qp->trace_allowed = true;
 	else
 		qp->no_cma = true;
+	qp->cma_errno = qp->no_cma ? EPERM : 0;
 	qp->dial = DIAL_IDLE;
 	if (offered_wires(qp))
 		soft_run(qp);
@@ -277,6 +282,8 @@ void soft_take_welcome(struct soft_conn *conn)
 	if (got < 0 || frame_get_header(conn->in, &answer) ||
 	    answer.type != FRAME_WELCOME)
 		goto lost;
+	if (answer.flags)
+		qp->cma_errno = answer.flags;
 	if (answer.arg == ANSWER_OK && start(conn, answer.seq))
 		return;
 	if (answer.arg == ANSWER_REFUSED) {

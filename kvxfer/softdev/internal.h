@@ -79,7 +79,8 @@ struct soft_channel {
 struct soft_pd {
 	struct ibv_pd ibv;
 	atomic_int users;
-	atomic_int n_shared; /* MRs that are memfds */
+	/* Bytes of MRs that peers can map, and of those that they cannot. */
+	atomic_size_t shared_bytes, private_bytes;
 };
 
 struct soft_mr {
@@ -259,6 +260,7 @@ struct soft_qp {
 	bool trace_allowed; /* answered TRACE_ME once */
 	bool no_cma;	    /* and it did not help */
 	bool no_shm;	    /* the unix socket led nowhere */
+	int cma_errno;	    /* why the peer cannot read our memory; or 0 */
 	uint32_t backoff_ms;
 	uint64_t dial_at_ns;  /* DIAL_BACKOFF: when to try again */
 	uint64_t progress_ns; /* last sign of life while WRs are on their way */
@@ -612,7 +614,7 @@ int soft_destroy_qp(struct ibv_qp *qp);
 int soft_query_qp(struct ibv_qp *qp, struct ibv_qp_attr *attr, int attr_mask,
 		  struct ibv_qp_init_attr *init_attr);
 int soft_bind_peer(struct ibv_qp *qp, const struct kvx_peer_hint *hint);
-void soft_wire_name(struct ibv_qp *qp, char name[KVX_WIRE_NAME_BYTES]);
+int soft_wire_name(struct ibv_qp *qp, char name[KVX_WIRE_NAME_BYTES]);
 struct soft_qp *soft_find_qp(struct soft_context *ctx, uint32_t qpn);
 
 /* qp_state.c */

@@ -79,6 +79,13 @@ void soft_local_accept(struct soft_context *ctx)
 	}
 }
 
+bool soft_can_be_mapped(const struct soft_qp *qp)
+{
+	struct soft_pd *pd = to_pd(qp->ibv.pd);
+
+	return atomic_load(&pd->shared_bytes) > atomic_load(&pd->private_bytes);
+}
+
 bool soft_local_first(const struct soft_qp *qp)
 {
 	const uint32_t shm = 1u << WIRE_SHM, cma = 1u << WIRE_CMA;
@@ -89,7 +96,7 @@ bool soft_local_first(const struct soft_qp *qp)
 	if (qp->no_shm)
 		return false;
 	return wires == shm || (wires & cma && !qp->no_cma) ||
-	       (wires & shm && to_pd(qp->ibv.pd)->n_shared);
+	       (wires & shm && soft_can_be_mapped(qp));
 }
 
 bool soft_only_local(const struct soft_qp *qp)

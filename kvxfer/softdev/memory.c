@@ -93,28 +93,33 @@ static void drop_fd(struct soft_mr *mr)
 /* Give the MR a slot by which peers name it; without one its bytes are sent. */
 static void share_mr(struct soft_context *ctx, struct soft_mr *mr)
 {
+	struct soft_pd *pd = to_pd(mr->ibv.pd);
 	uint32_t slot = 0;
 
-	if (mr->fd < 0)
-		return;
-	while (slot < SHM_MAX_REGIONS && ctx->shared[slot])
+	while (mr->fd >= 0 && slot < SHM_MAX_REGIONS && ctx->shared[slot])
 		slot++;
-	if (slot == SHM_MAX_REGIONS) {
+	if (slot == SHM_MAX_REGIONS)
 		drop_fd(mr);
+	if (mr->fd < 0) {
+		atomic_fetch_add(&pd->private_bytes, mr->ibv.length);
 		return;
 	}
 	mr->slot = slot;
 	ctx->shared[slot] = mr;
-	atomic_fetch_add(&to_pd(mr->ibv.pd)->n_shared, 1);
+	atomic_fetch_add(&pd->shared_bytes, mr->ibv.length);
 }
 
 static void unshare_mr(struct soft_context *ctx, struct soft_mr *mr)
 {
-	if (mr->fd < 0)
+	struct soft_pd *pd = to_pd(mr->ibv.pd);
+
+	if (mr->fd < 0) {
+		atomic_fetch_sub(&pd->private_bytes, mr->ibv.length);
 		return;
+	}
 	soft_shm_forget(ctx, mr);
 	ctx->shared[mr->slot] = NULL;
-	atomic_fetch_sub(&to_pd(mr->ibv.pd)->n_shared, 1);
+	atomic_fetch_sub(&pd->shared_bytes, mr->ibv.length);
 	if (mr->map)
 		soft_unmap(mr->map);
 	free(mr->map);

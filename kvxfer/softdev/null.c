@@ -44,10 +44,11 @@ static struct ibv_context *open_device(struct ibv_device *device,
 	return soft_open_null(device);
 }
 
-static void wire_name(struct ibv_qp *qp, char name[KVX_WIRE_NAME_BYTES])
+static int wire_name(struct ibv_qp *qp, char name[KVX_WIRE_NAME_BYTES])
 {
 	(void)qp;
 	snprintf(name, KVX_WIRE_NAME_BYTES, "null");
+	return 0;
 }
 
 static int set_faults(struct ibv_context *context, const char *plan, size_t *at)

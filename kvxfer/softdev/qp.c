@@ -285,7 +285,7 @@ int soft_bind_peer(struct ibv_qp *ibqp, const struct kvx_peer_hint *hint)
 	return err;
 }
 
-void soft_wire_name(struct ibv_qp *ibqp, char name[KVX_WIRE_NAME_BYTES])
+int soft_wire_name(struct ibv_qp *ibqp, char name[KVX_WIRE_NAME_BYTES])
 {
 	static const char *const names[] = {
 		[WIRE_NONE] = "none",
@@ -295,13 +295,16 @@ void soft_wire_name(struct ibv_qp *ibqp, char name[KVX_WIRE_NAME_BYTES])
 	};
 	struct soft_context *ctx = to_context(ibqp->context);
 	enum frame_wire wire = WIRE_NONE;
+	int err = 0;
 
 	if (!soft_orphaned(ibqp->context)) {
 		soft_lock(ctx);
+		err = to_qp(ibqp)->cma_errno;
 		wire = to_qp(ibqp)->wire_out;
 		if (wire == WIRE_NONE)
 			wire = to_qp(ibqp)->wire_in;
 		soft_unlock(ctx);
 	}
 	snprintf(name, KVX_WIRE_NAME_BYTES, "%s", names[wire]);
+	return err;
 }

@@ -219,6 +219,7 @@ static void reset(struct soft_qp *qp)
 	qp->wire_out = qp->wire_in = WIRE_NONE;
 	qp->was_up = qp->trace_allowed = qp->active = false;
 	qp->no_cma = qp->no_shm = false;
+	qp->cma_errno = 0;
 	qp->reads_out = 0;
 	qp->read_offset = 0;
 	qp->rx_seq = 0;
