@@ -151,10 +151,15 @@ async def test_handshakes_have_a_rate(listener: Listener) -> None:
             async with dialed(server):
                 pass
         offers = listener.calls.count("offer")
-        with pytest.raises(RefusedError, match="max_handshake_rate") as caught:
+
+        async def dial_again() -> None:
+            nonlocal offers
             while True:
                 async with dialed(server):
                     offers += 1
+
+        with pytest.raises(RefusedError, match="max_handshake_rate") as caught:
+            await asyncio.wait_for(dial_again(), PATIENCE)
         assert caught.value.code == "busy"
         assert listener.calls.count("offer") == offers
         assert server.statistics().refused == 1
@@ -212,9 +217,13 @@ async def test_invitations_have_a_rate(frame: bytes | wire.Invite) -> None:
             n_read = n - listener.unread
             assert rate <= n_read <= rate + rate * (loop.time() - began)
             later = make.invite(invite=b"another one now.")
-            while later not in taken:
-                await dealer.send(wire.encode(later))
-                await asyncio.sleep(0.01)
+
+            async def repeat() -> None:
+                while later not in taken:
+                    await dealer.send(wire.encode(later))
+                    await asyncio.sleep(0.01)
+
+            await asyncio.wait_for(repeat(), PATIENCE)
         finally:
             await listener.close()
 
