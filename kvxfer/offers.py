@@ -35,7 +35,7 @@ from kvxfer.notify import Record
 from kvxfer.positions import Window
 from kvxfer.requests import End, EndCode, Key, end_code
 from kvxfer.ticket import Ticket
-from kvxfer.waiting import Ending
+from kvxfer.waiting import Ending, take_all
 from kvxfer.writers import Writer, Writers
 
 __all__ = ["Offers"]
@@ -201,10 +201,7 @@ class Offers:
 
     def finished(self) -> list[Ticket]:
         """Take the tickets that are over; see ``Server.finished``."""
-        found = []
-        while self._finished:
-            found.append(self._finished.popleft())
-        return found
+        return take_all(self._finished)
 
     # -- looks ---------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ from kvxfer.remotes import Remote, Remotes, Stream
 from kvxfer.request import as_groups
 from kvxfer.requests import End, EndCode, Key, RequestState
 from kvxfer.stream_statistics import ClientStatistics, Lacks, LayerWaits
-from kvxfer.waiting import Ending
+from kvxfer.waiting import Ending, take_all
 
 __all__ = ["Streams"]
 
@@ -181,10 +181,7 @@ class Streams:
 
     def finished(self) -> list[Stream]:
         """Take the requests that are over; see ``Client.finished``."""
-        found = []
-        while self._finished:
-            found.append(self._finished.popleft())
-        return found
+        return take_all(self._finished)
 
     def abort(self, request: Stream, end: End) -> Ending:
         """See ``Request.abort``."""

@@ -1,14 +1,28 @@
-"""Waiting for the end of something, from its event loop and from other threads."""
+"""The end of something, waited for and asked for, from any thread."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Generator
+from typing import TypeVar
 
 from kvxfer.errors import NotQuiescentError
 
-__all__ = ["Ending", "Waiters"]
+__all__ = ["Ending", "Waiters", "take_all"]
+
+_T = TypeVar("_T")
+
+
+def take_all(queue: deque[_T]) -> list[_T]:
+    """Empty a queue; of several threads that do so at once each item has one."""
+    found: list[_T] = []
+    while True:
+        try:
+            found.append(queue.popleft())
+        except IndexError:  # to look first would be to look at what another takes
+            return found
 
 
 class Waiters:
