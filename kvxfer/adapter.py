@@ -190,9 +190,14 @@ class Adapter:
             self.described.gids,
             self.described.link_layer,
             f"{self.spec.name} port {self.spec.port_num}",
-            options.gid_index,
+            self._gid_index,
             [options.socket_ifname] if options.socket_ifname else [],
         )
+
+    @property
+    def _gid_index(self) -> int | None:
+        """The entry that is named; the software device has one GID, and no table."""
+        return None if self.is_software else self.options.gid_index
 
     def _on_event(self, event: AsyncEvent) -> None:
         """See to it that an event reaches the connections that it concerns."""
@@ -246,31 +251,41 @@ class Adapter:
                 old.text,
             )
 
-    def has(self, gid: bytes) -> bool:
+    def has(self, gid: bytes, gid_type: str) -> bool:
         """Say whether a GID is in the port's table, as it was last read."""
-        return any(entry.gid == gid for entry in self.described.gids)
+        return any(
+            entry.gid == gid and entry.gid_type == gid_type
+            for entry in self.described.gids
+        )
 
-    def gid_of(self, gid: bytes) -> gids.GID:
+    def gid_of(self, gid: bytes, gid_type: str = "") -> gids.GID:
         """Find an entry of the GID table; the preferred one if ``gid`` is empty.
 
         One that is no longer there is replaced by another of its type and family:
         the table may have changed since the peer was told of it.
 
+        Args:
+          gid_type: One address may be there by several types, which do not reach each
+            other; empty where the peer says nothing of it.
+
         Raises:
           DeviceUnavailableError: There is none.
         """
-        if not gid or gid == self.gid.gid:
+        if not gid:
             return self.gid
-        usable = gids.rank(self.described.gids, self.described.link_layer)
+        usable = [self.gid]
+        if self._gid_index is None:
+            usable += gids.rank(self.described.gids, self.described.link_layer)
+        usable = [entry for entry in usable if gid_type in ("", entry.gid_type)]
         for entry in usable:
             if entry.gid == gid:
                 return entry
-        for entry in (self.gid, *usable):
-            if entry.family is gids.family_of(gid) and (self.options.gid_index is None):
+        for entry in usable:
+            if entry.family is gids.family_of(gid) and self._gid_index is None:
                 return entry
         raise DeviceUnavailableError(
-            f"{self.name} has no GID {gids.gid_address(gid)}; it has: "
-            + gids.listing(self.described.gids)
+            f"{self.name} has no GID {gids.gid_address(gid)} {gid_type}".rstrip()
+            + f" to use; it has: {gids.listing(self.described.gids)}"
         )
 
     @property
@@ -313,7 +328,7 @@ class Adapter:
             devices.KINDS[self.spec.provider],
             self.described,
             self.gid,
-            only=self.options.gid_index is not None,
+            only=self._gid_index is not None,
         )
 
     def region(self, index: int) -> MemoryRegion:

@@ -56,9 +56,9 @@ class Agreement:
     """A pair of devices, and the GID that each side's packets leave from."""
 
     ours: DeviceCandidate
-    our_gid: bytes
+    our_gid: GIDCandidate
     theirs: DeviceCandidate
-    their_gid: bytes
+    their_gid: GIDCandidate
 
 
 def agree(
@@ -85,7 +85,7 @@ def agree(
                 k + l,
             )
             if best is None or rank < best[0]:
-                best = rank, Agreement(our, mine.gid, their, other.gid)
+                best = rank, Agreement(our, mine, their, other)
     if best is None:
         raise DeviceUnavailableError(_refusal(ours, theirs))
     return best[1]

@@ -184,7 +184,8 @@ class Connections:
             adapter,
             access,
             receives=options.notify_receives,
-            gid=agreed.our_gid,
+            gid=agreed.our_gid.gid,
+            gid_type=agreed.our_gid.gid_type,
             n_qps=min(hello.n_qps, options.qps_per_connection),
         )
         try:
@@ -196,7 +197,8 @@ class Connections:
                 geometry=host.wire_geometry,
                 device=adapter.candidate,
                 dialer_device=agreed.theirs.name,
-                dialer_gid=agreed.their_gid,
+                dialer_gid=agreed.their_gid.gid,
+                dialer_gid_type=agreed.their_gid.gid_type,
                 endpoint=wire.Endpoint(
                     qps=link.infos,
                     windows=windows(host.cache.groups, host.rkey_of(adapter)),

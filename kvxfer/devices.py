@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from kvxfer import _verbs, gids
 from kvxfer.errors import DeviceUnavailableError, OptionError
@@ -87,7 +86,7 @@ def survey(options: Options) -> list[Verdict]:
     check(options, verdicts)
     named = options.gpu_index is not None or options.gpu_pci is not None
     if named and not verdicts[0].is_software:
-        why = absent_gpu(Sysfs(Path(options.sysfs)).gpus(), options)
+        why = absent_gpu(Sysfs.at(options.sysfs).gpus(), options)
         if why:
             _log.warning("%s; %s is used", why, verdicts[0].spec.label)
     return verdicts
@@ -140,7 +139,7 @@ def usable(options: Options) -> list[DeviceSpec]:
 
 def _local(options: Options) -> Place:
     """Say where this process runs: on one NUMA node, or anywhere."""
-    nodes = Sysfs(Path(options.sysfs)).cpu_nodes(set(os.sched_getaffinity(0)))
+    nodes = Sysfs.at(options.sysfs).cpu_nodes(set(os.sched_getaffinity(0)))
     return Place(numa_node=nodes.pop() if len(nodes) == 1 else None)
 
 
@@ -182,11 +181,24 @@ def judge(
     else:
         reason = "this machine has no RDMA device"
     software = _built_in(SOFTWARE_DEVICE, reason, chosen=not n_used)
-    if options.require_rdma:
-        software = replace(
-            software, usable=False, chosen=False, reason="require_rdma refuses it"
-        )
+    if refusal := _refuses_software(inventory, options, found):
+        software = replace(software, usable=False, chosen=False, reason=refusal)
     return [*verdicts[:n_used], software, *verdicts[n_used:]]
+
+
+def _refuses_software(
+    inventory: Inventory, options: Options, nics: list[Verdict]
+) -> str:
+    """Say what keeps the software device out; empty if nothing does."""
+    if options.require_rdma:
+        return "require_rdma refuses it"
+    if options.gid_index is None or any(nic.usable for nic in nics):
+        return ""
+    free = replace(options, gid_index=None)
+    if any(_examine(v.device, v.port, inventory, free, None).usable for v in nics):
+        # What is named and cannot be used is replaced by nothing else.
+        return f"gid_index is {options.gid_index}, an entry that no NIC here can use"
+    return ""
 
 
 def find_gpu(inventory: Inventory, options: Options, visible: str = "") -> Place | None:
@@ -418,6 +430,12 @@ def _nothing(options: Options, verdicts: Sequence[Verdict]) -> str:
     nics = [v for v in verdicts if not v.is_software]
     if not wanted:
         rows = "; ".join(f"{v.spec.label}: {v.reason}" for v in nics)
+        if not options.require_rdma:
+            return (
+                f"gid_index is {options.gid_index} and no RDMA device can use that "
+                f"entry: {rows}; without gid_index one is chosen, and device = soft "
+                "takes the software device"
+            )
         return "require_rdma is set and no RDMA device can be used: " + (
             rows or "there is none"
         )
@@ -447,7 +465,7 @@ def describe_port(device: _verbs.Device, spec: DeviceSpec, options: Options) -> 
         gid_type = "software" if spec.provider == "soft" else spec.provider
         gid = GID(0, device.query_gid(spec.port_num, 0), gid_type)
         return ask_port(device, replace(found, gids=(gid,)))
-    for port in Sysfs(Path(options.sysfs)).ports(spec.name):
+    for port in Sysfs.at(options.sysfs).ports(spec.name):
         if port.port_num == spec.port_num:
             found = port
     return ask_port(device, found)

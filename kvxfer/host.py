@@ -273,7 +273,7 @@ class Host:
             agreed = agreement.agree(self.candidates, theirs)
             try:
                 adapter = await self.adapter(agreed.ours.name)
-                if adapter.has(agreed.our_gid):
+                if adapter.has(agreed.our_gid.gid, agreed.our_gid.gid_type):
                     return adapter, agreed
                 # It was opened just now, and its table is another one by now.
             except (DeviceUnavailableError, VerbsError) as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from kvxfer import _verbs
 from kvxfer.errors import DeviceUnavailableError, VerbsError
@@ -43,7 +42,7 @@ def take(options: Options, *, open_devices: bool = True) -> Inventory:
     Args:
       open_devices: False leaves the verbs out, as for another machine's sysfs.
     """
-    sysfs = Sysfs(Path(options.sysfs))
+    sysfs = Sysfs.at(options.sysfs)
     described = {device.name: device for device in sysfs.devices()}
     gpus = tuple(sysfs.gpus())
     if not open_devices:

@@ -97,6 +97,7 @@ class Link:
         receives: int,
         address: str = "",
         gid: bytes = b"",
+        gid_type: str = "",
         n_qps: int = 1,
         cq: CompletionQueue | None = None,
     ) -> Link:
@@ -108,6 +109,7 @@ class Link:
           address: Where the peer reaches this host, empty: where it reaches the
             control connection.
           gid: The GID that packets leave from; empty: the adapter's choice.
+          gid_type: Its type; empty: any that the address is there by.
           n_qps: How many.
           cq: Where they complete; None: the engine's, which drives them then.
 
@@ -115,7 +117,7 @@ class Link:
           DeviceUnavailableError: The device has no such GID.
           VerbsError: The device has no QP left.
         """
-        self = cls(adapter, address, adapter.gid_of(gid))
+        self = cls(adapter, address, adapter.gid_of(gid, gid_type))
         limits = QPLimits(
             max_send_wr=min(adapter.options.sq_depth, adapter.max_qp_wr),
             max_recv_wr=max(1, receives),
@@ -174,7 +176,7 @@ class Link:
                 f"{self._cma_error}, and soft_wire permits no other way: set it to "
                 "auto on both sides, or permit the call (kvxfer doctor)"
             )
-        if not adapter.has(self.gid.gid):
+        if not adapter.has(self.gid.gid, self.gid.gid_type):
             return f"{adapter.name} no longer has the GID {self.gid.text}"
         return ""
 

@@ -278,14 +278,16 @@ class Options:
         also=("KVCACHE_SOCKET_IFNAME",),
     )
     sysfs: str = _option(
-        "/sys", "Where the devices are described; a container may have it elsewhere."
+        "/sys",
+        "Where the devices are described; a container may have it elsewhere. The "
+        "networks are read from the `proc` beside it, or else from /proc.",
     )
     ibverbs_path: str | None = _option(
         None, "Path of libibverbs.so.1, if not the system's.", kind=str
     )
     gid_index: int | None = _option(
         None,
-        "Index in the port's GID table.",
+        "Index in the port's GID table. The software device has none, and ignores it.",
         kind=int,
         low=0,
         high=65535,

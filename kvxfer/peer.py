@@ -226,6 +226,7 @@ class Peer:
             Access(0),
             receives=0,
             gid=offer.dialer_gid,
+            gid_type=offer.dialer_gid_type,
             n_qps=min(len(offer.endpoint.qps), host.options.qps_per_connection),
         )
         try:

@@ -329,6 +329,7 @@ class ListenerConnection(Connection):
             device=parts.device,
             dialer_device=parts.dialer_device,
             dialer_gid=parts.dialer_gid,
+            dialer_gid_type=parts.dialer_gid_type,
             endpoint=parts.endpoint,
             nonce=self.hello.nonce,
         )

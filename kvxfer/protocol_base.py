@@ -217,6 +217,7 @@ class OfferParts:
     dialer_device: str
     endpoint: wire.Endpoint = field(repr=False)
     dialer_gid: bytes = b""
+    dialer_gid_type: str = ""
 
 
 class Connection:

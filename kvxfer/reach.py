@@ -6,8 +6,6 @@ still be refused when one is.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from kvxfer.errors import DeviceUnavailableError
 from kvxfer.options import Options
 from kvxfer.sysfs import Sysfs
@@ -38,7 +36,7 @@ def check_gpu_memory(options: Options | None = None) -> None:
         options = Options.load()
     if options.device in _SOFTWARE:
         why = f"the option device is {options.device!r}"
-    elif Sysfs(Path(options.sysfs)).devices():
+    elif Sysfs.at(options.sysfs).devices():
         return
     elif options.ibverbs_path != Options().ibverbs_path:
         return  # Another library may know devices that the kernel does not.

@@ -104,6 +104,12 @@ class Sysfs:
     sys: Path = Path("/sys")
     proc: Path = Path("/proc")
 
+    @classmethod
+    def at(cls, sys: str) -> Sysfs:
+        """Read ``sys`` and the ``proc`` beside it, as in a copy; /proc if none is."""
+        proc = Path(sys).parent / "proc"
+        return cls(Path(sys), proc if proc.is_dir() else Path("/proc"))
+
     def devices(self) -> list[RDMADevice]:
         """List the RDMA devices, in the order of their names."""
         networks = self.networks()

@@ -207,6 +207,7 @@ class Offer(Part, frozen=True, kw_only=True, tag="offer"):
       dialer_device: The name of the dialer's, out of its Hello.
       dialer_gid: The GID that the dialer's packets should leave from; empty where
         its preferred one will do.
+      dialer_gid_type: Its type; empty where that is not said, as by older releases.
       nonce: The Hello's.
     """
 
@@ -218,6 +219,7 @@ class Offer(Part, frozen=True, kw_only=True, tag="offer"):
     device: DeviceCandidate
     dialer_device: Name
     dialer_gid: Annotated[bytes, Meta(max_length=16)] = b""
+    dialer_gid_type: Label = ""
     endpoint: Endpoint
     nonce: Nonce
 

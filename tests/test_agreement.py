@@ -97,8 +97,8 @@ def test_the_gids_go_together_and_not_only_the_devices() -> None:
     ours = nic("a", gid("10.0.0.1", prefix_len=24), gid("2001:db8::1", prefix_len=64))
     theirs = nic("b", gid("2001:db8::2", prefix_len=64), gid("fe80::2"))
     found = agree([ours], [theirs])
-    assert found.our_gid == gid("2001:db8::1").gid
-    assert found.their_gid == gid("2001:db8::2").gid
+    assert found.our_gid == ours.gids[1]
+    assert found.their_gid == theirs.gids[0]
 
 
 def test_a_nic_goes_before_software() -> None:
@@ -129,8 +129,8 @@ def test_a_peer_of_an_older_release_names_one_gid() -> None:
         mtu=3,
     )
     found = agree([nic("a", gid("fe80::1"), gid("10.0.0.1"))], [old])
-    assert found.our_gid == gid("10.0.0.1").gid
-    assert found.their_gid == old.gid
+    assert found.our_gid == gid("10.0.0.1")
+    assert found.their_gid.gid == old.gid
 
 
 def test_a_device_of_a_newer_release_is_passed_over() -> None:

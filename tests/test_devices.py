@@ -19,7 +19,7 @@ from kvxfer.inventory import Inventory
 from kvxfer.options import Options
 from kvxfer.sysfs import Sysfs
 from kvxfer.topology import Distance, Place, distance
-from tests.machines import make
+from tests.machines import Machine, make
 
 Judge = Callable[..., list[Verdict]]
 
@@ -219,10 +219,35 @@ def test_a_gid_index_that_cannot_be_used_is_refused(judge: Judge) -> None:
 
 
 def test_no_nic_is_chosen_for_a_gid_index_that_it_cannot_use(judge: Judge) -> None:
+    """Nor is the software device in their place, where one could use another."""
     verdicts = judge("container", gid_index=1)
-    assert [v.spec.label for v in verdicts if v.usable] == ["soft0"]
+    assert not any(v.usable for v in verdicts)
     for label in ("mlx5_4", "mlx5_5"):
         assert "another network namespace" in reasons(verdicts)[label]
+    why = "gid_index is 1, an entry that no NIC here can use"
+    assert reasons(verdicts)["soft0"] == why
+    with pytest.raises(DeviceUnavailableError, match="gid_index is 1 and no RDMA") as e:
+        devices.check(Options(gid_index=1), verdicts)
+    assert "mlx5_4: GID 1 of mlx5_4 cannot be used" in str(e.value)
+    assert "device = soft" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("machine", "usable"),
+    [("bare", ["soft0"]), ("holes", ["mlx5_1", "soft0"])],
+)
+def test_a_gid_index_is_for_nics(judge: Judge, machine: str, usable: list[str]) -> None:
+    """The software device has no table, and is there for peers all the same."""
+    verdicts = judge(machine, gid_index=7)
+    assert [v.spec.label for v in verdicts if v.usable] == usable
+    assert winner(verdicts).spec.label == usable[0]
+
+
+def test_a_gid_index_is_not_to_blame_for_a_port_that_is_down(tmp_path: Path) -> None:
+    made = Machine(tmp_path / "m")
+    made.port(made.device("mlx5_0", None), state="1: DOWN", gids=[])
+    verdicts = devices.judge(look(made.root), Options(gid_index=7), visible="")
+    assert winner(verdicts).is_software
 
 
 def test_no_nic_means_software_unless_it_is_refused(judge: Judge) -> None:
@@ -409,7 +434,8 @@ def test_options_that_contradict_each_other_are_wrong_use(device: str) -> None:
 
 def test_a_gid_that_cannot_be_used_is_said_so(tmp_path: Path) -> None:
     sysfs = str(make("container", tmp_path / "m").sys)
-    code, out, err = run("--sysfs", sysfs, "--device", "mlx5_4", "--gid-index", "0")
-    assert code == 1
-    assert "-  mlx5_4" in out
-    assert "its netdev is in another network namespace" in err
+    for named in ((), ("--device", "mlx5_4")):
+        code, out, err = run("--sysfs", sysfs, *named, "--gid-index", "0")
+        assert code == 1
+        assert "-  mlx5_4" in out and "*" not in out
+        assert "its netdev is in another network namespace" in err

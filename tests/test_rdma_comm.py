@@ -397,7 +397,7 @@ def test_options_reach_the_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     with nodes() as pair:
         options = pair.prefill._ends.client().options
         assert (options.ib_timeout, options.relaxed_ordering) == (20, True)
-        assert (options.gid_index, options.traffic_class) == (None, 106)
+        assert (options.gid_index, options.traffic_class) == (3, 106)
         assert options.gpu_index == 0
         pair.check_write([1], [2])
     monkeypatch.setenv("KVCACHE_RDMA_GID_INDEX", "-1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
 import threading
@@ -46,7 +45,7 @@ class Settings:
         options = Options.load(
             environ=environ, gpu_index=gpu_idx if gpu_idx >= 0 else None
         )
-        options = _without_useless_gid(options)
+        devices.usable(options)
         if environ.get("KVXFER_HOST"):
             host = options.host
         elif options.socket_ifname is not None:
@@ -55,18 +54,6 @@ class Settings:
             host = _any_address()
         _configure_logging(options)
         return cls(options, host, environ.get("SET_RDMA_DEST_PORT") or None)
-
-
-def _without_useless_gid(options: Options) -> Options:
-    """Check that there are devices; drop the index where they are all software.
-
-    The documentation of the original has everybody set the index, which means an
-    entry of a NIC's table.
-    """
-    free = dataclasses.replace(options, gid_index=None)
-    if all(spec.provider == "soft" for spec in devices.usable(free)):
-        return free
-    return options
 
 
 def _any_address() -> str:
