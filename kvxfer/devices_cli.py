@@ -149,16 +149,24 @@ def main(
     """
     options = command.load_options(config, **overrides)
     command.log(options, verbose=verbose)
-    sys.exit(show(options, with_gids=with_gids, machine=machine))
+    open_devices = overrides["sysfs"] is None
+    sys.exit(
+        show(options, open_devices=open_devices, with_gids=with_gids, machine=machine)
+    )
 
 
-def show(options: Options, *, with_gids: bool, machine: bool) -> int:
+def show(
+    options: Options, *, open_devices: bool, with_gids: bool, machine: bool
+) -> int:
     """Print the table; return the exit code.
+
+    Args:
+      open_devices: False where sysfs is another machine's. A sysfs that is merely
+        somewhere else, as the option of that name says, is no reason not to.
 
     Raises:
       click.UsageError: Options contradict each other.
     """
-    open_devices = options.sysfs == Options().sysfs
     try:
         verdicts = devices.look(options, open_devices=open_devices)
     except OptionError as error:

@@ -45,26 +45,28 @@ static int query_device_ex(struct ibv_context *context,
 			   const struct ibv_query_device_ex_input *input,
 			   struct ibv_device_attr_ex *attr, size_t size)
 {
+	int err;
+
 	if (input && input->comp_mask)
 		return EINVAL;
 	if (size < sizeof(attr->orig_attr))
 		return EINVAL;
 	memset(attr, 0, size);
-	if (vext_field_avail(struct ibv_device_attr_ex, phys_port_cnt_ex, size))
-		attr->phys_port_cnt_ex = 1;
-	return shim_soft.query_device(context, &attr->orig_attr);
+	err = shim_query_device(context, &attr->orig_attr);
+	if (!err &&
+	    vext_field_avail(struct ibv_device_attr_ex, phys_port_cnt_ex, size))
+		attr->phys_port_cnt_ex = attr->orig_attr.phys_port_cnt;
+	return err;
 }
 
 static int query_port_ex(struct ibv_context *context, uint8_t port_num,
 			 struct ibv_port_attr *attr, size_t size)
 {
 	struct ibv_port_attr all;
-	int err = shim_soft.query_port(context, port_num, &all);
+	int err = shim_query_port(context, port_num, &all);
 
-	if (!err) {
-		shim_rename_port(context, &all);
+	if (!err)
 		memcpy(attr, &all, size < sizeof(all) ? size : sizeof(all));
-	}
 	return err;
 }
 
@@ -92,7 +94,7 @@ EXPORT int ibv_close_device(struct ibv_context *context)
 EXPORT int ibv_query_device(struct ibv_context *context,
 			    struct ibv_device_attr *attr)
 {
-	return shim_soft.query_device(context, attr);
+	return shim_query_device(context, attr);
 }
 
 /* The struct of this symbol ends before port_cap_flags2; newer programs come
@@ -101,21 +103,24 @@ EXPORT int ibv_query_port(struct ibv_context *context, uint8_t port_num,
 			  struct _compat_ibv_port_attr *attr)
 {
 	struct ibv_port_attr all;
-	int err = shim_soft.query_port(context, port_num, &all);
+	int err = shim_query_port(context, port_num, &all);
 
-	if (!err) {
-		shim_rename_port(context, &all);
+	if (!err)
 		memcpy(attr, &all,
 		       offsetof(struct ibv_port_attr, port_cap_flags2));
-	}
 	return err;
 }
 
 EXPORT int ibv_query_gid(struct ibv_context *context, uint8_t port_num,
 			 int index, union ibv_gid *gid)
 {
-	int err = shim_soft.query_gid(context, port_num, index, gid);
+	struct ibv_gid_entry entry;
+	int err = shim_query_gid(context, port_num, (uint32_t)index, &entry);
 
+	if (err == ENODATA) /* this call, as ever, gives zeros for it */
+		err = 0;
+	if (!err)
+		*gid = entry.gid;
 	errno = err;
 	return err ? -1 : 0;
 }
@@ -124,53 +129,71 @@ EXPORT int _ibv_query_gid_ex(struct ibv_context *context, uint32_t port_num,
 			     uint32_t gid_index, struct ibv_gid_entry *entry,
 			     uint32_t flags, size_t entry_size)
 {
-	struct ibv_gid_entry all = { .gid_index = gid_index,
-				     .port_num = port_num,
-				     .gid_type = IBV_GID_TYPE_ROCE_V2 };
+	struct ibv_gid_entry found;
 	int err;
 
-	if (flags || port_num > UINT8_MAX || entry_size < sizeof(all))
+	if (flags || entry_size < sizeof(found))
 		return EINVAL;
-	err = shim_soft.query_gid(context, (uint8_t)port_num, (int)gid_index,
-				  &all.gid);
+	err = shim_query_gid(context, port_num, gid_index, &found);
 	if (err)
 		return err;
 	memset(entry, 0, entry_size);
-	*entry = all;
+	*entry = found;
 	return 0;
 }
 
+/* Fill entries with what is not empty. Their number, or -EINVAL: too few. */
 EXPORT ssize_t _ibv_query_gid_table(struct ibv_context *context,
 				    struct ibv_gid_entry *entries,
 				    size_t max_entries, uint32_t flags,
 				    size_t entry_size)
 {
+	struct ibv_device_attr device;
+	struct ibv_gid_entry found;
+	struct ibv_port_attr port;
+	uint32_t number, index;
+	size_t n = 0;
 	int err;
 
-	if (max_entries == 0)
-		return -EINVAL; /* too few */
-	err = _ibv_query_gid_ex(context, 1, 0, entries, flags, entry_size);
-	return err ? -err : 1;
+	if (flags || entry_size < sizeof(found))
+		return -EINVAL;
+	err = shim_query_device(context, &device);
+	for (number = 1; !err && number <= device.phys_port_cnt; number++) {
+		err = shim_query_port(context, (uint8_t)number, &port);
+		for (index = 0; !err && index < (uint32_t)port.gid_tbl_len;
+		     index++) {
+			if (shim_query_gid(context, number, index, &found))
+				continue;
+			if (n == max_entries)
+				return -EINVAL;
+			memset((char *)entries + n * entry_size, 0, entry_size);
+			memcpy((char *)entries + n++ * entry_size, &found,
+			       sizeof(found));
+		}
+	}
+	return err ? -err : (ssize_t)n;
 }
 
-/* Not in the headers: the provider interface's name for RoCE v2 is 1. */
+/* Not in the headers: the provider interface's name for RoCE v2 is 1, and 0 for
+ * all else. */
 EXPORT int ibv_query_gid_type(struct ibv_context *context, uint8_t port_num,
 			      unsigned int index, unsigned int *type);
 EXPORT int ibv_query_gid_type(struct ibv_context *context, uint8_t port_num,
 			      unsigned int index, unsigned int *type)
 {
-	union ibv_gid gid;
+	struct ibv_gid_entry entry;
 
-	if (ibv_query_gid(context, port_num, (int)index, &gid))
+	errno = shim_query_gid(context, port_num, index, &entry);
+	if (errno)
 		return -1;
-	*type = 1;
+	*type = entry.gid_type == IBV_GID_TYPE_ROCE_V2;
 	return 0;
 }
 
 EXPORT int ibv_query_pkey(struct ibv_context *context, uint8_t port_num,
 			  int index, __be16 *pkey)
 {
-	int err = shim_soft.query_pkey(context, port_num, index, pkey);
+	int err = shim_query_pkey(context, port_num, index, pkey);
 
 	errno = err;
 	return err ? -1 : 0;
@@ -306,7 +329,7 @@ EXPORT struct ibv_qp *ibv_create_qp(struct ibv_pd *pd,
 EXPORT int ibv_modify_qp(struct ibv_qp *qp, struct ibv_qp_attr *attr,
 			 int attr_mask)
 {
-	return shim_soft.modify_qp(qp, attr, attr_mask);
+	return shim_modify_qp(qp, attr, attr_mask);
 }
 
 EXPORT int ibv_query_qp(struct ibv_qp *qp, struct ibv_qp_attr *attr,
@@ -317,6 +340,7 @@ EXPORT int ibv_query_qp(struct ibv_qp *qp, struct ibv_qp_attr *attr,
 
 EXPORT int ibv_destroy_qp(struct ibv_qp *qp)
 {
+	shim_leave_network(qp);
 	shim_free_builder(qp);
 	return shim_soft.destroy_qp(qp);
 }

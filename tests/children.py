@@ -197,6 +197,25 @@ async def write(
                 test.say(event="broken", error=type(error).__name__)
 
 
+async def write_once(
+    test: Report,
+    port: int,
+    shape: dict[str, Any],
+    local_ids: list[int],
+    remote_ids: list[int],
+    **options: Any,
+) -> None:
+    """Be a client that writes some blocks; report how they went, or the error."""
+    with arena(**shape) as source:
+        try:
+            async with Client(source.cache, **{**QUICK, **options}) as client:
+                peer = await client.connect("127.0.0.1", port)
+                result = await client.write_cache(peer, local_ids, remote_ids)
+                test.say(device=result.device, wire=result.wire)
+        except KVXferError as error:
+            test.say(error=type(error).__name__, text=str(error))
+
+
 async def reconnect(
     test: Report,
     port: int,
@@ -315,6 +334,7 @@ def _child(request: dict[str, Any], connection: socket.socket) -> None:
         "reconnect": reconnect,
         "serve": serve,
         "write": write,
+        "write_once": write_once,
     }
     role = roles[request.pop("role")]
 

@@ -27,9 +27,9 @@ class Machine:
     """A directory with ``sys``, ``proc``, ``dev``, ``etc`` and ``usr`` in it."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self.sys = root / "sys"
-        self.proc = root / "proc"
+        self.root = root.absolute()  # links lead there
+        self.sys = self.root / "sys"
+        self.proc = self.root / "proc"
         self._routes: list[str] = [
             "Iface Destination Gateway Flags RefCnt Use Metric Mask"
         ]
@@ -262,7 +262,7 @@ def dgx(machine: Machine) -> None:
     machine.host()
 
 
-def dual_port(machine: Machine) -> None:
+def dual_port(machine: Machine, host: int = 7) -> None:
     """One device with two ports: InfiniBand without a cable, and Ethernet."""
     nic = machine.pci("pci0000:00", "0000:00:02.0", "0000:03:00.0", what=MELLANOX_NIC)
     device = machine.device("mlx4_0", nic)
@@ -275,29 +275,33 @@ def dual_port(machine: Machine) -> None:
         rate="10 Gb/sec (4X SDR)",
         gids=[(0, "fe80::2:c903:1", V1, None)],
     )
-    machine.netdev("ens2", "10.4.0.7/24", "2001:db8:4::7/64")
+    machine.netdev("ens2", f"10.4.0.{host}/24", f"2001:db8:4::{host}/64")
     machine.port(
         device,
         2,
         rate="40 Gb/sec (4X QDR)",
         gids=[
-            (0, "fe80::7", V1, "ens2"),
-            (1, "fe80::7", V2, "ens2"),
-            (2, "2001:db8:4::7", V2, "ens2"),
-            (3, "10.4.0.7", V2, "ens2"),
+            (0, f"fe80::{host}", V1, "ens2"),
+            (1, f"fe80::{host}", V2, "ens2"),
+            (2, f"2001:db8:4::{host}", V2, "ens2"),
+            (3, f"10.4.0.{host}", V2, "ens2"),
         ],
     )
     machine.host(modules=("ib_uverbs", "mlx4_ib"), memlock="8388608")
 
 
-def bonded(machine: Machine) -> None:
+def bonded(machine: Machine, host: int = 7) -> None:
     """Two ports in one bond, with a VLAN on it and a bridge of containers."""
     nic = machine.pci(
         "pci0000:80", "0000:80:01.0", "0000:81:00.0", numa=1, what=MELLANOX_NIC
     )
     machine.cpus("0-15", "16-31")
-    machine.netdev("bond0", "10.5.0.7/16", "fe80::5/64", mtu=4200)
-    machine.netdev("bond0.100", "10.100.0.7/24", mtu=4200)
+    for slave in ("ens6f0", "ens6f1"):
+        machine.netdev(slave, mtu=4200)
+        (machine.sys / "class/net" / slave / "master").symlink_to("../bond0")
+    machine.netdev("bond0", f"10.5.0.{host}/16", "fe80::5/64", mtu=4200)
+    _put(machine.sys / "class/net/bond0/bonding/slaves", "ens6f0 ens6f1")
+    machine.netdev("bond0.100", f"10.100.0.{host}/24", mtu=4200)
     machine.netdev("docker0", "172.17.0.1/16", state="down")
     machine.port(
         machine.device("mlx5_bond_0", nic),
@@ -305,9 +309,9 @@ def bonded(machine: Machine) -> None:
         gids=[
             (0, "fe80::5", V1, "bond0"),
             (1, "fe80::5", V2, "bond0"),
-            (2, "10.100.0.7", V2, "bond0.100"),
-            (4, "10.5.0.7", V1, "bond0"),
-            (5, "10.5.0.7", V2, "bond0"),
+            (2, f"10.100.0.{host}", V2, "bond0.100"),
+            (4, f"10.5.0.{host}", V1, "bond0"),
+            (5, f"10.5.0.{host}", V2, "bond0"),
         ],
     )
     machine.host(sys__devices__system__cpu__cpu0__cpufreq__scaling_governor="powersave")
@@ -338,17 +342,17 @@ def infiniband(machine: Machine) -> None:
     machine.host(providers=("rxe",), ptrace_scope="3")
 
 
-def container(machine: Machine) -> None:
+def container(machine: Machine, host: int = 77) -> None:
     """A container: the table shows the host's addresses, one of them is its own."""
     nic = machine.pci("pci0000:00", "0000:00:04.0", "0000:05:00.0", what=MELLANOX_NIC)
-    machine.netdev("net1", "10.6.0.77/24", mtu=9000)
+    machine.netdev("net1", f"10.6.0.{host}/24", mtu=9000)
     machine.port(
         machine.device("mlx5_4", nic),
         gids=[
             (0, "fe80::6", V2, None),
             (1, "10.6.0.6", V2, None),
-            (2, "10.6.0.77", V1, "net1"),
-            (5, "10.6.0.77", V2, "net1"),
+            (2, f"10.6.0.{host}", V1, "net1"),
+            (5, f"10.6.0.{host}", V2, "net1"),
         ],
     )
     other = machine.pci("pci0000:00", "0000:00:05.0", "0000:06:00.0", what=MELLANOX_NIC)
@@ -364,13 +368,16 @@ def container(machine: Machine) -> None:
     )
 
 
-def holes(machine: Machine) -> None:
+def holes(machine: Machine, host: int = 7) -> None:
     """A table with holes, whose only good entry is high up; and an IPv6-only port."""
     nic = machine.pci("pci0000:00", "0000:00:02.0", "0000:03:00.0", what=MELLANOX_NIC)
-    machine.netdev("ens3", "10.8.0.7/24")
+    machine.netdev("ens3", f"10.8.0.{host}/24")
     machine.port(
         machine.device("mlx5_0", nic),
-        gids=[(4, "10.8.0.7", V1, "ens3"), (130, "10.8.0.7", V2, "ens3")],
+        gids=[
+            (4, f"10.8.0.{host}", V1, "ens3"),
+            (130, f"10.8.0.{host}", V2, "ens3"),
+        ],
         length=256,
     )
     other = machine.pci("pci0000:00", "0000:00:03.0", "0000:04:00.0", what=MELLANOX_NIC)

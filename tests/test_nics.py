@@ -1,20 +1,30 @@
-"""Several NICs in one host, end to end: the software device under their names.
+"""NICs, ports and GIDs end to end: the software device as those of other machines.
 
-The shim of the strangers' tests stands in for libibverbs, so the devices are listed,
-opened and driven as NICs are. sysfs is empty: nothing is known of them but what the
-verbs say, so they are equals. What sysfs decides is in test_devices.py.
+See tests/nics.py. Where both sides are in one process, sysfs is empty for kvxfer:
+nothing is known of the NICs but what the verbs say, so they are equals. Where they are
+in two, each reads the files of its machine as well. What sysfs decides alone is in
+test_devices.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import machines, nics
+from tests.children import Nursery
+from tests.endpoints import arena, expected
+from tests.machines import V1, V2, Machine
+from tests.nics import Network, Route
+from tests.patience import patient
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,19 +78,37 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The software device as a libibverbs."""
     if not shutil.which("make"):
         pytest.skip("make is not installed")
-    out = tmp_path_factory.mktemp("shim")
-    subprocess.run(
-        ["make", "-s", "-C", str(ROOT / "shim"), f"OUT={out}", "CFLAGS=-O1"],
-        check=True,
-        timeout=300,
-    )
-    (out / "sys").mkdir()
-    return out / "libkvxsoft.so"
+    return nics.build(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    """Where children come from."""
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def network(shim: Path, tmp_path: Path) -> Network:
+    """The network that the machines of a test are in."""
+    return Network(shim, tmp_path / "network")
+
+
+# -- both sides in one process ------------------------------------------------------
 
 
 def run(
-    shim: Path, devices: str, client: dict[str, Any], server: dict[str, Any]
+    network: Network,
+    names: list[str],
+    client: dict[str, Any],
+    server: dict[str, Any],
+    infiniband: tuple[str, ...] = (),
 ) -> dict[str, Any]:
+    root = network.directory / "machine"
+    nics.one_port_each(Machine(root), names, infiniband)
+    (root / "empty").mkdir()
+    environ = network.environ(root)
     done = subprocess.run(
         [
             *(sys.executable, "-c", PROGRAM),
@@ -90,37 +118,38 @@ def run(
         env={
             "PATH": "/usr/bin:/bin",
             "PYTHONPATH": str(ROOT),
-            "KVXFER_IBVERBS_PATH": str(shim),
-            "KVXFER_SHIM_DEVICES": devices,
-            "KVXFER_SYSFS": str(shim.with_name("sys")),
+            **environ,
+            "KVXFER_SYSFS": str(root / "empty"),
         },
         check=True,
-        timeout=60,
+        timeout=patient(60),
     )
     found: dict[str, Any] = json.loads(done.stdout)
+    assert network.stations() == []
     return found
 
 
-def test_the_first_nic_moves_the_bytes(shim: Path) -> None:
-    found = run(shim, "mlx5_0 mlx5_1", {}, {})
+def test_the_first_nic_moves_the_bytes(network: Network) -> None:
+    found = run(network, ["mlx5_0", "mlx5_1"], {}, {})
     assert found["device"] == "mlx5_0"
     assert found["bytes"] == 77
     # The others wait until they are needed; the software device is always open.
     assert found["before"] == found["after"] == ["mlx5_0", "soft0"]
 
 
-def test_nics_of_the_seed_by_gpu(shim: Path) -> None:
-    nics = "mlx5_0,mlx5_1"
-    for gpu in (0, 1, 2, 3):
-        found = run(shim, "mlx5_0 mlx5_1", {"nics": nics, "gpu_index": gpu}, {})
-        assert found["device"] == f"mlx5_{gpu % 2}"
-        assert found["before"] == [f"mlx5_{gpu % 2}"]
+@pytest.mark.parametrize("gpu", range(4))
+def test_nics_of_the_seed_by_gpu(network: Network, gpu: int) -> None:
+    names = ["mlx5_0", "mlx5_1"]
+    found = run(network, names, {"nics": ",".join(names), "gpu_index": gpu}, {})
+    assert found["device"] == names[gpu % 2]
+    assert found["before"] == [names[gpu % 2]]
 
 
 def test_another_nic_is_opened_for_a_peer_that_the_first_does_not_reach(
-    shim: Path,
+    network: Network,
 ) -> None:
-    found = run(shim, "mlx5_0:infiniband mlx5_1 mlx5_2", {}, {"device": "mlx5_2"})
+    names = ["mlx5_0", "mlx5_1", "mlx5_2"]
+    found = run(network, names, {}, {"device": "mlx5_2"}, infiniband=("mlx5_0",))
     assert found["before"] == ["mlx5_0", "soft0"]
     assert found["device"] == "mlx5_1"
     assert found["after"] == ["mlx5_0", "soft0", "mlx5_1"]
@@ -128,43 +157,340 @@ def test_another_nic_is_opened_for_a_peer_that_the_first_does_not_reach(
     assert found["bytes"] == 77
 
 
-def test_no_nic_in_common_shows_both_tables(shim: Path) -> None:
+def test_no_nic_in_common_shows_both_tables(network: Network) -> None:
     found = run(
-        shim,
-        "mlx5_0:infiniband mlx5_1",
+        network,
+        ["mlx5_0", "mlx5_1"],
         {"device": "mlx5_0"},
         {"device": "mlx5_1"},
+        infiniband=("mlx5_0",),
     )
     assert found["error"] == "DeviceUnavailableError"
     assert "mlx5_1 with mlx5_0: ethernet here, infiniband there" in found["text"]
     assert "here:" in found["text"] and "at the peer:" in found["text"]
 
 
-def test_software_where_no_nic_is_common(shim: Path) -> None:
-    found = run(shim, "mlx5_0:infiniband mlx5_1", {}, {"device": "soft"})
+def test_software_where_no_nic_is_common(network: Network) -> None:
+    names = ["mlx5_0", "mlx5_1"]
+    found = run(network, names, {}, {"device": "soft"}, infiniband=("mlx5_0",))
     assert (found["device"], found["bytes"]) == ("soft0", 77)
 
 
-def test_a_write_over_infiniband(shim: Path) -> None:
-    """By the LID that the peer's port has; its GID too, which is of another subnet."""
-    found = run(shim, "mlx5_0:infiniband mlx5_1:infiniband", {}, {"device": "mlx5_1"})
+def test_a_write_over_infiniband(network: Network) -> None:
+    """By the LID that the port of each has; both are in one subnet."""
+    names = ["mlx5_0", "mlx5_1"]
+    found = run(network, names, {}, {"device": "mlx5_1"}, infiniband=tuple(names))
     assert (found["device"], found["there"]) == ("mlx5_0", ["mlx5_1"])
     assert found["layers"]["mlx5_0"] == "infiniband"
     assert (found["bytes"], found["wire"]) == (77, "rdma")
-    assert found["paths"] == [{"lid": 17, "is_global": True}] * 2
+    assert sorted(path["lid"] for path in found["paths"]) == [16, 17]
+    assert not any(path["is_global"] for path in found["paths"])
+    assert {(r.device, r.source, r.destination) for r in network.routes()} == {
+        ("mlx5_0", "ib 16", "ib 17"),
+        ("mlx5_1", "ib 17", "ib 16"),
+    }
 
 
-def test_ethernet_has_no_lids(shim: Path) -> None:
-    found = run(shim, "mlx5_0", {}, {})
+def test_ethernet_has_no_lids(network: Network) -> None:
+    found = run(network, ["mlx5_0"], {}, {})
     assert found["layers"]["mlx5_0"] == "ethernet"
     assert found["paths"] == [{"lid": 0, "is_global": True}] * 2
 
 
 @pytest.mark.parametrize("gpu", [5, 9])
-def test_eight_nics_in_turn_by_gpu(shim: Path, gpu: int) -> None:
+def test_eight_nics_in_turn_by_gpu(network: Network, gpu: int) -> None:
     names = [f"mlx5_{i}" for i in range(8)]
-    found = run(shim, " ".join(names), {"gpu_index": gpu}, {"gpu_index": 3})
+    found = run(network, names, {"gpu_index": gpu}, {"gpu_index": 3})
     assert found["device"] == names[gpu % 8]
     # Each side by its own GPU.
     assert found["there"] == ["mlx5_3", "soft0"]
     assert found["bytes"] == 77
+
+
+# -- each side in a process, on a machine of its own --------------------------------
+
+SHAPE: dict[str, Any] = {"n_blocks": 8, "layers": 2, "planes": {"k": (4096, 4160)}}
+Make = Callable[[Machine, int], None]
+
+
+class Rig:
+    """Two machines in one network, and a write from the first to the second."""
+
+    def __init__(self, network: Network, nursery: Nursery, directory: Path) -> None:
+        self._network = network
+        self._nursery = nursery
+        self._directory = directory
+
+    def _environ(self, name: str, make: Make, host: int) -> dict[str, str]:
+        root = self._directory / name
+        make(Machine(root), host)
+        return self._network.environ(root)
+
+    @contextlib.asynccontextmanager
+    async def _child(
+        self, role: str, environ: dict[str, str], seed: int, **arguments: Any
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Run a role of tests/children.py; give the first that it says."""
+        shape = {**SHAPE, "seed": seed}
+        async with self._nursery.start(
+            role, environ=environ, shape=shape, **arguments
+        ) as child:
+            yield await child.event(patient(60))
+
+    async def refused(
+        self,
+        writer: Make,
+        reader: Make,
+        client: dict[str, Any] | None = None,
+        server: dict[str, Any] | None = None,
+    ) -> str:
+        """Try to write; return what the writer is told, and see that nothing came."""
+        found = await self._write(writer, reader, client, server)
+        assert found["error"] == "DeviceUnavailableError"
+        assert self.routes() == []
+        return str(found["text"])
+
+    async def write(
+        self,
+        writer: Make,
+        reader: Make,
+        client: dict[str, Any] | None = None,
+        server: dict[str, Any] | None = None,
+    ) -> str:
+        """Write from one machine to the other; return the writer's device."""
+        found = await self._write(writer, reader, client, server)
+        assert "error" not in found, found["text"]
+        assert found["wire"] == "rdma"
+        return str(found["device"])
+
+    async def _write(
+        self,
+        writer: Make,
+        reader: Make,
+        client: dict[str, Any] | None,
+        server: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Try it, and compare every byte; what the writer says of result or error."""
+        memory = self._directory / "memory"
+        with (
+            arena(**SHAPE, seed=1) as source,
+            arena(**SHAPE, seed=2, path=memory) as target,
+        ):
+            wanted = target.memory.copy()
+            there = self._environ("reader", reader, 8)
+            here = self._environ("writer", writer, 7)
+            local_ids, remote_ids = [3, 0, 6], [5, 6, 1]
+            blocks = {"local_ids": local_ids, "remote_ids": remote_ids}
+            async with self._child(
+                "serve", there, 2, path=str(memory), **(server or {})
+            ) as serving:
+                port = serving["port"]
+                async with self._child(
+                    "write_once", here, 1, port=port, **blocks, **(client or {})
+                ) as found:
+                    if "error" not in found:
+                        wanted = expected(source, target, wanted, local_ids, remote_ids)
+            assert (target.memory == wanted).all()
+        return found
+
+    def routes(self) -> list[Route]:
+        """List the paths of the QPs, the writer's machine first."""
+        return sorted(self._network.routes(), key=lambda r: r.source)
+
+
+@pytest.fixture
+def rig(network: Network, nursery: Nursery, tmp_path: Path) -> Rig:
+    """Two machines to come."""
+    return Rig(network, nursery, tmp_path)
+
+
+def there_and_back(
+    device: str, port_num: int, gid_index: int, source: str, destination: str
+) -> list[Route]:
+    """The routes of two NICs that are alike."""
+    return [
+        Route(device, port_num, gid_index, source, destination),
+        Route(device, port_num, gid_index, destination, source),
+    ]
+
+
+async def test_the_port_that_is_up_of_two(rig: Rig) -> None:
+    device = await rig.write(machines.dual_port, machines.dual_port)
+    assert device == "mlx4_0:2"
+    wanted = there_and_back("mlx4_0", 2, 3, "v2 10.4.0.7", "v2 10.4.0.8")
+    assert rig.routes() == wanted
+
+
+@pytest.mark.parametrize(
+    ("client", "server", "port_num", "gid_index", "source", "destination"),
+    [
+        ({}, {}, 1, 3, "v2 10.11.0.7", "v2 10.11.0.8"),
+        (
+            *({"device": "mlx5_0:2"}, {}, 2, 2),
+            *("v2 2001:db8:12::7", "v2 2001:db8:12::8"),
+        ),
+        (
+            *({}, {"device": "mlx5_0:2"}, 2, 2),
+            *("v2 2001:db8:12::7", "v2 2001:db8:12::8"),
+        ),
+        (
+            *({"device": "mlx5_0:2", "gid_index": 0}, {}, 2, 0),
+            *("v2 fe80::7", "v2 fe80::8"),
+        ),
+        (
+            *({"device": "mlx5_0:1", "gid_index": 1}, {}, 1, 1),
+            *("v1 10.11.0.7", "v1 10.11.0.8"),
+        ),
+        (
+            *({}, {"device": "mlx5_0:1", "gid_index": 1}, 1, 1),
+            *("v1 10.11.0.7", "v1 10.11.0.8"),
+        ),
+    ],
+)
+async def test_two_ports_that_are_up(
+    rig: Rig,
+    client: dict[str, Any],
+    server: dict[str, Any],
+    port_num: int,
+    gid_index: int,
+    source: str,
+    destination: str,
+) -> None:
+    """By the first; by the other one if it is named, at either side."""
+    device = await rig.write(nics.two_ports, nics.two_ports, client, server)
+    assert device == ("mlx5_0" if port_num == 1 else "mlx5_0:2")
+    wanted = there_and_back("mlx5_0", port_num, gid_index, source, destination)
+    assert rig.routes() == wanted
+
+
+async def test_a_bond_by_its_own_address(rig: Rig) -> None:
+    device = await rig.write(machines.bonded, machines.bonded)
+    assert device == "mlx5_bond_0"
+    wanted = there_and_back("mlx5_bond_0", 1, 5, "v2 10.5.0.7", "v2 10.5.0.8")
+    assert rig.routes() == wanted
+
+
+async def test_a_bond_by_its_vlan(rig: Rig) -> None:
+    """An index here; there the address that is in the same network."""
+    await rig.write(machines.bonded, machines.bonded, {"gid_index": 2})
+    wanted = there_and_back("mlx5_bond_0", 1, 2, "v2 10.100.0.7", "v2 10.100.0.8")
+    assert rig.routes() == wanted
+
+
+async def test_a_table_that_begins_with_holes(rig: Rig) -> None:
+    await rig.write(nics.mixed, nics.mixed)
+    assert rig.routes() == there_and_back(
+        "mlx5_0", 1, 3, "v2 10.13.0.7", "v2 10.13.0.8"
+    )
+
+
+async def test_an_entry_beyond_many_holes(rig: Rig) -> None:
+    await rig.write(machines.holes, machines.holes)
+    assert rig.routes() == there_and_back(
+        "mlx5_0", 1, 130, "v2 10.8.0.7", "v2 10.8.0.8"
+    )
+
+
+async def test_a_gid_of_v1_is_met_by_one_of_v1(rig: Rig) -> None:
+    """An index here decides the type there."""
+    await rig.write(nics.mixed, nics.mixed, {"gid_index": 6})
+    assert rig.routes() == there_and_back("mlx5_0", 1, 6, "v1 fe80::7", "v1 fe80::8")
+
+
+async def test_a_gid_index_that_no_nic_can_use_is_not_replaced(rig: Rig) -> None:
+    """Not by another entry, and not by the software device."""
+    said = await rig.refused(nics.mixed, nics.mixed, {"gid_index": 4})
+    assert "gid_index is 4 and no RDMA device can use that entry" in said
+    assert "3: 10.13.0.7 RoCE v2 on ens3" in said
+
+
+async def test_a_container_and_its_own_address(rig: Rig) -> None:
+    """The host's addresses are in the table, and no packet of theirs would leave."""
+    device = await rig.write(machines.container, machines.container)
+    assert device == "mlx5_4"
+    assert rig.routes() == there_and_back("mlx5_4", 1, 5, "v2 10.6.0.7", "v2 10.6.0.8")
+
+
+async def test_a_container_whose_netdevs_are_all_elsewhere(rig: Rig) -> None:
+    """No packet of theirs would leave, and the verbs would not say so."""
+
+    def foreign(machine: Machine, host: int) -> None:
+        machine.port(
+            machine.device("mlx5_5", None), gids=[(1, f"10.7.0.{host}", V2, None)]
+        )
+
+    said = await rig.refused(
+        foreign, machines.container, {"require_rdma": True}, {"device": "mlx5_4"}
+    )
+    assert "10.7.0.7 RoCE v2 (its netdev is in another network" in said
+
+
+async def test_no_gid_in_common_shows_both_tables(rig: Rig) -> None:
+    """IPv4 by RoCE v1 alone here, link-local by v2 there."""
+
+    def old(machine: Machine, host: int) -> None:
+        address = f"10.14.0.{host}"
+        machine.netdev("ens3", f"{address}/24")
+        machine.port(machine.device("mlx5_0", None), gids=[(2, address, V1, "ens3")])
+
+    text = await rig.refused(
+        old, nics.mixed, {"device": "mlx5_0"}, {"device": "mlx5_0", "gid_index": 5}
+    )
+    said = text.splitlines()
+    tables = {
+        "mlx5_0 (rdma, ethernet): 10.14.0.7 IB/RoCE v1",
+        "mlx5_0 (rdma, ethernet): fe80::8 RoCE v2",
+    }
+    assert tables <= {line.strip() for line in said}
+    assert said[-1] == "mlx5_0 with mlx5_0: RoCE v2 here, IB/RoCE v1 there"
+
+
+# -- a machine that is described wrongly --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("state", "UP", "'UP' is not a state such as '4: ACTIVE'"),
+        ("phys_state", "99: LinkUp", "'99: LinkUp' is not a state such as '5: LinkUp'"),
+        ("lid", "0x10000", "'0x10000' is not a LID"),
+        ("link_layer", "Token Ring", "'Token Ring' is not Ethernet or InfiniBand"),
+        ("gids/3", "10.0.0.1", "'10.0.0.1' is not a GID"),
+        ("gid_attrs/types/3", "RoCE v3", "'RoCE v3' is not IB/RoCE v1 or RoCE v2"),
+    ],
+)
+def test_files_that_make_no_sense_are_named(
+    network: Network, tmp_path: Path, file: str, text: str, said: str
+) -> None:
+    root = tmp_path / "machine"
+    nics.mixed(Machine(root))
+    path = root / "sys/class/infiniband/mlx5_0/ports/1" / file
+    path.write_text(f"{text}\n")
+    shown = listed(network.environ(root))
+    place = str(path.relative_to(root / "sys/class"))
+    assert f"libkvxsoft: KVXFER_SHIM_SYSFS: {root}/sys/class/infiniband" in shown
+    assert f"{place}: {said}" in shown
+
+
+def test_nics_without_a_network_are_refused(network: Network, tmp_path: Path) -> None:
+    root = tmp_path / "machine"
+    nics.mixed(Machine(root))
+    environ = network.environ(root)
+    for value in ("", str(tmp_path / "none")):
+        shown = listed({**environ, "KVXFER_SHIM_NETWORK": value})
+        assert f"KVXFER_SHIM_NETWORK is '{value}', not a directory" in shown
+
+
+def listed(environ: dict[str, str]) -> str:
+    """Return what is said on standard error; no NIC may be there to be used."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kvxfer", "devices"],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **environ},
+        check=True,
+        timeout=patient(60),
+    )
+    assert "no RDMA devices can be listed: " in done.stdout
+    assert "*  soft0" in done.stdout
+    return done.stderr
