@@ -36,6 +36,7 @@ __all__ = [
     "Address",
     "Sockets",
     "bind",
+    "heartbeat",
     "in_thread",
     "parse_address",
     "resolve",
@@ -50,6 +51,10 @@ _HANDSHAKE_MS = (1_000, 5_000)
 # While nobody listens: a first try after this, then less often, with ZMQ's jitter.
 _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 1_000
+# By how much a link may be closed after its time: ZMQ's timers, one for the question
+# and one for the answer, count whole milliseconds and end up to one late each; the rest
+# is for its thread and the event loop to get their turns.
+_LATE_MS = 10
 _SEND_QUEUE = 1000
 # Messages of a peer that wait while the loop is busy; behind a full queue ZMQ reads
 # no signs of life either.
@@ -267,12 +272,9 @@ class Sockets:
         low, high = _HANDSHAKE_MS
         deadline_ms = round(self._options.connect_timeout * 1000)
         made.set(zmq.HANDSHAKE_IVL, min(high, max(low, deadline_ms)))
-        options = self._options
-        made.set(zmq.HEARTBEAT_IVL, max(1, round(options.ping_interval * 1000)))
-        # The clock of the timeout starts with a question, an interval after the
-        # peer's last moment at most.
-        silence = options.ping_timeout - options.ping_interval
-        made.set(zmq.HEARTBEAT_TIMEOUT, max(1, round(silence * 1000)))
+        interval_ms, silence_ms = heartbeat(self._options)
+        made.set(zmq.HEARTBEAT_IVL, interval_ms)
+        made.set(zmq.HEARTBEAT_TIMEOUT, silence_ms)
         made.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
         made.set(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
         made.set(zmq.SNDHWM, _SEND_QUEUE)
@@ -306,6 +308,17 @@ class Sockets:
         if last is not None:
             # term() waits for the farewells, up to the sockets' linger.
             await in_thread(last.term)
+
+
+def heartbeat(options: Options) -> tuple[int, int]:
+    """Return how often ZMQ asks for a sign of life, and how long it waits for one.
+
+    Both in milliseconds. The wait starts with a question, at most an interval after the
+    peer's last moment, so the two together, and their lateness, are ``ping_timeout``.
+    """
+    whole = int(options.ping_timeout * 1000) - _LATE_MS  # 20 at least without
+    interval = min(int(options.ping_interval * 1000), whole - 1)
+    return interval, whole - interval
 
 
 def set_up(

@@ -27,7 +27,7 @@ from kvxfer.control import (
     ControlServer,
     OfferParts,
 )
-from kvxfer.control_io import in_thread
+from kvxfer.control_io import heartbeat, in_thread
 from kvxfer.errors import (
     AddressInUseError,
     ClosedResourceError,
@@ -861,6 +861,23 @@ def process(script: str, *args: str) -> Any:
 async def first_line(child: subprocess.Popen[str]) -> str:
     assert child.stdout is not None
     return (await in_thread(child.stdout.readline)).strip()
+
+
+@pytest.mark.parametrize(
+    ("interval", "timeout"),
+    [(1.0, 5.0), (0.3333, 1.0), (0.2, 0.25), (0.25, 0.2505), (0.01, 0.02), (9, 3600)],
+)
+def test_a_frozen_peer_is_noticed_within_ping_timeout(
+    interval: float, timeout: float
+) -> None:
+    """By ZMQ's arithmetic: it froze at once after the last question was answered."""
+    options = Options(ping_interval=interval, ping_timeout=timeout, loop_timeout=3600.0)
+    asked_ms, silent_ms = heartbeat(options)
+    assert min(asked_ms, silent_ms) >= 1
+    # Each of the two timers counts whole milliseconds and ends up to one late.
+    assert asked_ms + 1 + silent_ms + 1 <= timeout * 1000
+    # Nor much sooner: a peer that is slow is not gone.
+    assert asked_ms + silent_ms >= timeout * 1000 - 12
 
 
 async def test_a_killed_dialer_is_noticed(
