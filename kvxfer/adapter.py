@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from kvxfer import agreement, devices, gids, registration
+from kvxfer import agreement, devices, gids, ports, registration
 from kvxfer._engine import Engine, RingArrival
 from kvxfer._verbs import Device, MemoryRegion, ProtectionDomain
 from kvxfer.cache import KVCache
@@ -142,7 +142,7 @@ class Adapter:
         self.port = device.query_port(self.spec.port_num)
         self.look()
         self.max_rd_atomic = max(1, min(16, limits.max_qp_rd_atom))
-        self.max_retries = devices.max_retries(self.spec)
+        self.max_retries = ports.max_retries(self.spec)
         self.max_sge = max(1, min(options.max_sge, limits.max_sge))
         self.max_qp_wr = limits.max_qp_wr
         self.pd = ProtectionDomain(device)
@@ -185,7 +185,7 @@ class Adapter:
         """
         assert self._device is not None
         options = self.options
-        self.described = devices.describe_port(self._device, self.spec, options)
+        self.described = ports.describe_port(self._device, self.spec, options)
         self.gid = gids.choose(
             self.described.gids,
             self.described.link_layer,
@@ -253,10 +253,8 @@ class Adapter:
 
     def has(self, gid: bytes, gid_type: str) -> bool:
         """Say whether a GID is in the port's table, as it was last read."""
-        return any(
-            entry.gid == gid and entry.gid_type == gid_type
-            for entry in self.described.gids
-        )
+        table = self.described.gids
+        return any((gid, gid_type) == (entry.gid, entry.gid_type) for entry in table)
 
     def gid_of(self, gid: bytes, gid_type: str = "") -> gids.GID:
         """Find an entry of the GID table; the preferred one if ``gid`` is empty.
@@ -277,15 +275,15 @@ class Adapter:
         if self._gid_index is None:
             usable += gids.rank(self.described.gids, self.described.link_layer)
         usable = [entry for entry in usable if gid_type in ("", entry.gid_type)]
-        for entry in usable:
-            if entry.gid == gid:
-                return entry
-        for entry in usable:
-            if entry.family is gids.family_of(gid) and self._gid_index is None:
-                return entry
+        found = [entry for entry in usable if entry.gid == gid]
+        if not found and self._gid_index is None:
+            family = gids.family_of(gid)
+            found = [entry for entry in usable if entry.family is family]
+        if found:
+            return found[0]
         raise DeviceUnavailableError(
-            f"{self.name} has no GID {gids.gid_address(gid)} {gid_type}".rstrip()
-            + f" to use; it has: {gids.listing(self.described.gids)}"
+            f"{self.name} has no GID {gids.gid_address(gid)} {gid_type}; it has: "
+            + gids.listing(self.described.gids)
         )
 
     @property

@@ -80,8 +80,9 @@ class Attachment:
           ControlError: Nobody is there, or the permissions of the path do not let
             this process in.
           ProtocolError: What is there is no sidecar of this release.
+          UsageError: ``path`` is no path.
         """
-        path = path.removeprefix("unix:")
+        path = messages.socket_path(path)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self = cls(path, connection, timeout)
         try:

@@ -216,7 +216,9 @@ def check_address(
         return address
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise click.BadParameter(f"{address!r} is not HOST:PORT or ipc://PATH")
+        raise click.BadParameter(
+            f"{address!r} is not HOST:PORT or ipc://PATH, with a port of 0 to 65535"
+        )
     return address
 
 

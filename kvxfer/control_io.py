@@ -30,13 +30,13 @@ from kvxfer.errors import (
     ControlError,
     UsageError,
 )
+from kvxfer.heartbeat import heartbeat
 from kvxfer.options import Options
 
 __all__ = [
     "Address",
     "Sockets",
     "bind",
-    "heartbeat",
     "in_thread",
     "parse_address",
     "resolve",
@@ -51,10 +51,6 @@ _HANDSHAKE_MS = (1_000, 5_000)
 # While nobody listens: a first try after this, then less often, with ZMQ's jitter.
 _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 1_000
-# By how much a link may be closed after its time: ZMQ's timers, one for the question
-# and one for the answer, count whole milliseconds and end up to one late each; the rest
-# is for its thread and the event loop to get their turns.
-_LATE_MS = 10
 _SEND_QUEUE = 1000
 # Messages of a peer that wait while the loop is busy; behind a full queue ZMQ reads
 # no signs of life either.
@@ -115,7 +111,8 @@ def parse_address(address: str) -> Address:
     match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^:\[\]]+)):(\d{1,5})", text)
     if match is None or int(match[3]) > 65535:
         raise UsageError(
-            f"control address {address!r} is not HOST:PORT, [IPV6]:PORT or ipc://PATH"
+            f"control address {address!r} is not HOST:PORT, [IPV6]:PORT or ipc://PATH, "
+            "with a port of 0 to 65535"
         )
     return Address(host=match[1] or match[2], port=int(match[3]))
 
@@ -308,17 +305,6 @@ class Sockets:
         if last is not None:
             # term() waits for the farewells, up to the sockets' linger.
             await in_thread(last.term)
-
-
-def heartbeat(options: Options) -> tuple[int, int]:
-    """Return how often ZMQ asks for a sign of life, and how long it waits for one.
-
-    Both in milliseconds. The wait starts with a question, at most an interval after the
-    peer's last moment, so the two together, and their lateness, are ``ping_timeout``.
-    """
-    whole = int(options.ping_timeout * 1000) - _LATE_MS  # 20 at least without
-    interval = min(int(options.ping_interval * 1000), whole - 1)
-    return interval, whole - interval
 
 
 def set_up(

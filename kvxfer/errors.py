@@ -621,6 +621,9 @@ _ERRNO_HINTS: dict[tuple[int, str], str] = {
     ),
     (_errno.ENETUNREACH, "modify_qp"): "There is no route to the peer's GID.",
     (_errno.EHOSTUNREACH, "modify_qp"): "There is no route to the peer's GID.",
+    (_errno.EADDRNOTAVAIL, "open_device"): (
+        "No interface of this host has that address: see the option host."
+    ),
     (_errno.EINVAL, "create_qp"): (
         "A queue depth or SGE count is beyond the device's limits: lower sq_depth "
         "or max_sge."

@@ -17,7 +17,7 @@ import secrets
 import socket
 from collections.abc import Sequence
 
-from kvxfer import _engine, devices
+from kvxfer import _engine, ports
 from kvxfer._verbs import CompletionQueue, MemoryRegion, QueuePair
 from kvxfer.adapter import Adapter, finish
 from kvxfer.agreement import is_global
@@ -258,7 +258,7 @@ class Link:
 
     async def _connect(self, index: int, remote: QPInfo, control_address: str) -> None:
         adapter = self.adapter
-        devices.check_reachable(adapter.spec, self.gid, remote.gid)
+        ports.check_reachable(adapter.spec, self.gid, remote.gid)
         options = adapter.options
         qp = self._qps[index]
         path = QPPath(

@@ -230,7 +230,9 @@ class DialerProtocol(Connection):
             DialerState.ACCEPT_SENT: "no word that the listener is ready",
         }
         assert isinstance(self.state, DialerState)
-        text = f"{awaited[self.state]} within {self._timing.handshake_timeout:g} s"
+        # What is left of a deadline has many digits.
+        seconds = round(self._timing.handshake_timeout, 3)
+        text = f"{awaited[self.state]} within {seconds:g} s"
         return self._leave(CloseCause.TIMEOUT, text)
 
 

@@ -63,7 +63,7 @@ class Share:
     def __init__(
         self, server: Server, cache: KVCache, path: str, mode: int = 0o600
     ) -> None:
-        self.path = path.removeprefix("unix:")
+        self.path = messages.socket_path(path)
         self.refused = 0
         self._next_log = 0.0
         self._server = server

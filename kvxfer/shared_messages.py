@@ -7,12 +7,13 @@ ends are of one release: they are processes of one host, started together.
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import TypeVar
 
 import msgspec
 
-from kvxfer.errors import ProtocolError
+from kvxfer.errors import ProtocolError, UsageError
 
 __all__ = [
     "MAX_FILES",
@@ -32,6 +33,7 @@ __all__ = [
     "decode",
     "encode",
     "length_of",
+    "socket_path",
 ]
 
 VERSION = 1
@@ -41,6 +43,19 @@ MAX_FILES = 253
 
 _LENGTH = struct.Struct(">I")
 _T = TypeVar("_T")
+
+
+def socket_path(text: str) -> str:
+    """Return the path of ``unix:PATH`` or ``PATH``.
+
+    Raises:
+      UsageError: There is none in it.
+    """
+    path = text.removeprefix("unix:")
+    # "tcp:..." would be a file's name, and nobody means that by it.
+    if not path or "\0" in path or re.match(r"[A-Za-z]+:", path):
+        raise UsageError(f"{text!r} is no path of a Unix socket: write unix:PATH")
+    return path
 
 
 class PlaceInfo(msgspec.Struct, frozen=True, array_like=True):

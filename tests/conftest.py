@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import shutil
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np  # noqa: F401
 import pytest
 
-from tests import patience
+from tests import nics, patience
 from tests.leaks import leaked_since, pending_tasks, take_census
 from tests.machines import make
 from tests.turns import turn
@@ -128,6 +129,20 @@ def gid_index(pytestconfig: pytest.Config) -> int | None:
 def nic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a NIC, as far as its files tell; none that can be opened."""
     monkeypatch.setenv("KVXFER_SYSFS", str(make("bonded", tmp_path / "machine").sys))
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The software device as a libibverbs."""
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    return nics.build(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture
+def network(shim: Path, tmp_path: Path) -> nics.Network:
+    """The network of machines whose NICs are the software device."""
+    return nics.Network(shim, tmp_path / "network")
 
 
 @pytest.fixture(autouse=True)

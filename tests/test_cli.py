@@ -202,6 +202,14 @@ async def test_a_demo_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None
     assert "the endpoint did not start" in err
 
 
+async def test_an_address_of_another_host() -> None:
+    code, out, err = await result_of(
+        "kvxfer", "serve", "--host", "192.0.2.1", *GEOMETRY
+    )
+    assert (code, out) == (1, "")
+    assert "192.0.2.1" in err and "see the option host" in err
+
+
 # -- what goes wrong ----------------------------------------------------------------
 
 
@@ -216,7 +224,9 @@ async def test_a_demo_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None
         (["serve", "--config", "/no/such/file"], "does not exist"),
         (["serve", "--no-such-option"], "No such option"),
         (["push", "nonsense"], "is not HOST:PORT"),
-        (["push", "host:99999"], "is not HOST:PORT"),
+        (["push", "host:99999"], "with a port of 0 to 65535"),
+        (["serve", "--share", "tcp:here", *GEOMETRY], "write unix:PATH"),
+        (["serve", "--share", "unix:", *GEOMETRY], "write unix:PATH"),
         (["push"], "Missing argument"),
         (["push", "h:1", "--request-blocks", "65", *GEOMETRY], "--request-blocks"),
         (["fly"], "No such command"),

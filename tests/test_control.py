@@ -27,7 +27,7 @@ from kvxfer.control import (
     ControlServer,
     OfferParts,
 )
-from kvxfer.control_io import heartbeat, in_thread
+from kvxfer.control_io import in_thread
 from kvxfer.errors import (
     AddressInUseError,
     ClosedResourceError,
@@ -40,6 +40,7 @@ from kvxfer.errors import (
     UsageError,
     VersionMismatchError,
 )
+from kvxfer.heartbeat import heartbeat
 from kvxfer.options import Options
 from tests import control_messages as make
 

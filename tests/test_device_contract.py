@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvxfer import devices
+from kvxfer import devices, ports
 from kvxfer._verbs import Device
 from kvxfer.options import Options
 from tests.contract import DeviceContract
@@ -47,7 +47,7 @@ class TestHardware(DeviceContract):
         library = Options.load().ibverbs_path
         with Device(rdma_device, provider="libibverbs", path=library) as device:
             spec = devices.DeviceSpec(rdma_device, "libibverbs")
-            gid = devices.choose_gid(device, spec, gid_index)
+            gid = ports.choose_gid(device, spec, gid_index)
         target = Target(
             rdma_device,
             "libibverbs",

@@ -306,6 +306,9 @@ async def test_memory_that_is_no_file_is_not_shared(source: Arena) -> None:
 async def test_nobody_is_there(tmp_path: Path) -> None:
     with pytest.raises(ControlError, match="serve --share"):
         KVCache.attach(tmp_path / "s")
+    for text in ("", "unix:", "tcp:127.0.0.1:7777", "ipc://s"):
+        with pytest.raises(UsageError, match="write unix:PATH"):
+            KVCache.attach(text)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(tmp_path / "s"))
         silent.listen(1)

@@ -29,7 +29,7 @@ from subprocess import PIPE, Popen
 import numpy as np
 import psutil
 
-from kvxfer import Client, KVCache, Options, devices
+from kvxfer import Client, KVCache, Options, devices, ports
 from kvxfer._verbs import Device
 
 BLOCK_SIZES = (4096, 65536)
@@ -126,7 +126,7 @@ def main() -> None:
     name, _, port = arguments.device.partition(":")
     with Device(name, provider="libibverbs") as device:
         spec = devices.DeviceSpec(name, "libibverbs", int(port or 1))
-        gid_index = devices.choose_gid(device, spec, arguments.gid_index).index
+        gid_index = ports.choose_gid(device, spec, arguments.gid_index).index
     for size in BLOCK_SIZES:
         options = Options.load(
             device=arguments.device,

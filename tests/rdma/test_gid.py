@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvxfer import Client, _verbs, devices
+from kvxfer import Client, _verbs, devices, ports
 from kvxfer.errors import DeviceUnavailableError
 from tests.endpoints import arena, connected, scattered
 
@@ -36,7 +36,7 @@ def test_an_ipv4_address_is_chosen(device: str) -> None:
         if handle.query_port(spec.port_num).link_layer != "ethernet":
             pytest.skip("not on Ethernet")
         gids = table(handle, spec)
-        choice = devices.choose_gid(handle, spec, None)
+        choice = ports.choose_gid(handle, spec, None)
         assert gids[choice.index] == choice.gid
         if not any(gid.startswith(IPV4_MAPPED) for gid in gids.values()):
             pytest.skip("the netdev has no IPv4 address")
@@ -47,7 +47,7 @@ def test_an_ipv4_address_is_chosen(device: str) -> None:
 def test_an_index_is_taken_at_its_word(device: str) -> None:
     with opened(device) as (handle, spec):
         for index, gid in table(handle, spec).items():
-            choice = devices.choose_gid(handle, spec, index)
+            choice = ports.choose_gid(handle, spec, index)
             assert (choice.index, choice.gid) == (index, gid)
 
 
