@@ -97,6 +97,8 @@ print(kvxfer.__version__)
 
 def check_contents(wheel: Path) -> None:
     """Fail unless the wheel holds what it must and nothing it must not."""
+    if wheel.stem.endswith("-any"):
+        raise SystemExit(f"{wheel.name} is said to be for every machine")
     names = zipfile.ZipFile(wheel).namelist()
     missing = [name for name in WANTED if name not in names]
     missing += [

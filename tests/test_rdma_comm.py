@@ -6,7 +6,6 @@ import array
 import gc
 import subprocess
 import sys
-import textwrap
 import threading
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tests.communicators import (
     free_port,
     memory,
     nodes,
+    run_program,
 )
 from tests.endpoints import SOON
 
@@ -412,20 +412,6 @@ def test_a_decode_node_listens_on_one_interface(
     with nodes() as pair:
         server = pair.decode._ends._server
         assert server is not None and server.endpoint == f"127.0.0.1:{pair.port}"
-
-
-def run_program(text: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(text)],
-        capture_output=True,
-        text=True,
-        timeout=SOON,
-        check=False,
-        # On all addresses it warns, rightly, that anybody may write.
-        env={**os.environ, "KVXFER_HOST": HOST, **environ},
-    )
 
 
 def test_log_files(tmp_path: Path) -> None:
