@@ -78,6 +78,10 @@ cdef extern from "fill.h" nogil:
         uint64_t block_bytes
         uint32_t lkey
         uint32_t rkey
+        const uint32_t *lkeys
+        const uint32_t *rkeys
+        uint32_t local_slice
+        uint32_t remote_slice
     struct kvx_template:
         ibv_send_wr *wrs        # an array
         const kvx_plane **planes
@@ -92,6 +96,7 @@ cdef extern from "fill.h" nogil:
         uint32_t n
         uint32_t at
         uint64_t offset
+    uint32_t kvx_rkey(const kvx_plane *, uint32_t)
     void kvx_template_init(kvx_template *)
     uint32_t kvx_fill(
         kvx_template *, kvx_blocks *, const kvx_limits *, uint32_t, uint32_t,
@@ -257,6 +262,7 @@ cdef struct Queue:              # one connection
     uint64_t listed_order
     # The route: whose blocks they are.
     kvx_plane *planes
+    uint32_t *keys              # of the planes that are in slices
     Row *rows
     uint32_t n_rows
     uint64_t *seen              # one scratch bit a remote block: duplicates

@@ -78,6 +78,7 @@ cdef void free_queue(Queue *queue) noexcept nogil:
     kvx_heap_free(&queue.ready)
     free(queue.rows)
     free(queue.planes)
+    free(queue.keys)
     free(queue.seen)
     free(queue.early)
     free(queue)

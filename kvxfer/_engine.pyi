@@ -31,8 +31,10 @@ class Progress(NamedTuple):
     failed: list[int]
     more: bool
 
+# Of all blocks; or blocks a slice, and a key for each slice.
+Key = int | tuple[int, Sequence[int]]
 # local_base, local_stride, remote_base, remote_stride, block_bytes, lkey, rkey
-Pair = tuple[int, int, int, int, int, int, int]
+Pair = tuple[int, int, int, int, int, Key, Key]
 # layer, group, n_local, n_remote, pairs
 Row = tuple[int, int, int, int, Sequence[Pair]]
 # local_addr, lkey, remote_addr, rkey, length, max_records

@@ -101,12 +101,49 @@ _RING_ERRORS = {
 }
 
 
-cdef int _fill_plane(kvx_plane *slot, tuple pair) except -1:
+cdef uint64_t _n_keys(rows):
+    """Count the keys of the planes that are in slices."""
+    return sum(
+        len(key[1]) for row in rows for pair in row[4] for key in pair[5:]
+        if not isinstance(key, int))
+
+
+cdef uint32_t _fill_plane(
+    kvx_plane *slot, tuple pair, uint32_t *room, uint64_t n_local, uint64_t n_remote
+) except? 0xffffffff:
+    """Fill in a plane; return how many keys of its slices went into ``room``."""
+    cdef uint32_t n = 0
     (slot.local_base, slot.local_stride, slot.remote_base, slot.remote_stride,
-     slot.block_bytes, slot.lkey, slot.rkey) = pair
+     slot.block_bytes, lkey, rkey) = pair
     if slot.block_bytes == 0:
         raise LayoutError("a block has no bytes")
-    return 0
+    if isinstance(lkey, int):
+        slot.lkey = lkey
+    else:
+        slot.local_slice, keys = lkey
+        n = _fill_keys(room, keys, slot.local_slice, n_local)
+        slot.lkeys = room
+    if isinstance(rkey, int):
+        slot.rkey = rkey
+    else:
+        slot.remote_slice, keys = rkey
+        slot.rkeys = room + n
+        n += _fill_keys(room + n, keys, slot.remote_slice, n_remote)
+    return n
+
+
+cdef uint32_t _fill_keys(
+    uint32_t *room, keys, uint64_t blocks, uint64_t n_blocks
+) except? 0xffffffff:
+    """Copy the keys of slices of so many blocks; return how many there are."""
+    cdef uint32_t n = 0
+    if blocks == 0 or len(keys) * blocks < n_blocks:
+        raise LayoutError(
+            f"{len(keys)} keys, each for {blocks} blocks, are not for {n_blocks}")
+    for key in keys:
+        room[n] = key
+        n += 1
+    return n
 
 
 cdef int _open_ids(object ids, Py_buffer *view, str name) except -1:
@@ -309,7 +346,8 @@ cdef class Engine:
           rows: One a layer and group: ``(layer, group, n_local, n_remote, pairs)``
             with a pair for each plane: ``(local_base, local_stride, remote_base,
             remote_stride, block_bytes, lkey, rkey)``. Operations name rows by
-            their position.
+            their position. Where the memory is registered in slices, a key is
+            ``(blocks, keys)``: block ``i`` has ``keys[i // blocks]``.
           ring: The peer's notify ring and our copy of it: ``(local_addr, lkey,
             remote_addr, rkey, length, max_records)``; None: no notifications.
           flush_to: ``(local_addr, lkey)`` of eight bytes that may be written: behind
@@ -322,14 +360,18 @@ cdef class Engine:
             uint32_t n_rows = len(rows)
             uint32_t n_planes = sum(len(row[4]) for row in rows)
             uint64_t n_blocks = max((row[3] for row in rows), default=0)
+            uint64_t n_keys = _n_keys(rows)
             uint32_t at = 0
+            uint32_t at_key = 0
             uint32_t lane
         queue = self._new_queue([qps] if isinstance(qps, QueuePair) else qps, 0)
         try:
             queue.rows = <Row *>calloc(n_rows + 1, sizeof(Row))
             queue.planes = <kvx_plane *>calloc(n_planes + 1, sizeof(kvx_plane))
             queue.seen = <uint64_t *>calloc(n_blocks // 64 + 1, sizeof(uint64_t))
-            if queue.rows is NULL or queue.planes is NULL or queue.seen is NULL:
+            queue.keys = <uint32_t *>calloc(n_keys + 1, sizeof(uint32_t))
+            if (queue.rows is NULL or queue.planes is NULL or queue.seen is NULL
+                    or queue.keys is NULL):
                 raise MemoryError
             for lane in range(queue.n_lanes):
                 queue.lanes[lane].chains = <Chain *>calloc(
@@ -341,7 +383,9 @@ cdef class Engine:
                     at, len(pairs), min(n_local, 1 << 32), min(n_remote, 1 << 32),
                     layer, group)
                 for pair in pairs:
-                    _fill_plane(&queue.planes[at], pair)
+                    at_key += _fill_plane(
+                        &queue.planes[at], pair, &queue.keys[at_key], n_local,
+                        n_remote)
                     at += 1
             queue.n_rows = n_rows
             if ring is not None:

@@ -419,18 +419,18 @@ cdef uint32_t build_data(
 
 cdef void write_flush(Queue *queue, Op *op, ibv_send_wr *wr) noexcept nogil:
     """The READ of some of the last bytes: it is answered when all are in place."""
-    cdef const kvx_plane *plane = &queue.planes[
-        op.row.first_plane + op.row.n_planes - 1]
+    cdef:
+        const kvx_plane *plane = &queue.planes[
+            op.row.first_plane + op.row.n_planes - 1]
+        uint32_t last = op.batch.remote[op.batch.n_ids - 1]
     wr.opcode = IBV_WR_RDMA_READ
     wr.send_flags = 0
     wr.num_sge = 1
     wr.sg_list[0].addr = queue.flush_addr
     wr.sg_list[0].length = <uint32_t>min(FLUSH_BYTES, plane.block_bytes)
     wr.sg_list[0].lkey = queue.flush_lkey
-    wr.wr.rdma.remote_addr = (
-        plane.remote_base
-        + op.batch.remote[op.batch.n_ids - 1] * plane.remote_stride)
-    wr.wr.rdma.rkey = plane.rkey
+    wr.wr.rdma.remote_addr = plane.remote_base + last * plane.remote_stride
+    wr.wr.rdma.rkey = kvx_rkey(plane, last)
 
 
 cdef unsigned int fence(Queue *queue) noexcept nogil:

@@ -24,7 +24,9 @@ from kvxfer.errors import (
     InternalError,
     KVXferError,
 )
+from kvxfer.layout import PlaneLayer
 from kvxfer.options import Options
+from kvxfer.regions import Keys, Region, find_slices
 from kvxfer.scheduler import Scheduler
 from kvxfer.verbs_types import Access, AsyncEvent, EventType, PortState
 from kvxfer.wire import DeviceCandidate
@@ -81,6 +83,8 @@ class Adapter:
         """Nothing goes by it any more: it has to be opened anew."""
         self._looking: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvxfer-verbs")
+        self.regions: list[Region] = []
+        """What of the cache is one memory region each; ascending and disjoint."""
         self._regions: list[MemoryRegion] = []
         self.ways: set[str] = set()
         """How the cache was registered: ``host``, ``dmabuf`` or ``peermem``."""
@@ -148,7 +152,8 @@ class Adapter:
         self.pd = ProtectionDomain(device)
         if options.relaxed_ordering:
             access |= Access.RELAXED_ORDERING
-        for region in cache.regions:
+        self.regions = cache.regions_within(options.region_bytes)
+        for region in self.regions:
             mr, way = registration.register(self.pd, region, access)
             self._regions.append(mr)
             self.ways.add(way)
@@ -156,7 +161,7 @@ class Adapter:
             _log.info(
                 "%s: registered %d bytes in %d regions by %s, on pages of %d bytes",
                 self.spec.name,
-                sum(region.length for region in cache.regions),
+                sum(region.length for region in self.regions),
                 len(self._regions),
                 " and ".join(sorted(self.ways)),
                 cache.page_bytes,
@@ -330,8 +335,16 @@ class Adapter:
         )
 
     def region(self, index: int) -> MemoryRegion:
-        """Return the memory region of one of the cache's regions."""
+        """Return the memory region that one of :attr:`regions` was registered as."""
         return self._regions[index]
+
+    def lkeys(self, place: PlaneLayer) -> Keys:
+        """Return the lkeys of a plane's layer."""
+        return find_slices(self.regions, place).keys(lambda i: self.region(i).lkey)
+
+    def rkeys(self, place: PlaneLayer) -> Keys:
+        """Return the rkeys of a plane's layer."""
+        return find_slices(self.regions, place).keys(lambda i: self.region(i).rkey)
 
     async def call(
         self, verb: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs

@@ -29,7 +29,8 @@ from kvxfer.errors import (
     UsageError,
 )
 from kvxfer.layout import Group, Plane, PlaneLayer
-from kvxfer.memory import Span, address_range
+from kvxfer.memory import address_range
+from kvxfer.regions import Span
 from kvxfer.shared_messages import GaveUp, Landed, TicketNews
 from kvxfer.shared_ticket import SharedTicket
 

@@ -11,7 +11,6 @@ import contextlib
 import operator
 import os
 import threading
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -31,15 +30,9 @@ from kvxfer.layout import (
     find_overlap,
     format_layers,
 )
-from kvxfer.memory import (
-    Region,
-    Span,
-    map_memory,
-    merge_regions,
-    page_bytes,
-    round_up,
-)
+from kvxfer.memory import map_memory, page_bytes, round_up
 from kvxfer.reach import check_gpu_memory
+from kvxfer.regions import Region, Span, find_slices, merge_regions
 from kvxfer.tensors import TensorMemory, inspect_tensor, is_tensor, place_blocks
 
 __all__ = ["Entry", "KVCache", "Region"]
@@ -117,10 +110,7 @@ class KVCache:
         self._spans = dict(_spans or {})
         if not all(span.on_host for span in self._spans.values()):
             check_gpu_memory()
-        self._regions = merge_regions(
-            (entry.place, self._spans.get(key, Span()))
-            for key, entry in self._entries.items()
-        )
+        self._regions = self._merged()
         self._lock = threading.Lock()
         self._pins = 0
         self._closed = False
@@ -399,8 +389,9 @@ class KVCache:
         - they touch and lie in host memory. On a GPU, allocations that happen
           to touch cannot be registered together.
 
-        GPU memory is cut between entries into regions of at most 3.5 GiB; an entry
-        longer than that is one region all the same, and a warning in the log.
+        GPU memory is cut into regions of at most 3.5 GiB: between entries, and those
+        that are longer between their blocks. What cannot be cut so, as one block of
+        that length, is one region all the same, and a warning in the log.
 
         Raises:
           ClosedResourceError: The cache is closed.
@@ -408,18 +399,37 @@ class KVCache:
         self._ensure_open()
         return list(self._regions)
 
+    def regions_within(self, limit: int) -> list[Region]:
+        """The same, cut into regions of at most ``limit`` bytes, host memory as well.
+
+        Args:
+          limit: Bytes; 0: as :attr:`regions`.
+
+        Raises:
+          ClosedResourceError: The cache is closed.
+        """
+        self._ensure_open()
+        return self._merged(limit) if limit else list(self._regions)
+
+    def _merged(self, limit: int = 0) -> list[Region]:
+        return merge_regions(
+            (
+                (entry.place, self._spans.get(key, Span()))
+                for key, entry in self._entries.items()
+            ),
+            limit,
+        )
+
     def region_index(self, place: PlaneLayer) -> int:
         """Give the index in :attr:`regions` of the region that holds ``place``.
 
         Raises:
-          LayoutError: None does.
+          LayoutError: None does, or more than one.
         """
-        index = bisect_right(self._regions, place.base, key=lambda r: r.addr) - 1
-        if index >= 0:
-            region = self._regions[index]
-            if place.end <= region.addr + region.length:
-                return index
-        raise LayoutError(f"no region of this cache holds {place}")
+        slices = find_slices(self._regions, place)
+        if slices.n > 1:
+            raise LayoutError(f"{place} is in {slices.n} regions of this cache")
+        return slices.first
 
     def describe(self) -> Geometry:
         """Describe the cache without addresses; works when closed, too."""

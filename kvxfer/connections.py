@@ -25,7 +25,12 @@ from kvxfer.layout import check_fit
 from kvxfer.link import Link
 from kvxfer.logs import Bound, bind
 from kvxfer.offers import Offers
-from kvxfer.route import geometry_from_wire, shards_from_wire, windows
+from kvxfer.route import (
+    check_whole,
+    geometry_from_wire,
+    shards_from_wire,
+    windows,
+)
 from kvxfer.sharding import Shard, check_shards
 from kvxfer.verbs_types import Access
 
@@ -173,6 +178,9 @@ class Connections:
         else:
             check_fit(host.geometry, geometry)
         adapter, agreed = await host.agree(hello.devices)
+        offered = windows(host.cache.groups, adapter.rkeys)
+        if not hello.features & wire.FEATURE_SLICES:
+            check_whole(offered, adapter.name)
         options = self._options
         access = Access.REMOTE_WRITE
         if hello.features & host.features & wire.FEATURE_FLUSH:
@@ -201,7 +209,7 @@ class Connections:
                 dialer_gid_type=agreed.their_gid.gid_type,
                 endpoint=wire.Endpoint(
                     qps=link.infos,
-                    windows=windows(host.cache.groups, host.rkey_of(adapter)),
+                    windows=offered,
                     ring=ring,
                 ),
             )
@@ -222,7 +230,7 @@ class Connections:
                     self._flusher_failed(adapter, reason)
 
                 self._flushers[adapter] = await Flusher.open(
-                    adapter, self._host.cache.regions, failed
+                    adapter, adapter.regions, failed
                 )
             return self._flushers[adapter]
 

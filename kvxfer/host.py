@@ -20,7 +20,6 @@ from kvxfer.errors import (
     UsageError,
     VerbsError,
 )
-from kvxfer.layout import PlaneLayer
 from kvxfer.options import Options
 from kvxfer.reach import INSTEAD
 from kvxfer.route import geometry_to_wire
@@ -194,14 +193,6 @@ class Host:
         if self.options.flush == "target_read":
             return True
         return self.needs_flush and not features & wire.FEATURE_FLUSH
-
-    def lkey_of(self, adapter: Adapter) -> Callable[[PlaneLayer], int]:
-        """Return what gives the lkey of a plane's layer on a device."""
-        return lambda place: adapter.region(self.cache.region_index(place)).lkey
-
-    def rkey_of(self, adapter: Adapter) -> Callable[[PlaneLayer], int]:
-        """Return what gives the rkey of a plane's layer on a device."""
-        return lambda place: adapter.region(self.cache.region_index(place)).rkey
 
     @property
     def memory(self) -> dict[str, str]:

@@ -24,8 +24,9 @@ from kvxfer.agreement import is_global
 from kvxfer.errors import ControlError, InternalError, KVXferError, ProtocolError
 from kvxfer.gids import GID
 from kvxfer.logs import bind
-from kvxfer.memory import Span, map_memory
+from kvxfer.memory import map_memory
 from kvxfer.notify import max_ids
+from kvxfer.regions import Span
 from kvxfer.verbs_types import Access, PeerHint, QPLimits, QPPath
 from kvxfer.wire import NotifyRing, QPInfo
 

@@ -1,42 +1,26 @@
-"""Memory behind a cache: mapping our own, and what to register of any.
-
-Nothing here registers or touches a byte; a :class:`Region` says what a device
-should be given as one MR.
-"""
+"""Memory behind a cache: mapping our own, and the pages that any is on."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import fcntl
-import logging
 import mmap
 import os
 import weakref
-from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvxfer.errors import LayoutError
-from kvxfer.layout import PlaneLayer
+from kvxfer.regions import Span
 
 __all__ = [
-    "MAX_DEVICE_REGION",
-    "Region",
-    "Span",
     "address_range",
     "map_memory",
-    "merge_regions",
     "page_bytes",
     "round_up",
 ]
-
-_log = logging.getLogger("kvxfer.memory")
-
-#: Bytes of GPU memory in one region: drivers give out no dma-buf of 4 GiB.
-MAX_DEVICE_REGION = 7 << 29
 
 _PLANE_ALIGN = 4096
 _HUGE_PAGE = 2 << 20
@@ -46,106 +30,6 @@ _MAP_FIXED = 0x10
 # fcntl exports them only where the C library that Python was built with has them.
 _F_ADD_SEALS = 1033
 _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW = 1, 2, 4
-
-
-class Region(NamedTuple):
-    """A run of memory to register as one MR.
-
-    Where it is a file mapped shared, peers on this host can map it as well:
-    ``fd`` is the file, open as long as the memory is there, and ``offset`` where
-    in it the run begins. -1: it is no file.
-    """
-
-    addr: int
-    length: int
-    on_host: bool = True
-    fd: int = -1
-    offset: int = 0
-
-
-class Span(NamedTuple):
-    """What is known about the memory behind one entry.
-
-    ``allocation`` is its first and last-plus-one address, where known; ``owner``
-    keeps it alive. ``fd`` is the file that the allocation is, from offset 0 on, or
-    -1.
-    """
-
-    allocation: tuple[int, int] | None = None
-    on_host: bool = True
-    owner: object = None
-    fd: int = -1
-
-
-def merge_regions(found: Iterable[tuple[PlaneLayer, Span]]) -> list[Region]:
-    """Join ranges to regions; the rule is in :attr:`KVCache.regions`."""
-    found = list(found)
-    hulls: dict[object, tuple[int, int, Span]] = {}
-    for place, span in found:
-        key = span.allocation or place
-        low, high, _ = hulls.get(key, (place.base, place.end, span))
-        hulls[key] = (min(low, place.base), max(high, place.end), span)
-    joined: list[tuple[int, int, Span]] = []
-    for low, high, span in sorted(hulls.values(), key=lambda hull: hull[:2]):
-        if joined:
-            start, end, before = joined[-1]
-            on_host = span.on_host and before.on_host
-            # A file that touches other memory is still not one with it.
-            touching = low == end and on_host and max(span.fd, before.fd) < 0
-            if low < end or touching:
-                both = Span(on_host=on_host)
-                if on_host and high <= end:
-                    both = before
-                elif on_host and low == start:
-                    both = span
-                joined[-1] = (start, max(end, high), both)
-                continue
-        joined.append((low, high, span))
-    regions: list[Region] = []
-    for low, high, span in joined:
-        if span.on_host or high - low <= MAX_DEVICE_REGION:
-            regions.append(_region(low, high, span))
-        else:
-            regions += _slices([p for p, _ in found if low <= p.base < high])
-    _warn_of_long(regions)
-    return regions
-
-
-def _warn_of_long(regions: Iterable[Region]) -> None:
-    """Say in the log which layers of GPU memory may be more than a driver exports."""
-    long = [r for r in regions if not r.on_host and r.length > MAX_DEVICE_REGION]
-    if long:
-        _log.warning(
-            "%d layers of GPU memory are longer than %d bytes, %d the longest at %#x: "
-            "each is one region all the same, for which the driver may give out no "
-            "dma-buf. Fewer blocks in a cache make its layers shorter",
-            len(long),
-            MAX_DEVICE_REGION,
-            *max((r.length, r.addr) for r in long),
-        )
-
-
-def _region(low: int, high: int, span: Span) -> Region:
-    if span.fd < 0 or span.allocation is None:
-        return Region(low, high - low, span.on_host)
-    return Region(low, high - low, True, span.fd, low - span.allocation[0])
-
-
-def _slices(places: list[PlaneLayer]) -> list[Region]:
-    """Cut device memory between entries, so that each lies in one region.
-
-    An entry that is longer than a region may be is one by itself.
-    """
-    regions: list[Region] = []
-    for place in sorted(places, key=lambda p: p.base):
-        if regions:
-            start, length = regions[-1][:2]
-            end = max(start + length, place.end)
-            if end - start <= MAX_DEVICE_REGION:
-                regions[-1] = Region(start, end - start, on_host=False)
-                continue
-        regions.append(Region(place.base, place.length, on_host=False))
-    return regions
 
 
 def round_up(n: int) -> int:

@@ -335,6 +335,14 @@ class Options:
         "Let the device write cache memory in any order on the bus.",
         also=("KVCACHE_RELAX_ORDERING",),
     )
+    region_bytes: int = _option(
+        0,
+        "Bytes in a memory region of the cache at most; longer layers are cut between "
+        "blocks. 0: 3.5 GiB of GPU memory, any length of host memory.",
+        unit="bytes",
+        low=0,
+        high=1 << 40,
+    )
     flush: str = _option(
         "auto",
         "READ that has written bytes in place before anyone is told: of the writer, or "

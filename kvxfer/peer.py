@@ -216,7 +216,7 @@ class Peer:
             )
         self._route = build(
             host.cache.groups,
-            host.lkey_of(adapter),
+            adapter.lkeys,
             geometry_from_wire(offer.geometry),
             offer.endpoint.windows,
             self.shards,

@@ -14,7 +14,7 @@ from pathlib import Path
 from kvxfer import cuda
 from kvxfer._verbs import MemoryRegion, ProtectionDomain
 from kvxfer.errors import DeviceUnavailableError, VerbsError
-from kvxfer.memory import Region
+from kvxfer.regions import Region
 from kvxfer.verbs_types import Access
 
 __all__ = ["DMABUF", "HOST", "PEERMEM", "peermem_module", "register"]

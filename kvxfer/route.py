@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvxfer import wire
-from kvxfer.errors import LayoutError, ProtocolError
+from kvxfer.errors import LayoutError, ProtocolError, VersionMismatchError
 from kvxfer.layout import (
     Geometry,
     Group,
@@ -21,13 +21,15 @@ from kvxfer.layout import (
     describe,
     format_layers,
 )
+from kvxfer.regions import Keys
 from kvxfer.sharding import Shard, check_shards
 
-#: Gives the key of the memory region that holds a plane's layer.
-KeyOf = Callable[[PlaneLayer], int]
+#: Gives the keys of the memory regions that hold a plane's layer.
+KeysOf = Callable[[PlaneLayer], Keys]
 
-# As kvxfer._engine.Row and Pair, which this module must not import.
-Pair = tuple[int, int, int, int, int, int, int]
+# As kvxfer._engine.Row, Pair and Key, which this module must not import.
+Key = int | tuple[int, Sequence[int]]
+Pair = tuple[int, int, int, int, int, Key, Key]
 Row = tuple[int, int, int, int, list[Pair]]
 
 
@@ -105,7 +107,7 @@ def shards_from_wire(shards: Iterable[wire.Shard]) -> tuple[Shard, ...]:
     )
 
 
-def windows(groups: Iterable[Group], rkey_of: KeyOf) -> list[wire.Window]:
+def windows(groups: Iterable[Group], rkeys_of: KeysOf) -> list[wire.Window]:
     """List what a peer may write: every plane of every layer."""
     return [
         wire.Window(
@@ -116,12 +118,33 @@ def windows(groups: Iterable[Group], rkey_of: KeyOf) -> list[wire.Window]:
             block_stride=place.block_stride,
             block_bytes=place.block_bytes,
             n_blocks=place.n_blocks,
-            rkey=rkey_of(place),
+            rkey=keys[0],
+            more_rkeys=list(keys[1:]),
+            slice_blocks=blocks if len(keys) > 1 else 0,
         )
         for group in groups
         for plane in group.planes
         for layer, place in plane.layers.items()
+        for blocks, keys in [rkeys_of(place)]
     ]
+
+
+def check_whole(windows: Iterable[wire.Window], device: str) -> None:
+    """Refuse what is in slices, to a writer that knows one key a plane's layer.
+
+    Raises:
+      VersionMismatchError: A window has several keys.
+    """
+    for window in windows:
+        if window.more_rkeys:
+            raise VersionMismatchError(
+                f"layer {window.layer} of plane {window.plane!r} is registered on "
+                f"{device} in {1 + len(window.more_rkeys)} slices of "
+                f"{window.slice_blocks} blocks, and the writer's release knows one key "
+                "a layer",
+                hint="Take this release there as well, or here fewer blocks, or a "
+                "larger region_bytes.",
+            )
 
 
 @dataclass(frozen=True)
@@ -163,7 +186,7 @@ class Route:
 
 def build(
     groups: Iterable[Group],
-    lkey_of: KeyOf,
+    lkeys_of: KeysOf,
     remote: Geometry,
     remote_windows: Iterable[wire.Window],
     shards: Sequence[Shard] = (),
@@ -206,7 +229,7 @@ def build(
                         f"the peer gave no fitting window for plane {name!r} of layer "
                         f"{layer} in group {group.name!r}, which its geometry has"
                     )
-                keys = (lkey_of(place), window.rkey)
+                keys = (_key(lkeys_of(place)), _key(_rkeys(window)))
                 pairs += _pairs(place, window, keys, parts[name])
                 n_local.append(place.n_blocks)
                 n_remote.append(window.n_blocks)
@@ -233,10 +256,21 @@ def _wanted(place: PlaneLayer, shards: list[Shard]) -> int:
     return shards[0].remote_block_bytes if shards else place.block_bytes
 
 
+def _rkeys(window: wire.Window) -> Keys:
+    return Keys(
+        window.slice_blocks or window.n_blocks, (window.rkey, *window.more_rkeys)
+    )
+
+
+def _key(keys: Keys) -> Key:
+    """Put keys as the engine takes them."""
+    return keys.keys[0] if len(keys.keys) == 1 else keys
+
+
 def _pairs(
     place: PlaneLayer,
     window: wire.Window,
-    keys: tuple[int, int],
+    keys: tuple[Key, Key],
     shards: list[Shard],
 ) -> list[Pair]:
     """Give what of one plane's blocks goes where: all of them, or their parts."""

@@ -33,6 +33,7 @@ from kvxfer.link import numeric_address
 from kvxfer.logs import bind
 from kvxfer.offers import Offers
 from kvxfer.options import Options
+from kvxfer.regions import find_slices
 from kvxfer.requests import End, EndCode
 from kvxfer.ticket import Ticket
 from kvxfer.verbs_types import Access
@@ -502,15 +503,15 @@ class Server:
             self._landed(conn_id, incoming, record, arrival.head)
         else:
             incoming.flusher.after(
-                self._regions_of(record),
+                self._regions_of(incoming.link.adapter, record),
                 lambda: self._landed(conn_id, incoming, record, arrival.head),
             )
 
-    def _regions_of(self, record: notify.Record) -> set[int]:
-        """Number the regions of the cache that a record is about."""
-        cache = self._host.cache
-        rows = cache.group(record.group).rows(record.layer)
-        return {cache.region_index(place) for _, place in rows}
+    def _regions_of(self, adapter: Adapter, record: notify.Record) -> set[int]:
+        """Number the device's regions of the cache that a record is about."""
+        rows = self._host.cache.group(record.group).rows(record.layer)
+        slices = (find_slices(adapter.regions, place) for _, place in rows)
+        return set().union(*(part.holding(record.block_ids) for part in slices))
 
     def _landed(
         self, conn_id: int, incoming: Incoming, record: notify.Record, head: int

@@ -69,6 +69,7 @@ __all__ = [
     "FEATURE_FLUSH",
     "FEATURE_REQUESTS",
     "FEATURE_SHARDS",
+    "FEATURE_SLICES",
     "HANDSHAKE_VERSION",
     "MAGIC",
     "MAX_AUX_BYTES",
@@ -133,8 +134,12 @@ FEATURE_REQUESTS = 1 << 1
 FEATURE_DRAIN = 1 << 2
 #: Feature bit: the dialer reads some bytes of what it wrote, to have all in place.
 FEATURE_FLUSH = 1 << 3
+#: Feature bit: the dialer knows windows that have several keys.
+FEATURE_SLICES = 1 << 4
 #: Feature bits that this release knows.
-FEATURES = FEATURE_SHARDS | FEATURE_REQUESTS | FEATURE_DRAIN | FEATURE_FLUSH
+FEATURES = (
+    FEATURE_SHARDS | FEATURE_REQUESTS | FEATURE_DRAIN | FEATURE_FLUSH | FEATURE_SLICES
+)
 
 MAX_MESSAGE_BYTES = 4 << 20
 #: What a writer may send along behind a request's data.

@@ -65,6 +65,7 @@ __all__ = [
 #: Blocks in one offer, all groups together.
 MAX_OFFERED_BLOCKS = 1 << 19
 MAX_WINDOWS = 4096
+MAX_SLICES = 4096
 _MULTICAST_PREFIX = 0xFF
 _U64_END = 1 << 64
 
@@ -283,7 +284,11 @@ class Shard(Part, frozen=True, kw_only=True):
 
 class Window(Part, frozen=True, kw_only=True):
     """Where one layer of one plane may be written: ``n_blocks`` blocks from
-    ``base``, each ``block_stride`` bytes after the one before."""
+    ``base``, each ``block_stride`` bytes after the one before.
+
+    ``rkey`` is for all of them; or, under FEATURE_SLICES, for ``slice_blocks``, and
+    each of ``more_rkeys`` for so many more.
+    """
 
     group: Name
     plane: Name
@@ -293,9 +298,15 @@ class Window(Part, frozen=True, kw_only=True):
     block_bytes: BlockBytes
     n_blocks: BlockCount
     rkey: U32
+    more_rkeys: Annotated[list[U32], Meta(max_length=MAX_SLICES)] = msgspec.field(
+        default_factory=list
+    )
+    slice_blocks: Annotated[int, Meta(ge=0, lt=1 << 31)] = 0
 
     def check(self) -> None:
         what = f"window {self.group}/{self.plane}/{self.layer}"
+        n = -(-self.n_blocks // self.slice_blocks) if self.slice_blocks else 1
+        require(n == 1 + len(self.more_rkeys), f"{what}: not a key for each slice")
         require(self.block_stride >= self.block_bytes, f"{what}: blocks overlap")
         length = self.block_stride * (self.n_blocks - 1) + self.block_bytes
         require_range(self.base, length, what)

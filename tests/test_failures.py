@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kvxfer import Client, Failure, Server
+from kvxfer.adapter import Adapter
 from kvxfer.errors import (
     BrokenPeerError,
     CompletionError,
@@ -18,8 +19,8 @@ from kvxfer.errors import (
     RemoteAccessError,
     WriteTimeoutError,
 )
-from kvxfer.host import Host
 from kvxfer.link import Link
+from kvxfer.regions import Keys
 from tests.endpoints import (
     SOON,
     Bytes,
@@ -56,12 +57,14 @@ async def deregister(owner: Client | Server) -> None:
 
 async def test_a_refused_rkey_is_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed WR can never look like success."""
-    rkey_of = Host.rkey_of
+    rkeys = Adapter.rkeys
     monkeypatch.setattr(
-        Host, "rkey_of", lambda host, adapter: lambda place: 0x123456 + place.base % 7
+        Adapter,
+        "rkeys",
+        lambda adapter, place: Keys(place.n_blocks, (0x123456 + place.base % 7,)),
     )
     async with connected(fence_timeout=SOON) as pair:
-        monkeypatch.setattr(Host, "rkey_of", rkey_of)
+        monkeypatch.setattr(Adapter, "rkeys", rkeys)
         before = pair.target.memory.copy()
         error = await failure_of(
             pair.client.write_cache(pair.peer, [1, 2], [3, 4], [2, 0], request_id="r7")

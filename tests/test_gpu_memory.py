@@ -20,7 +20,7 @@ from kvxfer import Client, KVCache, Server, cuda
 from kvxfer._verbs import Device, MemoryRegion, ProtectionDomain
 from kvxfer.errors import DeviceUnavailableError, LayoutError, VerbsError
 from kvxfer.layout import PlaneLayer
-from kvxfer.memory import MAX_DEVICE_REGION, Region, Span, merge_regions
+from kvxfer.regions import MAX_DEVICE_REGION, Region, Span, find_slices, merge_regions
 from kvxfer.registration import DMABUF, HOST, PEERMEM, peermem_module, register
 from kvxfer.verbs_types import Access
 from tests.cuda_stand_in import StandIn
@@ -275,25 +275,65 @@ def test_long_allocations_are_registered_in_slices() -> None:
     assert host == Region(whole[0], 8 * GIB)
 
 
-def test_a_layer_longer_than_a_slice_is_one_region_and_a_warning(
+def test_a_layer_longer_than_a_slice_is_cut_between_its_blocks(
+    nic: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both layers at the same blocks, and each block in one region."""
+    block_bytes, base = 3 << 20, GPU_ADDRESS
+    far = base + (1 << 40)
+    a_slice = MAX_DEVICE_REGION // block_bytes
+    n_blocks = 2 * a_slice + 1
+    long = device_cache(base, far, n_blocks=n_blocks, block_bytes=block_bytes)
+    whole = a_slice * block_bytes
+    assert [r.length for r in long.regions] == [whole, whole, block_bytes] * 2
+    assert [r.addr for r in long.regions[3:]] == [far, far + whole, far + 2 * whole]
+    assert not any(r.on_host for r in long.regions) and caplog.records == []
+    for i, entry in enumerate(long.entries()):
+        assert find_slices(long.regions, entry.place) == (3 * i, 3, a_slice)
+        with pytest.raises(LayoutError, match="is in 3 regions"):
+            long.region_index(entry.place)
+
+
+def test_a_block_longer_than_a_slice_is_one_region_and_a_warning(
     nic: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The driver may refuse it, and then the log has said why."""
-    block_bytes, base = 1 << 20, GPU_ADDRESS
-    fits = device_cache(base, n_blocks=7 << 9, block_bytes=block_bytes)
-    assert [r.length for r in fits.regions] == [MAX_DEVICE_REGION]
-    assert caplog.records == []
-    n_blocks = (7 << 9) + 1
-    length = n_blocks * block_bytes
-    far = base + (1 << 40)
-    long = device_cache(base, far, n_blocks=n_blocks, block_bytes=block_bytes)
-    assert [r.length for r in long.regions] == [length, length]
+    block_bytes = MAX_DEVICE_REGION + 1
+    long = device_cache(GPU_ADDRESS, n_blocks=2, block_bytes=block_bytes)
+    assert [r.length for r in long.regions] == [2 * block_bytes]
     (record,) = caplog.records
-    assert (record.name, record.levelname) == ("kvxfer.memory", "WARNING")
-    assert f"2 layers of GPU memory are longer than {MAX_DEVICE_REGION} bytes" in (
-        caplog.text
-    )
-    assert f"{length} the longest at {far:#x}" in caplog.text
+    assert (record.name, record.levelname) == ("kvxfer.regions", "WARNING")
+    assert f"1 regions are longer than {MAX_DEVICE_REGION} bytes" in caplog.text
+    assert f"{2 * block_bytes} the longest at {GPU_ADDRESS:#x}" in caplog.text
+
+
+def test_slices_of_a_layer_have_a_dmabuf_each(
+    driver: StandIn, pd: ProtectionDomain
+) -> None:
+    """Of whole pages, though blocks are none: neighbours share the page between."""
+    n_blocks, block_bytes = 9, GIB - 100
+    made = driver.allocate(9 * GIB)
+    place = PlaneLayer(made.base + 24, n_blocks, block_bytes, block_bytes, "u8")
+    regions = merge_regions([(place, Span(on_host=False))])
+    assert [r.length // block_bytes for r in regions] == [3, 3, 3]
+    registrar, fds = Registrar(driver), open_fds()
+    for region in regions:
+        mr, way = register(
+            pd,
+            region,
+            WRITABLE,
+            load=lambda: cuda.Cuda(driver),
+            from_dmabuf=registrar,
+        )
+        mr.close()
+        assert way == DMABUF
+    assert open_fds() == fds
+    for (start, size), (offset, iova, length, _), region in zip(
+        driver.exported, registrar.calls, regions, strict=True
+    ):
+        assert start % PAGE == size % PAGE == 0 and offset < PAGE
+        assert (iova, length) == (region.addr, region.length)
+        assert size <= MAX_DEVICE_REGION + PAGE
 
 
 def test_slices_of_a_cache_are_found_by_place(nic: None) -> None:

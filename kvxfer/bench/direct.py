@@ -42,7 +42,9 @@ class Ends:
     def __init__(self, job: Job, access: Access) -> None:
         self.job = job
         # Nobody but us looks for completions.
-        self.options = dataclasses.replace(options_of(job), progress="event")
+        self.options = dataclasses.replace(
+            options_of(job), progress="event", region_bytes=0
+        )
         self.pool = Pool(job, shared=job["memory"] == "shared")
         self.access = access
         self.consumed = [0, 0]

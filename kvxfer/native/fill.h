@@ -9,17 +9,24 @@
 #define KVX_FILL_H
 
 #include <infiniband/verbs.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #define KVX_MAX_CHAIN 64
 #define KVX_MAX_SGE 16
 
-/* One plane of one layer, both ends. */
+/*
+ * One plane of one layer, both ends. Where an end is registered in slices of so many
+ * blocks, each slice has its key, and that of the first is not looked at; else the
+ * pointer is NULL.
+ */
 struct kvx_plane {
 	uint64_t local_base, local_stride;
 	uint64_t remote_base, remote_stride;
 	uint64_t block_bytes;
 	uint32_t lkey, rkey;
+	const uint32_t *lkeys, *rkeys;
+	uint32_t local_slice, remote_slice;
 };
 
 struct kvx_template {
@@ -53,6 +60,18 @@ static inline void kvx_template_init(struct kvx_template *t)
 	}
 }
 
+static inline uint32_t kvx_lkey(const struct kvx_plane *plane, uint32_t id)
+{
+	return plane->lkeys ? plane->lkeys[id / plane->local_slice] :
+			      plane->lkey;
+}
+
+static inline uint32_t kvx_rkey(const struct kvx_plane *plane, uint32_t id)
+{
+	return plane->rkeys ? plane->rkeys[id / plane->remote_slice] :
+			      plane->rkey;
+}
+
 static inline void kvx_set_constants(struct kvx_template *t, uint32_t i,
 				     const struct kvx_plane *plane)
 {
@@ -71,10 +90,14 @@ static inline void kvx_set_constants(struct kvx_template *t, uint32_t i,
  * Lengthen a WR that ends at `end` on the remote side by the blocks that follow
  * there: neighbours on both sides lengthen the SGE, neighbours on the remote
  * side alone become further SGEs. Returns the bytes that it has then.
+ *
+ * With `sliced`, a constant, it does not go beyond the remote slice, which has
+ * `room` blocks more, nor an SGE beyond a local one.
  */
-static inline uint64_t kvx_merge(struct ibv_send_wr *wr, struct kvx_blocks *b,
-				 const struct kvx_limits *limits,
-				 uint64_t total)
+static inline __attribute__((always_inline)) uint64_t
+kvx_merge(struct ibv_send_wr *wr, struct kvx_blocks *b,
+	  const struct kvx_limits *limits, uint64_t total, bool sliced,
+	  uint32_t room)
 {
 	const struct kvx_plane *plane = b->plane;
 	struct ibv_sge *sge = wr->sg_list;
@@ -86,14 +109,20 @@ static inline uint64_t kvx_merge(struct ibv_send_wr *wr, struct kvx_blocks *b,
 		       end) {
 		const uint64_t from = plane->local_base +
 				      b->local[b->at] * plane->local_stride;
+		const uint32_t lkey = sliced ?
+					      kvx_lkey(plane, b->local[b->at]) :
+					      plane->lkey;
 
-		if (from == sge->addr + sge->length) {
+		if (sliced && room-- == 0)
+			break;
+		if (from == sge->addr + sge->length &&
+		    (!sliced || lkey == sge->lkey)) {
 			sge->length += (uint32_t)plane->block_bytes;
 		} else if ((uint32_t)wr->num_sge < limits->max_sge) {
 			*++sge = (struct ibv_sge){
 				.addr = from,
 				.length = (uint32_t)plane->block_bytes,
-				.lkey = plane->lkey,
+				.lkey = lkey,
 			};
 			wr->num_sge++;
 		} else {
@@ -106,34 +135,43 @@ static inline uint64_t kvx_merge(struct ibv_send_wr *wr, struct kvx_blocks *b,
 	return total;
 }
 
-/* One WR of a block that is longer than a WR may be; returns its bytes. */
+/*
+ * One WR of a block that is longer than a WR may be, or whose plane is in slices;
+ * returns its bytes.
+ */
 static inline uint64_t kvx_fill_part(struct kvx_template *t, uint32_t i,
 				     struct kvx_blocks *b,
 				     const struct kvx_limits *limits)
 {
 	const struct kvx_plane *plane = b->plane;
+	const uint32_t local = b->local[b->at], remote = b->remote[b->at];
 	struct ibv_send_wr *wr = &t->wrs[i];
 	uint64_t length = plane->block_bytes - b->offset;
+	uint32_t room = UINT32_MAX;
 
 	if (length > limits->max_wr_bytes)
 		length = limits->max_wr_bytes;
 	t->planes[i] = NULL;
-	wr->sg_list->addr = plane->local_base +
-			    b->local[b->at] * plane->local_stride + b->offset;
+	wr->sg_list->addr = plane->local_base + local * plane->local_stride +
+			    b->offset;
 	wr->sg_list->length = (uint32_t)length;
+	wr->sg_list->lkey = kvx_lkey(plane, local);
 	wr->wr.rdma.remote_addr = plane->remote_base +
-				  b->remote[b->at] * plane->remote_stride +
-				  b->offset;
+				  remote * plane->remote_stride + b->offset;
+	wr->wr.rdma.rkey = kvx_rkey(plane, remote);
 	b->offset += length;
 	if (b->offset == plane->block_bytes) {
 		b->offset = 0;
 		b->at++;
-		length = kvx_merge(wr, b, limits, length);
+		if (plane->rkeys)
+			room = plane->remote_slice - 1 -
+			       remote % plane->remote_slice;
+		length = kvx_merge(wr, b, limits, length, true, room);
 	}
 	return length;
 }
 
-/* The same for blocks that are longer than a WR may be. */
+/* The same for blocks that are longer than a WR may be, and for slices. */
 static inline uint32_t kvx_fill_parts(struct kvx_template *t,
 				      struct kvx_blocks *b,
 				      const struct kvx_limits *limits,
@@ -170,7 +208,8 @@ static inline uint32_t kvx_fill(struct kvx_template *t, struct kvx_blocks *b,
 	uint64_t bytes = 0;
 	uint64_t to, end;
 
-	if (plane.block_bytes > limits->max_wr_bytes)
+	if (plane.block_bytes > limits->max_wr_bytes || plane.lkeys ||
+	    plane.rkeys)
 		return kvx_fill_parts(t, b, limits, i, limit, wr_id, max_bytes,
 				      n_bytes);
 	if (at == n)
@@ -196,7 +235,7 @@ static inline uint32_t kvx_fill(struct kvx_template *t, struct kvx_blocks *b,
 		/* A run: this WR deviates from the template. */
 		t->planes[i - 1] = NULL;
 		b->at = at;
-		bytes += kvx_merge(wr, b, limits, plane.block_bytes) -
+		bytes += kvx_merge(wr, b, limits, plane.block_bytes, false, 0) -
 			 plane.block_bytes;
 		at = b->at;
 		if (at == n)
