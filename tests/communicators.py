@@ -161,16 +161,16 @@ def initiator_faults(pair: Nodes, plan: str) -> None:
 
 def target_faults(pair: Nodes, plan: str) -> None:
     """Likewise the decode node's."""
-    server = pair.decode._ends._server
-    assert server is not None
-    set_faults(server._endpoint, plan)
+    listener = pair.decode._ends._listener
+    assert listener is not None
+    set_faults(listener.server._endpoint, plan)
 
 
 def writers(pair: Nodes) -> int:
     """Count the writers that the decode node knows."""
-    server = pair.decode._ends._server
-    assert server is not None
-    return len(server.peers)
+    listener = pair.decode._ends._listener
+    assert listener is not None
+    return len(listener.server.peers)
 
 
 @pytest.fixture(autouse=True)

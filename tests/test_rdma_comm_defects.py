@@ -198,9 +198,9 @@ def test_a_revoked_rkey_is_an_error() -> None:
     success for bytes that went nowhere."""
     with nodes() as pair:
         pair.check_write(OURS, THEIRS)
-        server = pair.decode._ends._server
-        assert server is not None
-        (adapter,) = server._endpoint._host.adapters
+        listener = pair.decode._ends._listener
+        assert listener is not None
+        (adapter,) = listener.server._endpoint._host.adapters
         for region in adapter._regions:
             region.close()
         before = pair.target.copy()

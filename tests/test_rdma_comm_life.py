@@ -35,9 +35,9 @@ PLANES = ("k", "v", "k_scale", "v_scale")
 
 
 def n_writers(decode: RDMACommunicator) -> int:
-    server = decode._ends._server
-    assert server is not None
-    return len(server.peers)
+    listener = decode._ends._listener
+    assert listener is not None
+    return len(listener.server.peers)
 
 
 @contextmanager

@@ -6,11 +6,10 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 from kvxfer import cuda
-from kvxfer.blocking import Arrival, Client, Peer, Server
+from kvxfer.blocking import Client, Peer
 from kvxfer.cache import KVCache
 from kvxfer.errors import (
     DeviceUnavailableError,
@@ -18,6 +17,7 @@ from kvxfer.errors import (
     KVXferError,
 )
 from kvxfer.fastdeploy.arguments import Arguments, bind
+from kvxfer.fastdeploy.listener import Listener, listen
 from kvxfer.fastdeploy.settings import Settings
 from kvxfer.fastdeploy.status import CONNECTED, ERROR, INVALID, ConnectStatus
 from kvxfer.sharding import Shard
@@ -239,10 +239,6 @@ def _on_gpu(arguments: Arguments) -> bool:
     return any(driver.gpu_of(at) is not None for at in pointers)
 
 
-def _forget(arrival: Arrival) -> None:
-    """Take an arrival: the engine's own channel tells the decode node."""
-
-
 class _Ends:
     """What a communicator has open; outlives it for the time of the close."""
 
@@ -250,22 +246,15 @@ class _Ends:
         self._cache = cache
         self._settings = settings
         self._lock = threading.Lock()
-        self._server: Server | None = None
+        self._listener: Listener | None = None
         self._client: Client | None = None
         self._closed = False
         self._pid = os.getpid()
 
     def listen(self, port: int) -> None:
-        """Open the server."""
-        server = Server(
-            self._cache,
-            self._settings.options,
-            host=self._settings.host,
-            port=port,
-            on_arrival=_forget,
-        )
-        server.open()
-        self._server = server
+        """Listen, or take part in what listens there for the same memory."""
+        self._listener = listen(self._cache, self._settings, port)
+        self._cache = self._listener.cache
 
     def client(self) -> Client:
         """Give the client, opened with the first call.
@@ -288,14 +277,17 @@ class _Ends:
     def close(self) -> None:
         """Close what is open. Twice is fine."""
         with self._lock:
-            self._closed = True
-            ends: Sequence[Client | Server | None] = (self._client, self._server)
-        for end in ends:
-            if end is not None:
-                end.close()
-        self._cache.close()
+            again, self._closed = self._closed, True
+        try:
+            if self._client is not None:
+                self._client.close()
+        finally:
+            if not again and self._listener is not None:
+                self._listener.release()
+        if self._listener is None:
+            self._cache.close()
 
     def close_in_background(self) -> None:
         """Close without waiting: garbage is collected in any thread."""
-        if self._pid == os.getpid() and (self._client or self._server):
+        if self._pid == os.getpid() and (self._client or self._listener):
             threading.Thread(target=self.close, name="kvxfer-close").start()
