@@ -196,7 +196,8 @@ def test_codes_of_write_cache(caplog: pytest.LogCaptureFixture) -> None:
             ([1], [1], -1, "layer -1"),
             ([1.5], [1], 0, "integer"),
             ("ab", "cd", 0, "str"),
-            (None, [1], 0, "NoneType"),
+            (None, [1], 0, "local_block_ids is a NoneType, not a list"),
+            ([1], iter([1]), 0, "remote_block_ids is a list_iterator, not a list"),
             ([1], [1], None, "layer_idx"),
         ):
             caplog.clear()

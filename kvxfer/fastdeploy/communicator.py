@@ -156,6 +156,13 @@ class RDMACommunicator:
         remote_ids: Any,
         layer_idx: int | None,
     ) -> int:
+        for name, ids in (
+            ("local_block_ids", local_ids),
+            ("remote_block_ids", remote_ids),
+        ):
+            if not hasattr(ids, "__len__"):
+                kind = type(ids).__name__
+                raise TypeError(f"{name} is a {kind}, not a list or an array")
         if len(local_ids) == 0 and len(remote_ids) == 0:
             return 0
         if layer_idx is None:
