@@ -406,6 +406,7 @@ class KVCache:
           limit: Bytes; 0: as :attr:`regions`.
 
         Raises:
+          LayoutError: It would be more than 4096 regions.
           ClosedResourceError: The cache is closed.
         """
         self._ensure_open()

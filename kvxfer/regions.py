@@ -32,6 +32,8 @@ _log = logging.getLogger("kvxfer.regions")
 
 #: Bytes of GPU memory in one region: drivers give out no dma-buf of 4 GiB.
 MAX_DEVICE_REGION = 7 << 29
+# What a peer can be told of; a cache has no more planes times layers.
+_MAX_REGIONS = 4096
 
 
 class Region(NamedTuple):
@@ -136,6 +138,9 @@ def merge_regions(
     Args:
       limit: Bytes in a region at most, of host memory as well; 0: of GPU memory
         :data:`MAX_DEVICE_REGION`, of host memory what there is.
+
+    Raises:
+      LayoutError: So short a limit makes too many regions of it.
     """
     found = list(found)
     hulls: dict[object, tuple[int, int, Span]] = {}
@@ -169,6 +174,12 @@ def merge_regions(
         cut = _cut([p for p, _ in found if low <= p.base < high], most)
         regions += (_region(start, end, span) for start, end in cut)
         long += (_region(a, b, span) for a, b in cut if b - a > most)
+    if len(regions) > _MAX_REGIONS and limit:
+        least = sum(region.length for region in regions) // _MAX_REGIONS
+        raise LayoutError(
+            f"region_bytes = {limit} makes {len(regions)} regions of this cache, at "
+            f"most {_MAX_REGIONS}; it takes more than {least} bytes in each"
+        )
     _warn_of_long(long, limit or MAX_DEVICE_REGION)
     return regions
 

@@ -118,6 +118,19 @@ def test_what_cannot_be_cut_is_one_region_and_a_warning(
     assert "cannot be cut between blocks" in caplog.text
 
 
+async def test_a_limit_that_makes_too_many_regions_is_refused() -> None:
+    """When it is opened, with both figures, and not by the first who connects."""
+    with KVCache.allocate(n_layers=1, n_blocks=4097, block_bytes=64) as cache:
+        planes = len(cache.entries())
+        assert len(cache.regions_within(256)) <= 4096
+        text = rf"region_bytes = 64 makes {4097 * planes} regions .* at most 4096"
+        for end in (Client(cache, region_bytes=64), Server(cache, region_bytes=64)):
+            with pytest.raises(LayoutError, match=text):
+                await end.open()
+            await end.close()
+        assert cache.in_use == 0
+
+
 # -- that each byte finds its key -----------------------------------------------------
 
 # Slices of one block, of some, and nothing but whole layers. In an arena a block of a
