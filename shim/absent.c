@@ -27,33 +27,6 @@ EXPORT int ibv_read_sysfs_file(const char *dir, const char *file, char *buf,
 	return -1;
 }
 
-/* Address handles: of datagrams only. */
-
-EXPORT struct ibv_ah *ibv_create_ah(struct ibv_pd *pd, struct ibv_ah_attr *attr)
-{
-	(void)pd;
-	(void)attr;
-	return nothing();
-}
-
-EXPORT struct ibv_ah *ibv_create_ah_from_wc(struct ibv_pd *pd,
-					    struct ibv_wc *wc,
-					    struct ibv_grh *grh,
-					    uint8_t port_num)
-{
-	(void)pd;
-	(void)wc;
-	(void)grh;
-	(void)port_num;
-	return nothing();
-}
-
-EXPORT int ibv_destroy_ah(struct ibv_ah *ah)
-{
-	(void)ah;
-	return EOPNOTSUPP;
-}
-
 /* Shared receive queues. */
 
 EXPORT struct ibv_srq *ibv_create_srq(struct ibv_pd *pd,

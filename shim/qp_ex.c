@@ -6,6 +6,8 @@
 
 #include "shim.h"
 
+#define DATAGRAM_OPS \
+	((uint64_t)(IBV_QP_EX_WITH_SEND | IBV_QP_EX_WITH_SEND_WITH_IMM))
 #define KNOWN_OPS                                                              \
 	((uint64_t)(IBV_QP_EX_WITH_RDMA_WRITE |                                \
 		    IBV_QP_EX_WITH_RDMA_WRITE_WITH_IMM | IBV_QP_EX_WITH_SEND | \
@@ -191,6 +193,20 @@ static void wr_bind_mw(struct ibv_qp_ex *ex, struct ibv_mw *mw, uint32_t rkey,
 	current(b)->bind_mw.bind_info = *bind_info;
 }
 
+static void wr_set_ud_addr(struct ibv_qp_ex *ex, struct ibv_ah *ah,
+			   uint32_t remote_qpn, uint32_t remote_qkey)
+{
+	struct builder *b = builder_of(ex);
+
+	if (b->n == 0) {
+		b->err = EINVAL;
+		return;
+	}
+	current(b)->wr.ud.ah = ah;
+	current(b)->wr.ud.remote_qpn = remote_qpn;
+	current(b)->wr.ud.remote_qkey = remote_qkey;
+}
+
 static void wr_set_sge_list(struct ibv_qp_ex *ex, size_t num_sge,
 			    const struct ibv_sge *sg_list)
 {
@@ -302,6 +318,7 @@ static void fill_calls(struct ibv_qp_ex *ex)
 	ex->wr_send_inv = wr_send_inv;
 	ex->wr_bind_mw = wr_bind_mw;
 	ex->wr_local_inv = wr_local_inv;
+	ex->wr_set_ud_addr = wr_set_ud_addr;
 	ex->wr_set_sge = wr_set_sge;
 	ex->wr_set_sge_list = wr_set_sge_list;
 	ex->wr_set_inline_data = wr_set_inline_data;
@@ -319,7 +336,9 @@ struct ibv_qp *shim_create_qp_ex(struct ibv_context *context,
 	struct ibv_qp *qp;
 
 	if (attr->comp_mask & ~known || (flags && attr->create_flags) ||
-	    (calls && attr->send_ops_flags & ~KNOWN_OPS)) {
+	    (calls && attr->send_ops_flags &
+			      ~(attr->qp_type == IBV_QPT_UD ? DATAGRAM_OPS :
+							      KNOWN_OPS))) {
 		errno = EOPNOTSUPP;
 		return NULL;
 	}

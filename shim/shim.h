@@ -9,7 +9,7 @@
 #ifndef KVX_SHIM_H
 #define KVX_SHIM_H
 
-#include "../kvxfer/softdev/internal.h"
+#include "../kvxfer/softdev/datagram.h"
 
 /* The header turns these into inline calls or other names. */
 #undef ibv_query_port

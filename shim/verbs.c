@@ -345,6 +345,44 @@ EXPORT int ibv_destroy_qp(struct ibv_qp *qp)
 	return shim_soft.destroy_qp(qp);
 }
 
+/* --- datagrams ----------------------------------------------------------- */
+
+EXPORT struct ibv_ah *ibv_create_ah(struct ibv_pd *pd, struct ibv_ah_attr *attr)
+{
+	return soft_create_ah(pd, attr);
+}
+
+EXPORT int ibv_init_ah_from_wc(struct ibv_context *context, uint8_t port_num,
+			       struct ibv_wc *wc, struct ibv_grh *grh,
+			       struct ibv_ah_attr *attr)
+{
+	(void)context;
+	if (!(wc->wc_flags & IBV_WC_GRH)) {
+		errno = EINVAL;
+		return -1;
+	}
+	*attr = (struct ibv_ah_attr){ .is_global = 1, .port_num = port_num };
+	attr->grh.dgid = grh->sgid;
+	return 0;
+}
+
+EXPORT struct ibv_ah *ibv_create_ah_from_wc(struct ibv_pd *pd,
+					    struct ibv_wc *wc,
+					    struct ibv_grh *grh,
+					    uint8_t port_num)
+{
+	struct ibv_ah_attr attr;
+
+	if (ibv_init_ah_from_wc(pd->context, port_num, wc, grh, &attr))
+		return NULL;
+	return soft_create_ah(pd, &attr);
+}
+
+EXPORT int ibv_destroy_ah(struct ibv_ah *ah)
+{
+	return soft_destroy_ah(ah);
+}
+
 /* No promise about the order in which the bytes of one message land. */
 EXPORT int ibv_query_qp_data_in_order(struct ibv_qp *qp, enum ibv_wr_opcode op,
 				      uint32_t flags)

@@ -100,6 +100,9 @@ static void orphan(struct soft_context *ctx)
 	close(ctx->epoll_fd);
 	close(ctx->kick_fd);
 	ctx->listen_fd = ctx->local_fd = ctx->epoll_fd = ctx->kick_fd = -1;
+	if (ctx->datagram_fd >= 0)
+		close(ctx->datagram_fd);
+	ctx->datagram_fd = -1;
 	ctx->has_thread = false;
 }
 
@@ -205,8 +208,9 @@ static int open_fds(struct soft_context *ctx)
 
 static void close_fds(struct soft_context *ctx)
 {
-	int fds[] = { ctx->listen_fd, ctx->local_fd, ctx->epoll_fd,
-		      ctx->kick_fd, ctx->verbs.context.async_fd };
+	int fds[] = { ctx->listen_fd, ctx->local_fd,
+		      ctx->epoll_fd,  ctx->datagram_fd,
+		      ctx->kick_fd,   ctx->verbs.context.async_fd };
 	size_t i;
 
 	for (i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
@@ -258,6 +262,7 @@ static void init_context(struct soft_context *ctx, struct ibv_device *device)
 	list_init(&ctx->device_fatal.link);
 	pthread_mutex_init(&ctx->plan.lock, NULL);
 	ctx->listen_fd = ctx->local_fd = ctx->epoll_fd = ctx->kick_fd = -1;
+	ctx->datagram_fd = -1;
 	ctx->timer_ns = NEVER;
 }
 

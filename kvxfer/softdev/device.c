@@ -6,6 +6,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "datagram.h"
 #include "wire_shm.h"
 
 #define MAX_EVENTS 64
@@ -186,6 +187,8 @@ static void take_events(struct soft_context *ctx,
 			soft_accept(ctx);
 		else if (events[i].data.ptr == &ctx->local_fd)
 			soft_local_accept(ctx);
+		else if (events[i].data.ptr == &ctx->datagram_fd)
+			soft_take_datagrams(ctx);
 		else
 			mark_ready(events[i].data.ptr, events[i].events);
 	}

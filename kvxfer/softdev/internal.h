@@ -400,6 +400,7 @@ struct soft_context {
 	enum soft_strict strict;
 	uint64_t pid_ns;
 	int listen_fd, local_fd, epoll_fd, kick_fd;
+	int datagram_fd; /* -1 before there is a UD QP; by ctx->lock */
 
 	pthread_mutex_t gate, lock; /* soft_lock() */
 	struct soft_qp *qp_table[SOFT_BUCKETS];

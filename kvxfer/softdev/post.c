@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "datagram.h"
 #include "windows.h"
 
 /*
@@ -16,12 +17,18 @@ static int check_send(const struct soft_qp *qp, const struct ibv_send_wr *wr,
 					     memory_order_acquire);
 
 	if (state != IBV_QPS_RTS && state != IBV_QPS_ERR)
-		return ENOMEM;
+		return soft_is_ud(qp) ? EINVAL : ENOMEM;
 	/* Slots come back only when a completion at or after them is polled. */
 	if (head - tail >= qp->sq.depth)
 		return ENOMEM;
 	if (wr->num_sge < 0 || (uint32_t)wr->num_sge > qp->cap.max_send_sge)
 		return ENOMEM;
+	if (soft_is_ud(qp))
+		return (wr->opcode == IBV_WR_SEND ||
+			wr->opcode == IBV_WR_SEND_WITH_IMM) &&
+				       wr->wr.ud.ah ?
+			       0 :
+			       EINVAL;
 
 	switch (wr->opcode) {
 	case IBV_WR_RDMA_WRITE:
@@ -110,6 +117,8 @@ static int fill_wqe(struct soft_qp *qp, const struct ibv_send_wr *wr,
 				IBV_SEND_INLINE));
 	if (local)
 		return soft_fill_local(slot, wr);
+	if (soft_is_ud(qp))
+		soft_fill_target(qp, slot, wr);
 	return soft_is_atomic(wqe->opcode) ? fill_atomic(wqe, slot, wr) : 0;
 }
 
@@ -156,7 +165,11 @@ int soft_post_send(struct ibv_qp *ibqp, struct ibv_send_wr *wr,
 	if (qp->sq.sums)
 		soft_strict_leave(qp);
 
-	if (head != first && state == IBV_QPS_RTS && !soft_post_direct(qp))
+	if (head == first || state != IBV_QPS_RTS)
+		return err;
+	if (soft_is_ud(qp))
+		soft_send_datagrams(qp);
+	else if (!soft_post_direct(qp))
 		soft_kick(qp);
 	return err;
 }

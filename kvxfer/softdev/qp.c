@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "datagram.h"
 #include "windows.h"
 
 static int check_create(struct ibv_pd *pd, const struct ibv_qp_init_attr *init)
@@ -13,7 +14,10 @@ static int check_create(struct ibv_pd *pd, const struct ibv_qp_init_attr *init)
 
 	if (soft_orphaned(pd->context))
 		return ENODEV;
-	if (init->qp_type != IBV_QPT_RC || init->srq)
+	if ((init->qp_type != IBV_QPT_RC &&
+	     (init->qp_type != IBV_QPT_UD ||
+	      to_context(pd->context)->is_null)) ||
+	    init->srq)
 		return EOPNOTSUPP;
 	if (!init->send_cq || !init->recv_cq ||
 	    init->send_cq->context != pd->context ||
@@ -60,6 +64,8 @@ static int allocate_queues(struct soft_qp *qp, const struct ibv_qp_cap *asked)
 				  qp->cap.max_inline_data);
 	sq->slot_bytes = at_least(sq->slot_bytes, sizeof(struct soft_atomic));
 	sq->slot_bytes = at_least(sq->slot_bytes, sizeof(struct soft_local));
+	if (soft_is_ud(qp))
+		sq->slot_bytes += sizeof(struct soft_target);
 	sq->ring = calloc(at_least(sq->depth, 1), sizeof(*sq->ring));
 	sq->slots = calloc(at_least(sq->depth, 1), sq->slot_bytes);
 
@@ -111,6 +117,8 @@ static int enlist(struct soft_context *ctx, struct soft_qp *qp)
 		err = ENOMEM;
 	if (!err && !ctx->is_null)
 		err = soft_start_thread(ctx);
+	if (!err && soft_is_ud(qp))
+		err = soft_open_datagrams(ctx);
 	if (!err) {
 		do {
 			soft_random(&qpn, sizeof(qpn));

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "datagram.h"
 #include "wire_shm.h"
 
 #define QPN_MASK 0xffffffu
@@ -10,11 +11,13 @@
 	((unsigned int)(IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | \
 			IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_ATOMIC))
 
-/* Legal moves of an RC QP and the attributes that each must and may carry. */
-static const struct move {
+/* Legal moves and the attributes that each must and may carry. */
+struct move {
 	enum ibv_qp_state from, to;
 	int required, optional;
-} moves[] = {
+};
+
+static const struct move rc_moves[] = {
 	{ IBV_QPS_RESET, IBV_QPS_INIT,
 	  IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS, 0 },
 	{ IBV_QPS_INIT, IBV_QPS_INIT, 0,
@@ -29,6 +32,21 @@ static const struct move {
 	  IBV_QP_CUR_STATE | IBV_QP_ACCESS_FLAGS | IBV_QP_MIN_RNR_TIMER },
 	{ IBV_QPS_RTS, IBV_QPS_RTS, 0,
 	  IBV_QP_CUR_STATE | IBV_QP_ACCESS_FLAGS | IBV_QP_MIN_RNR_TIMER },
+};
+
+static const struct move ud_moves[] = {
+	{ IBV_QPS_RESET, IBV_QPS_INIT,
+	  IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_QKEY, 0 },
+	{ IBV_QPS_INIT, IBV_QPS_INIT, 0,
+	  IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_QKEY },
+	{ IBV_QPS_INIT, IBV_QPS_RTR, 0, IBV_QP_PKEY_INDEX | IBV_QP_QKEY },
+	{ IBV_QPS_RTR, IBV_QPS_RTS, IBV_QP_SQ_PSN,
+	  IBV_QP_CUR_STATE | IBV_QP_QKEY },
+	{ IBV_QPS_RTS, IBV_QPS_RTS, 0, IBV_QP_CUR_STATE | IBV_QP_QKEY },
+};
+
+/* Of either. */
+static const struct move ends[] = {
 	{ IBV_QPS_INIT, IBV_QPS_ERR, 0, 0 },
 	{ IBV_QPS_RTR, IBV_QPS_ERR, 0, 0 },
 	{ IBV_QPS_RTS, IBV_QPS_ERR, 0, 0 },
@@ -40,22 +58,33 @@ static const struct move {
 	{ IBV_QPS_ERR, IBV_QPS_RESET, 0, 0 },
 };
 
-static int check_move(enum ibv_qp_state from, enum ibv_qp_state to, int mask)
+#define COUNT(array) (sizeof(array) / sizeof((array)[0]))
+
+static const struct move *find_move(const struct move *moves, size_t n,
+				    enum ibv_qp_state from,
+				    enum ibv_qp_state to)
 {
 	size_t i;
 
-	for (i = 0; i < sizeof(moves) / sizeof(moves[0]); i++) {
-		const struct move *move = &moves[i];
+	for (i = 0; i < n; i++)
+		if (moves[i].from == from && moves[i].to == to)
+			return &moves[i];
+	return NULL;
+}
 
-		if (move->from != from || move->to != to)
-			continue;
-		if ((mask & move->required) != move->required)
-			return EINVAL;
-		if (mask & ~(IBV_QP_STATE | move->required | move->optional))
-			return EINVAL;
-		return 0;
-	}
-	return EINVAL;
+static int check_move(const struct soft_qp *qp, enum ibv_qp_state from,
+		      enum ibv_qp_state to, int mask)
+{
+	const struct move *move = find_move(ends, COUNT(ends), from, to);
+
+	if (!move && soft_is_ud(qp))
+		move = find_move(ud_moves, COUNT(ud_moves), from, to);
+	else if (!move)
+		move = find_move(rc_moves, COUNT(rc_moves), from, to);
+	if (!move || (mask & move->required) != move->required ||
+	    mask & ~(IBV_QP_STATE | move->required | move->optional))
+		return EINVAL;
+	return 0;
 }
 
 static int check_address(const struct ibv_ah_attr *ah)
@@ -108,6 +137,7 @@ static void take_values(struct soft_qp *qp, const struct ibv_qp_attr *attr,
 	TAKE(IBV_QP_PORT, port_num);
 	TAKE(IBV_QP_PKEY_INDEX, pkey_index);
 	TAKE(IBV_QP_ACCESS_FLAGS, qp_access_flags);
+	TAKE(IBV_QP_QKEY, qkey);
 	TAKE(IBV_QP_AV, ah_attr);
 	TAKE(IBV_QP_PATH_MTU, path_mtu);
 	TAKE(IBV_QP_DEST_QPN, dest_qp_num);
@@ -245,7 +275,7 @@ int soft_modify_qp(struct ibv_qp *ibqp, struct ibv_qp_attr *attr, int mask)
 	err = mask & IBV_QP_CUR_STATE && attr->cur_qp_state != from ? EINVAL :
 								      0;
 	if (!err)
-		err = check_move(from, to, mask);
+		err = check_move(qp, from, to, mask);
 	if (!err)
 		err = check_values(attr, mask);
 	if (!err && ctx->lost && to != IBV_QPS_ERR && to != IBV_QPS_RESET)

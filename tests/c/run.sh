@@ -13,6 +13,8 @@ out=${1:-$(mktemp -d)}
 [ $# -gt 0 ] || trap 'rm -rf "$out"' EXIT
 mkdir -p "$out"
 
+tests="basic binds cq datagrams errors faults shm strict stress windows"
+
 # build NAME SANITIZERS SOURCE...: the program of one test
 build() {
 	name=$1 sanitizers=$2
@@ -38,13 +40,13 @@ library() {
 library asan address,undefined &
 library tsan thread &
 wait
-for test in basic binds cq errors faults process shm strict stress windows; do
+for test in $tests process; do
 	build "$test" address,undefined "$here/test_$test.c" "$out"/asan/*.o &
 done
 build fuzz address,undefined "$here/fuzz_frame.c" "$out/asan/frame.o" &
 # Not process: its children would be what races, and TSan by its default ends
 # a child that was forked while there were threads.
-for test in basic binds cq errors faults shm strict stress windows; do
+for test in $tests; do
 	build "race_$test" thread "$here/test_$test.c" "$out"/tsan/*.o &
 done
 wait
@@ -54,9 +56,10 @@ export TSAN_OPTIONS=halt_on_error=1
 "$out/fuzz" "${ROUNDS:-200000}"
 for wire in tcp cma shm; do
 	echo "wire $wire:"
-	for test in basic binds cq errors faults process shm strict stress windows \
-		race_basic race_binds race_cq race_errors race_faults race_shm \
-		race_strict race_stress race_windows; do
+	for test in $tests process; do
 		KVXFER_SOFT_WIRE=$wire timeout 120 "$out/$test"
+	done
+	for test in $tests; do
+		KVXFER_SOFT_WIRE=$wire timeout 120 "$out/race_$test"
 	done
 done
