@@ -2,7 +2,7 @@
 # Build and run the C tests of the software device under the sanitizers.
 #
 # Usage: tests/c/run.sh [directory for the programs]
-# Takes a little over two minutes on two cores. CC chooses the compiler, ROUNDS the
+# Takes about three minutes on two cores. CC chooses the compiler, ROUNDS the
 # length of the parser's fuzzing.
 set -eu
 
