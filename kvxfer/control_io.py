@@ -24,6 +24,7 @@ import zmq.asyncio
 from kvxfer import wire
 from kvxfer.auth import DOMAIN
 from kvxfer.curve import CurveKeys
+from kvxfer.descriptors import REMEDY, shortage
 from kvxfer.errors import (
     AddressInUseError,
     ClosedResourceError,
@@ -245,11 +246,16 @@ class Sockets:
       options: ``ping_interval`` and ``ping_timeout`` are used.
       private: On a context of their own, which costs two more threads. ZMQ asks one
         doorkeeper a context, so a server with keys does not share.
+
+    Raises:
+      ControlError: There are too few file descriptors. ZMQ would end the process.
     """
 
     def __init__(
         self, options: Options | None = None, *, private: bool = False
     ) -> None:
+        if problem := shortage():
+            raise ControlError(f"no room for a connection: {problem}", hint=REMEDY)
         self._options = Options() if options is None else options
         self._private = private
         self._context: zmq.asyncio.Context | None = (
@@ -361,7 +367,7 @@ def _bind_error(address: Address, exc: zmq.ZMQError) -> ControlError:
         errno.ENODEV: "No interface of this host has that address.",
         errno.EACCES: "Ports below 1024 and foreign directories need privileges.",
         errno.ENAMETOOLONG: "A Unix socket's path has at most 107 bytes.",
-        errno.EMFILE: "Out of file descriptors: raise `ulimit -n`.",
+        errno.EMFILE: REMEDY,
     }
     return ControlError(
         f"cannot listen on {address}: {exc}", hint=hints.get(exc.errno or 0, "")

@@ -37,6 +37,7 @@ from kvxfer.control_link import (
 from kvxfer.control_strangers import Strangers
 from kvxfer.control_watch import MONITORED, LinkWatch
 from kvxfer.curve import server_keys
+from kvxfer.descriptors import REMEDY, shortage
 from kvxfer.errors import (
     ClosedResourceError,
     InternalError,
@@ -454,6 +455,9 @@ class ControlServer:
                 f"{len(ours)} connections with {client or 'local processes'} "
                 "(max_client_connections)"
             )
+        if problem := shortage():
+            self._doors.log_refused(f"{problem}. {REMEDY}")
+            return f"the listener has no room: {problem}"
         return ""
 
     def _greet(self, identity: bytes, hello: wire.Hello, frame: zmq.Frame) -> None:

@@ -67,16 +67,15 @@ class LinkWatch:
         elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self.ready += 1
         elif kind == zmq.EVENT_ACCEPT_FAILED:
-            self._log_refused(int(event["value"]))
+            self.log_refused(zmq.strerror(int(event["value"])))
         elif kind == zmq.EVENT_DISCONNECTED:
             self.closed += 1
             return list(self._by_fd.get(int(event["value"]), ()))
         return []
 
-    def _log_refused(self, errno: int) -> None:
+    def log_refused(self, why: str) -> None:
+        """Log why a connection could not be taken, every ten seconds at most."""
         now = time.monotonic()
         if now >= self._next_log:
             self._next_log = now + _LOG_INTERVAL
-            _log.error(
-                "control: a connection could not be taken: %s", zmq.strerror(errno)
-            )
+            _log.error("control: a connection could not be taken: %s", why)

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvxfer import Client, Server, wire
+from kvxfer import Client, Peer, Server, wire
 from kvxfer.control_link import Link
 from kvxfer.errors import KVXferError
 from tests.endpoints import QUICK, SOON, arena, until
@@ -108,9 +109,10 @@ class Nursery:
 
         Args:
           **arguments: Its arguments; ``environ`` is added to the environment,
-            ``deny`` has system calls and the errno that each fails with, and at the
-            step ``halt`` of the handshake (``received Hello``, ``sending
-            Offer``, ``sent Offer``) the child reports ``halted`` and stands still.
+            ``nofile`` is how many descriptors it may have, and ``deny`` names system
+            calls and the errno that each fails with. At the step ``halt`` of the
+            handshake (``received Hello``, ``sending Offer``, ``sent Offer``) it
+            reports ``halted`` and stands still.
         """
         ours, theirs = socket.socketpair()
         request = json.dumps({"role": role, **arguments}).encode()
@@ -161,6 +163,42 @@ async def serve(test: Report, path: str, shape: dict[str, Any], **options: Any) 
             test.say(port=server.port)
             async for arrival in server.arrivals():
                 test.say(layer=arrival.layer, request_id=arrival.request_id)
+
+
+async def hoard(test: Report, port: int, shape: dict[str, Any], **options: Any) -> None:
+    """Be a client that connects and writes until it cannot connect any more.
+
+    Reports how many peers it had then and why there are no more; that all of them
+    can be written to; and, with half of them closed, that it can connect again.
+    """
+    peers: list[Peer] = []
+    async with contextlib.AsyncExitStack() as stack:
+        source = stack.enter_context(arena(**shape))
+
+        async def one_more(timeout: float | None = None) -> None:
+            peer = await client.connect("127.0.0.1", port, timeout=timeout)
+            peers.append(peer)
+            await client.write_cache(peer, [0], [0])
+
+        try:
+            client = Client(source.cache, **{**QUICK, **options})
+            await stack.enter_async_context(client)
+            while True:
+                await one_more()
+                # A client keeps one connection to an address; here it has many.
+                name = f"127.0.0.1:{port}"
+                client._peers[str(len(peers))] = client._peers.pop(name)
+        except KVXferError as error:
+            test.say(n=len(peers), error=type(error).__name__, text=str(error))
+        for peer in peers:
+            await client.write_cache(peer, [0], [0])
+        test.say(event="written")
+        half = len(peers) // 2
+        for peer in peers[half:]:
+            await peer.close()
+        # Whoever was turned away waits before it tries again.
+        await one_more(SOON)
+        test.say(event="again")
 
 
 async def write(
@@ -322,6 +360,8 @@ def _halt_at(step: str, connection: socket.socket) -> None:
 def _child(request: dict[str, Any], connection: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.environ.update(request.pop("environ", {}))
+    if nofile := request.pop("nofile", 0):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile))
     for call, errno in request.pop("deny", {}).items():
         deny(call, errno)
     if halt := request.pop("halt", ""):
@@ -330,6 +370,7 @@ def _child(request: dict[str, Any], connection: socket.socket) -> None:
     request["shape"]["planes"] = {name: tuple(size) for name, size in planes.items()}
     roles: dict[str, Callable[..., Coroutine[Any, Any, None]]]
     roles = {
+        "hoard": hoard,
         "prefill": prefill,
         "reconnect": reconnect,
         "serve": serve,
