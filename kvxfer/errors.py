@@ -157,7 +157,8 @@ class KVXferError(Exception):
             outcome = "confirmed" if self.fenced else "not confirmed"
             text = f"{text}; fence at the peer {outcome}"
         if self.hint:
-            text = f"{text.rstrip('.')}. {self.hint}"
+            end = "" if text.endswith("?") else "."
+            text = f"{text.rstrip('.')}{end} {self.hint}"
         return text
 
 

@@ -153,6 +153,12 @@ class Collector:
             _by_one(server.handshakes()),
             ("outcome",),
         )
+        yield self._counter(
+            "control_links",
+            "Connections to the control port: taken, and through ZMQ's handshake.",
+            _by_one(server.links()),
+            ("state",),
+        )
 
     # -- the forms of prometheus-client --------------------------------------------
 

@@ -334,6 +334,13 @@ class Server:
         names = ("accepted", "refused", "garbage", "strangers", "floods", "denied")
         return {name: getattr(counts, name) for name in names}
 
+    def links(self) -> dict[str, int]:
+        """Count the connections taken, and those that ZMQ let in; from any thread."""
+        if self._control is None:
+            return {}
+        counts = self._control.statistics()
+        return {"taken": counts.links, "ready": counts.links_ready}
+
     def _listening(self) -> ControlServer:
         if self._control is None:
             raise ClosedResourceError("the server is not open")

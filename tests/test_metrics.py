@@ -92,6 +92,8 @@ async def test_a_transfer_as_both_sides_tell_it_over_http() -> None:
         assert value(theirs, "arrived_bytes_total") == n_bytes
         assert value(theirs, "waiting_arrivals") == 0
         assert value(theirs, "handshakes_total", outcome="accepted") == 1
+        assert value(theirs, "control_links_total", state="taken") == 1
+        assert value(theirs, "control_links_total", state="ready") == 1
         assert value(theirs, "connections", state="connected") == 1
         assert ("process_open_fds", frozenset()) in ours
 
@@ -263,7 +265,8 @@ async def test_a_server_is_scraped_while_connections_come_and_go() -> None:
                 line_by_line, end.connection_states, change
             )
             assert set(states) >= {"connecting", "connected"}
-        for look in (pair.server.handshakes, lambda: pair.server.peers):
+        looks = (pair.server.handshakes, pair.server.links)
+        for look in (*looks, lambda: pair.server.peers):
             assert await asyncio.to_thread(line_by_line, look, change)
 
 
