@@ -427,6 +427,15 @@ async def test_every_byte_is_compared_on_this_machine() -> None:
         assert "128 blocks written and compared" in finding.found
 
 
+async def test_the_interface_that_is_named_is_not_listened_on() -> None:
+    """A server would, but here nobody else is to connect."""
+    names = [name for _, name in socket.if_nameindex()]
+    for name in names:
+        options = Options(device="soft", socket_ifname=name)
+        (finding,) = await cli.transfers(Machine(), options)
+        assert finding.level is Level.OK, finding
+
+
 async def test_a_device_that_corrupts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = transfer.fill
     # The source is filled for another seed than is looked for.

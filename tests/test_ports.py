@@ -7,6 +7,10 @@ software device, and bytes go by the port and the GID index that were chosen.
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -242,6 +246,27 @@ async def test_a_container_whose_netdevs_are_all_elsewhere(rig: Rig) -> None:
         foreign, machines.container, {"require_rdma": True}, {"device": "mlx5_4"}
     )
     assert "10.7.0.7 RoCE v2 (its netdev is in another network" in said
+
+
+def test_the_doctor_writes_by_the_gid_that_is_chosen(
+    network: Network, tmp_path: Path
+) -> None:
+    """By the options in force, of which sysfs tells which entries are foreign."""
+    machines.container(Machine(tmp_path / "machine"), 7)
+    done = subprocess.run(
+        [sys.executable, "-m", "kvxfer", "doctor", "--json"],
+        stdout=subprocess.PIPE,
+        env={**os.environ, **network.environ(tmp_path / "machine")},
+        timeout=patient(120),
+        check=False,
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    written = {row["check"]: row for row in rows if row["check"].startswith("write ")}
+    assert set(written) == {"write mlx5_4", "write soft0"}
+    for row in written.values():
+        assert row["level"] == "ok", row
+    itself = Route("mlx5_4", 1, 5, "v2 10.6.0.7", "v2 10.6.0.7")
+    assert network.routes() == [itself, itself]
 
 
 async def test_no_gid_in_common_shows_both_tables(rig: Rig) -> None:

@@ -10,8 +10,7 @@ import socket
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,6 +35,8 @@ _LATENCY_ROUNDS = 64
 _BANDWIDTH_ROUNDS = 8
 # A path that works answers in microseconds; this is for one that does not.
 _PATIENCE = 15.0
+# Reached by this host alone, and not the default, which socket_ifname would replace.
+_HERE = "127.0.0.2"
 _VERIFY = "kvxfer-doctor/verify/"
 _VERDICT = "kvxfer doctor verified "
 
@@ -125,23 +126,28 @@ async def loopback(verdict: Verdict, options: Options) -> list[Finding]:
     check = f"write {verdict.spec.label}"
     name = verdict.spec.name
     device = name if verdict.is_software else f"{name}:{verdict.spec.port_num}"
-    settings: dict[str, Any] = {
-        "device": device,
-        "require_rdma": False,
-        "host": "127.0.0.1",
-        "socket_ifname": options.socket_ifname,
-        "gid_index": None if verdict.is_software else options.gid_index,
-        "write_timeout": _PATIENCE,
-    }
+    # As the options have it, but for who may connect and where.
+    options = replace(
+        options,
+        device=device,
+        require_rdma=False,
+        host=_HERE,
+        port=0,
+        listen=None,
+        secret_key_file=None,
+        client_keys_dir=None,
+        server_public_key=None,
+        write_timeout=_PATIENCE,
+    )
     try:
         with make_cache() as source, make_cache() as target:
             seed = secrets.randbelow(1 << 10) + 1
             fill(source, seed)
             async with (
-                Server(target, Options(**settings, port=0)) as server,
-                Client(source, Options(**settings)) as client,
+                Server(target, options) as server,
+                Client(source, options) as client,
             ):
-                peer = await client.connect("127.0.0.1", server.port)
+                peer = await client.connect(_HERE, server.port)
                 measured = await measure(client, peer)
                 wrong = wrong_blocks(target, seed)
     except KVXferError as error:
