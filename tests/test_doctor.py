@@ -526,10 +526,12 @@ def free_port() -> int:
 SOFT = Options(device="soft", ib_timeout=14, ping_timeout=2)
 
 
-async def test_the_whole_path() -> None:
+async def test_the_whole_path(caplog: pytest.LogCaptureFixture) -> None:
     async with listening() as port:
         for _ in range(2):
             found = await transfer.probe("127.0.0.1", port, SOFT)
+            # That it ends is how the verdict comes.
+            assert not caplog.records
             assert [f.check for f in found] == [
                 *("control", "negotiation", "packets", "data path", "verified")
             ]

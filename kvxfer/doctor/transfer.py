@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -227,8 +228,16 @@ class Listener:
 async def _connected(
     cache: KVCache, options: Options, host: str, port: int
 ) -> AsyncIterator[tuple[Client, Peer]]:
-    async with Client(cache, options, write_timeout=_PATIENCE) as client:
-        yield client, await client.connect(host, port)
+    # The other side ends the connection to say what it found, which is no warning; and
+    # an end that is one becomes a finding.
+    log = logging.getLogger("kvxfer.peer")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        async with Client(cache, options, write_timeout=_PATIENCE) as client:
+            yield client, await client.connect(host, port)
+    finally:
+        log.setLevel(before)
 
 
 async def probe(host: str, port: int, options: Options) -> list[Finding]:
