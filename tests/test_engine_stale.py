@@ -55,6 +55,7 @@ def test_it_says_nothing_of_the_queue_that_has_the_slot_now(
         target.connect(to, source, by)
         slot = engine.add_initiator(by, rig.rows())
         local, _, remote, _, length, lkey, rkey = rig.pair(0)
+        assert isinstance(lkey, int) and isinstance(rkey, int)
         late = SendWR(
             wr_id=stale,
             sges=(SGE(local, length, lkey),),
