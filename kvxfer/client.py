@@ -411,7 +411,7 @@ class Client:
     def finished(self) -> list[Request]:
         """Take the requests that have ended, well or badly, since the last call.
 
-        May be called from any thread. The last 65536 are kept.
+        May be called from any thread. The last 4096 are kept.
         """
         return list(self._streams_now().finished())
 

@@ -35,7 +35,7 @@ from kvxfer.notify import Record
 from kvxfer.positions import Window
 from kvxfer.requests import End, EndCode, Key, end_code
 from kvxfer.ticket import Ticket
-from kvxfer.waiting import Ending, take_all
+from kvxfer.waiting import MAX_FINISHED, Ending, take_all
 from kvxfer.writers import Writer, Writers
 
 __all__ = ["Offers"]
@@ -44,7 +44,6 @@ _log = logging.getLogger("kvxfer.offers")
 
 # Endings that a writer may still ask for after a reconnection.
 _MAX_ENDED = 65536
-_MAX_FINISHED = 65536
 
 
 class Connections(Protocol):
@@ -82,7 +81,7 @@ class Offers:
         self._ended = collections.OrderedDict()
         self.writers = Writers(host, self, where)
         self._finished: collections.deque[Ticket]
-        self._finished = collections.deque(maxlen=_MAX_FINISHED)
+        self._finished = collections.deque(maxlen=MAX_FINISHED)
         self._closed = False
         self.stale = 0
         """Records dropped since their offer does not stand any more."""

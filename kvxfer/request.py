@@ -250,7 +250,7 @@ class Request:
             await self._over.wait_uncancelled()
             raise
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)  # else it grows with each
 
     def join(self, timeout: float | None = None) -> None:
         """Wait as :meth:`sent` does, in a thread that is not the event loop's.
@@ -267,7 +267,7 @@ class Request:
         if not self._over.wait_blocking(timeout):
             raise TimeoutError(f"{self!r} goes on after {timeout:g} s")
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)  # else it grows with each
 
     def _check_unfinished(self) -> None:
         if self._finished:

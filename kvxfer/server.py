@@ -408,7 +408,7 @@ class Server:
     def finished(self) -> list[Ticket]:
         """Take the tickets that have ended, well or badly, since the last call.
 
-        May be called from any thread. The last 65536 are kept.
+        May be called from any thread. The last 4096 are kept.
         """
         return self._offers_now().finished()
 

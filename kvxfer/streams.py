@@ -43,11 +43,10 @@ from kvxfer.remotes import Remote, Remotes, Stream
 from kvxfer.request import as_groups
 from kvxfer.requests import End, EndCode, Key, RequestState
 from kvxfer.stream_statistics import ClientStatistics, Lacks, LayerWaits
-from kvxfer.waiting import Ending, take_all
+from kvxfer.waiting import MAX_FINISHED, Ending, take_all
 
 __all__ = ["Streams"]
 
-_MAX_FINISHED = 65536
 _MAX_TOMBSTONES = 65536
 
 
@@ -63,7 +62,7 @@ class Streams:
         self._requests: dict[str, Stream] = {}
         self._tombstones: collections.OrderedDict[str, End] = collections.OrderedDict()
         self._finished: collections.deque[Stream]
-        self._finished = collections.deque(maxlen=_MAX_FINISHED)
+        self._finished = collections.deque(maxlen=MAX_FINISHED)
         self._dispatcher = Dispatcher(host, self.drive)
         self._closed = False
         self._stall: asyncio.TimerHandle | None = None

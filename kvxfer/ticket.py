@@ -196,4 +196,4 @@ class Ticket:
     def _failure(self) -> KVXferError:
         if self._error is None:
             return LayoutError("no writer of this request holds that layer")
-        return self._error
+        return self._error.with_traceback(None)  # else it grows with each

@@ -10,7 +10,11 @@ from typing import TypeVar
 
 from kvxfer.errors import NotQuiescentError
 
-__all__ = ["Ending", "Waiters", "take_all"]
+__all__ = ["MAX_FINISHED", "Ending", "Waiters", "take_all"]
+
+#: Of what has ended, the last so many are kept for whoever polls. Each keeps what
+#: its request was, some 10 KB, and not everybody polls.
+MAX_FINISHED = 4096
 
 _T = TypeVar("_T")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kvxfer.waiting import MAX_FINISHED
 from tests.endpoints import until
 from tests.streaming import Streamed, streamed
 
@@ -47,3 +48,11 @@ async def test_two_threads_that_ask_at_once(side: str) -> None:
         raced = owner._finished = Raced(owner._finished)
         found = endpoint.finished()
         assert [*found, *raced.taken] == [ended]
+
+
+async def test_whoever_does_not_ask_keeps_the_last_of_them() -> None:
+    async with streamed() as pair:
+        requests = [pair.client.open(str(i)) for i in range(MAX_FINISHED + 3)]
+        for request in requests:
+            await request.abort()
+        assert pair.client.finished() == requests[3:]
