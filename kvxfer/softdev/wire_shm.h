@@ -77,9 +77,9 @@ ssize_t soft_copy_guarded(const struct iovec *to, int n_to,
 /* Listen under the name that the GID gives. Without it there is no shm. */
 void soft_local_listen(struct soft_context *ctx);
 void soft_local_accept(struct soft_context *ctx);
-/* Whether the QP is to look for its peer on this host first. */
 /* Whether peers can map most of the memory that is registered beside the QP. */
 bool soft_can_be_mapped(const struct soft_qp *qp);
+/* Whether the QP is to look for its peer on this host first. */
 bool soft_local_first(const struct soft_qp *qp);
 /* Whether it can be nowhere else. */
 bool soft_only_local(const struct soft_qp *qp);
