@@ -26,8 +26,9 @@ from kvxfer.errors import NotQuiescentError
 _LAYER_BITS = 16
 _PRIORITY_BITS = 10
 _DEADLINE_BITS = 38
-# After so many writes that never had to wait the loop is given a turn.
+# After so many writes that never had to wait, or so much time, the loop gets a turn.
 _YIELD_EVERY = 64
+_YIELD_SECONDS = 0.0005
 
 
 def make_key(
@@ -152,6 +153,7 @@ class Scheduler:
         self._transfers: set[Transfer] = set()
         self._deadlines = Deadlines()
         self._n_quick = 0
+        self._quick_seconds = 0.0
 
     def write(
         self,
@@ -175,6 +177,7 @@ class Scheduler:
         )
         if isinstance(ended, tuple):
             self._n_quick += 1
+            self._quick_seconds += ended[2]
             return ended
         return self._expect(slot, plan, ended)
 
@@ -214,11 +217,13 @@ class Scheduler:
     def owes_a_turn(self) -> bool:
         """Whether the loop has been kept from its other tasks: give it a turn.
 
-        True once after a number of writes that ended before they were waited for.
+        True once after a number of writes that ended before they were waited for, or
+        some time of them.
         """
-        if self._n_quick < _YIELD_EVERY:
+        if self._n_quick < _YIELD_EVERY and self._quick_seconds < _YIELD_SECONDS:
             return False
         self._n_quick = 0
+        self._quick_seconds = 0.0
         return True
 
     def watch(self, transfer: Transfer, on_end: Callable[[Transfer], None]) -> None:
@@ -253,6 +258,7 @@ class Scheduler:
         """
         loop = asyncio.get_running_loop()
         self._n_quick = 0
+        self._quick_seconds = 0.0
         self._deadlines.add(
             transfer, timeout, lambda: self._expire(transfer, break_queue)
         )

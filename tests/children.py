@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kvxfer import Client, Peer, Server, wire
+from kvxfer.control_io import in_thread
 from kvxfer.control_link import Link
 from kvxfer.errors import KVXferError
 from tests.endpoints import QUICK, SOON, arena, until
@@ -118,7 +119,7 @@ class Nursery:
         request = json.dumps({"role": role, **arguments}).encode()
         with theirs:
             socket.send_fds(self._socket, [request], [theirs.fileno()])
-            pid = int(await asyncio.to_thread(self._socket.recv, 64))
+            pid = int(await in_thread(self._socket.recv, 64))
         child = Child(pid, ours)
         try:
             yield child

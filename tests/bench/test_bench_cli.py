@@ -87,6 +87,7 @@ async def test_several_in_flight_of_several_threads(tmp_path: Path) -> None:
         tmp_path,
         *("--sizes", "2K", "--depth", "2", "--threads", "2", "--planes", "k,v"),
         *("--memory", "ordinary", "--batch", "16", "--qps", "2"),
+        *("--window", "0.3"),  # each of them gets its turn
     )
     assert found["method"]["options"] == {"qps_per_connection": 2}
     (window,) = found["windows"]
