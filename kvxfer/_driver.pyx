@@ -145,9 +145,10 @@ cdef void linger(Core *core, Batch *batch) noexcept nogil:
     have nothing else to wait for. The lock is held; it is let go between looks, and the
     processor is left to whoever wants it.
     """
-    cdef uint64_t deadline = now_ns() + LINGER_NS
+    cdef uint64_t deadline
     if core.mode == EVENT or not _may_linger:
         return
+    deadline = now_ns() + LINGER_NS
     pump(core)
     while (batch.n_open and not core.thread_drives and core.n_ready == 0
             and core.flying_bytes <= LINGER_BYTES and not drain(core, BUDGET)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from kvxfer import Client, Server, devices
+from kvxfer import Client, Server, devices, scheduler
 from kvxfer._verbs import live_objects
 from kvxfer.errors import DeviceUnavailableError, OptionError, UsageError, VerbsError
 from kvxfer.options import Options
@@ -114,3 +115,32 @@ def test_it_is_never_chosen() -> None:
     assert [s.name for s in devices.usable(Options(device="null0"))] == ["null0"]
     with pytest.raises(OptionError, match="null"):
         devices.usable(Options(device="null0", require_rdma=True))
+
+
+@pytest.mark.parametrize("bound", ["_YIELD_EVERY", "_YIELD_SECONDS"])
+async def test_writes_that_never_wait_leave_the_loop_its_turns(
+    bound: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their number or by their time, whichever is reached first."""
+    monkeypatch.setattr(scheduler, "_YIELD_EVERY", 1 << 30)
+    monkeypatch.setattr(scheduler, "_YIELD_SECONDS", 1e9)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with connected(device="null0") as pair:
+        task = asyncio.ensure_future(other())
+        try:
+            await asyncio.sleep(0)
+            for n_turns in (0, 1):
+                monkeypatch.setattr(scheduler, bound, 0 if n_turns else 1e9)
+                before = turns
+                for _ in range(5):
+                    await pair.client.write_cache(pair.peer, [1], [2], 0)
+                assert turns == before + 5 * n_turns
+        finally:
+            task.cancel()
