@@ -348,6 +348,7 @@ class Outbound:
         piece.open = True
         self._layers[piece.key].ready_at = self._now()
         self._go_on(piece.key)
+        self._finish()  # no write of it may follow: what is not offered is skipped
 
     def finish(self, aux: bytes) -> None:
         """Nothing more will become ready."""

@@ -7,6 +7,7 @@ awaited. What is wrong with a call is said where it is made.
 from __future__ import annotations
 
 import asyncio
+import collections
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,11 +16,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvxfer.blocks import Ids, as_ids
-from kvxfer.errors import KVXferError, LayoutError, UsageError
+from kvxfer.errors import ClosedResourceError, KVXferError, LayoutError, UsageError
 from kvxfer.events import check_event
 from kvxfer.outbound import Chunk, Outbound
 from kvxfer.policy import Flow
-from kvxfer.requests import End, EndCode, Key, LayerState, RequestState
+from kvxfer.requests import (
+    End,
+    EndCode,
+    Key,
+    LayerState,
+    LayerTimes,
+    RequestState,
+)
 from kvxfer.stream_statistics import RequestMetrics
 from kvxfer.waiting import Ending, Waiters
 from kvxfer.wire import MAX_AUX_BYTES
@@ -89,6 +97,10 @@ class Request:
         self._flow: Flow[Chunk] = Flow(deadline, priority)
         self._lock = threading.Lock()
         self._final: set[Key] = set()
+        # Marks are carried out on the loop, later: until one has been, no look at its
+        # layer may answer from what was marked before it.
+        self._n_said: collections.Counter[Key] = collections.Counter()
+        self._n_heard: collections.Counter[Key] = collections.Counter()
         self._finished = False
         self._born = time.monotonic()
         self._died: float | None = None
@@ -119,7 +131,7 @@ class Request:
             bytes=self._core.bytes_done,
             wrs=self._n_wrs,
             seconds=(self._died or time.monotonic()) - self._born,
-            layers=self._core.times(),
+            layers=self._times(),
             device=self._way[0],
             wire=self._way[1],
         )
@@ -127,13 +139,25 @@ class Request:
     def layer_state(self, layer: int, group: str | None = None) -> LayerState:
         """Say how far a layer is: waiting, posted, acknowledged or visible.
 
+        All that has been said to be ready counts from then on, in any thread: once
+        this is ``ACKNOWLEDGED``, no block of the layer is read any more.
+
         Raises:
           LayoutError: Nothing has been said to be ready of such a layer.
         """
         key = (self._streams.group(group), layer)
-        if key not in self._core.layers():
+        if not self._n_said[key]:
             raise LayoutError(f"nothing is ready of layer {layer!r}")
+        if self._n_said[key] > self._n_heard[key] or key not in self._core.layers():
+            return LayerState.WAITING
         return self._core.layer_state(key)
+
+    def _times(self) -> tuple[LayerTimes, ...]:
+        known = {(times.group, times.layer): times for times in self._core.times()}
+        said = [key for key, n in self._n_said.copy().items() if n]
+        return tuple(
+            known.get(key) or LayerTimes(*key) for key in sorted({*said, *known})
+        )
 
     # -- marks -----------------------------------------------------------------
 
@@ -189,11 +213,22 @@ class Request:
             keys = [key for key in keys if key not in self._final]
             if final:
                 self._final.update(keys)
-            self._streams.post(
-                lambda: self._streams.ready(
-                    self, keys, ids, first_block, final, event, layer is None
+            self._n_said.update(keys)
+            try:
+                self._streams.post(
+                    lambda: self._hear(
+                        keys, ids, first_block, final, event, layer is None
+                    )
                 )
-            )
+            except ClosedResourceError:
+                self._n_said.subtract(keys)
+                raise
+
+    def _hear(self, keys: list[Key], *mark: Any) -> None:
+        try:
+            self._streams.ready(self, keys, *mark)
+        finally:
+            self._n_heard.update(keys)
 
     def finish(self, aux: bytes = b"") -> None:
         """Say that nothing more will become ready: every layer is final.

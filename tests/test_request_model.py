@@ -29,6 +29,7 @@ from kvxfer.outbound import (
     Offered,
     Outbound,
     Over,
+    Piece,
     Stop,
     Tag,
     Write,
@@ -59,6 +60,9 @@ class World:
         self.source: dict[tuple[int, int], int] = {}
         """Layer and local block to its version."""
         self.wanted: dict[tuple[int, int], int] = {}
+        self.events_per_turn = rng.choice([1.0, 0.02])
+        self.events: list[Piece] = []
+        """Pieces whose bytes may not be read yet."""
         self.queued: list[Chunk] = []
         self.posted: list[tuple[Chunk, Tag, list[int], bool]] = []
         """With the versions that the device read, and whether they have landed."""
@@ -105,9 +109,18 @@ class World:
         final = stop == self.window.stop and self.rng.random() < 0.7
         if final:
             self.final.add(layer)
-        self.outbound.ready(
-            (GROUP, layer), first, ids(blocks), final=final, is_open=True
+        is_open = self.rng.random() < 0.5
+        piece = self.outbound.ready(
+            (GROUP, layer), first, ids(blocks), final=final, is_open=is_open
         )
+        if not is_open:
+            self.events.append(piece)
+
+    def open(self) -> None:
+        """The event that a piece waits for happens, in any order."""
+        if self.rng.random() < self.events_per_turn and self.events:
+            piece = self.events.pop(self.rng.randrange(len(self.events)))
+            self.outbound.opened(piece)
 
     def finish(self) -> None:
         """Make all ready, then say that this is all."""
@@ -241,6 +254,7 @@ class World:
         self.now += 1
         acts = [
             self.compute,
+            self.open,
             self.post,
             self.land,
             self.acknowledge,
@@ -457,6 +471,21 @@ def test_what_is_ready_parks_until_the_offer_and_its_event() -> None:
     (chunk,) = chunks(outbound)
     assert chunk.local_ids.tolist() == [3, 4] and chunk.remote_ids.tolist() == [7, 5]
     assert outbound.source_ids((GROUP, 0)).tolist() == [3, 4]
+
+
+def test_the_last_event_may_be_that_of_blocks_that_are_not_offered() -> None:
+    """Nothing is written for it; the end is said all the same."""
+    outbound, offered = writer()
+    outbound.attach(offered)
+    piece = outbound.ready((GROUP, 0), 0, ids([3, 4]), final=False, is_open=False)
+    outbound.ready((GROUP, 0), 2, ids([5]), final=True, is_open=True)
+    outbound.finish(b"aux")
+    (chunk,) = chunks(outbound)
+    assert outbound.posting(chunk) == Tag(1, 0, False)
+    outbound.written(chunk, ok=True)
+    assert outbound.take() == []
+    outbound.opened(piece)
+    assert outbound.take() == [LayerFinal((GROUP, 0), 1), Finished(1, b"aux")]
 
 
 def test_an_announced_layer_is_never_written_again() -> None:

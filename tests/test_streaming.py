@@ -615,6 +615,27 @@ async def test_a_broken_connection_is_rebuilt_and_others_never_notice() -> None:
         assert (pair.target.memory == after).all()
 
 
+async def test_a_look_at_a_layer_knows_of_what_was_said_just_now() -> None:
+    """Else an engine that preempts gives blocks away that are yet to be read."""
+    async with streamed() as pair:
+        ticket = pair.server.offer(pair.prefill, "r", {"main": [5, 6]})
+        request = pair.client.open("r")
+        with pytest.raises(LayoutError, match="nothing is ready of layer 0"):
+            request.layer_state(0)
+        request.ready(0, [1])
+        assert request.layer_state(0) is LayerState.WAITING
+        assert [times.layer for times in request.metrics.layers] == [0]
+        await until(lambda: request.layer_state(0) is LayerState.ACKNOWLEDGED)
+        # The loop has not had a turn since, so it cannot have been written.
+        request.ready(0, [2], first_block=1)
+        assert request.layer_state(0) is LayerState.WAITING
+        await until(lambda: request.layer_state(0) is LayerState.ACKNOWLEDGED)
+        await ticket.abort()
+        await over(request)
+        request.ready(1, [1])
+        assert request.layer_state(1) is LayerState.WAITING
+
+
 @pytest.mark.parametrize("n_qps", [1, 2, 4])
 async def test_acknowledged_is_not_yet_visible_and_an_abort_waits_for_that(
     n_qps: int,

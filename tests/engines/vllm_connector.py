@@ -151,8 +151,10 @@ class KvxferConnector(KVConnectorBase):
                 # Nothing is offered, so what is ready would wait in blocks that are
                 # about to be others'. It is said again when they are computed again.
                 request.abort(PREEMPTED)
-                del self._sending[request_id]
-                self._saved.pop(request_id, None)
+                if PREEMPTED in str(request.error):
+                    del self._sending[request_id]
+                    self._saved.pop(request_id, None)
+                # else it was offered and given up meanwhile: get_finished() says so
 
     def _drain(self, request: Sending) -> None:
         def is_drained() -> bool:
@@ -190,7 +192,11 @@ class KvxferConnector(KVConnectorBase):
             assert self._client is not None
             request = self._sending.get(save.request_id)
             if request is None:
-                request = self._client.open(save.request_id)
+                # A decode side may give up what is begun anew here: then the lease
+                # alone tells, since its new life was never offered anything.
+                request = self._client.open(
+                    save.request_id, lease=self.config["patience"] / 2
+                )
                 self._sending[save.request_id] = request
             # What has gone before a preemption is computed again, and not sent.
             n_kept = self._kept.get(save.request_id, 0)
