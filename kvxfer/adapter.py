@@ -28,6 +28,7 @@ from kvxfer.layout import PlaneLayer
 from kvxfer.options import Options
 from kvxfer.regions import Keys, Region, find_slices
 from kvxfer.scheduler import Scheduler
+from kvxfer.soft_wire import suited
 from kvxfer.verbs_types import Access, AsyncEvent, EventType, PortState
 from kvxfer.wire import DeviceCandidate
 
@@ -134,11 +135,14 @@ class Adapter:
 
     def _open(self, cache: KVCache, access: Access, address: str | None) -> None:
         options = self.options
+        wire = options.soft_wire
+        if not access & Access.REMOTE_WRITE:  # who is written to takes any wire
+            wire = suited(wire, cache)
         device = Device(
             self.spec.name,
             provider=self.spec.provider,
             address=address,
-            wire=options.soft_wire,
+            wire=wire,
             path=options.ibverbs_path,
         )
         self._device = device

@@ -89,7 +89,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registration": {"_verbs", "cuda", "regions"},
     "devices": {"inventory"},
     "ports": {"devices"},
-    "adapter": {"agreement", "ports", "registration", "scheduler"},
+    "soft_wire": {"cache"},
+    "adapter": {"agreement", "ports", "registration", "scheduler", "soft_wire"},
     # The public face.
     "notify": {"sharding"},
     "route": {"regions", "sharding", "wire"},

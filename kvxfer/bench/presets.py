@@ -34,6 +34,11 @@ PRESETS = {
         "same host, private memory: beside bare process_vm_readv and TCP",
         {**_INTERLEAVED, "memory": "ordinary", "against": "pvm-readv,tcp"},
     ),
+    "ordinary-small": Preset(
+        "the same, of a cache whose blocks are all below 8 KiB",
+        {**_INTERLEAVED, "memory": "ordinary", "sizes": "1K,2K,4K"}
+        | {"against": "pvm-readv,tcp"},
+    ),
     "tcp": Preset(
         "TCP on loopback: beside Mooncake, NIXL over TCP and bare sockets",
         {

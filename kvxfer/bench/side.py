@@ -393,7 +393,10 @@ def measure(side: Initiator, size: int) -> dict[str, Any]:
     warm = Window(0.0, 0, counts, warm=1)
     side.run_batches(tables, warm)
     checked = side.job.get("verify", True)
-    unseen = side.peek([tables.pick(0, counts[0] - 1)]) if checked else None
+    # Whichever lane came first has written it.
+    begun = [lane for lane, n in enumerate(counts) if n]
+    first = [tables.pick(lane, counts[lane] - 1) for lane in begun]
+    unseen = side.peek(first) if checked else None
     warm = Window(0.0, 0, counts, warm=workload.lanes)
     side.run_batches(tables, warm)
     limit = FOREIGN_SHARE * (os.cpu_count() or 1)
