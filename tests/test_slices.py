@@ -138,8 +138,7 @@ async def test_a_limit_that_makes_too_many_regions_is_refused() -> None:
 LIMITS = [(280, 0), (0, 280), (700, 3000), (2999, 1200), (560, 560)]
 
 
-@pytest.mark.parametrize(("ours", "theirs"), LIMITS)
-@pytest.mark.parametrize(
+WAYS = pytest.mark.parametrize(
     "options",
     [
         {},
@@ -149,6 +148,10 @@ LIMITS = [(280, 0), (0, 280), (700, 3000), (2999, 1200), (560, 560)]
     ],
     ids=["plain", "lanes", "flush", "target"],
 )
+
+
+@pytest.mark.parametrize(("ours", "theirs"), LIMITS)
+@WAYS
 async def test_writes_across_slices(
     ours: int, theirs: int, options: dict[str, Any]
 ) -> None:
