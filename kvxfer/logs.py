@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from kvxfer.errors import OptionError
 from kvxfer.options import Options
@@ -29,7 +29,13 @@ _ROOT = "kvxfer"
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-class Bound(logging.LoggerAdapter[logging.Logger]):
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter  # takes no parameter before Python 3.11
+
+
+class Bound(_Adapter):
     """A logger whose records carry facts; ``extra`` of a call adds to them."""
 
     def process(
