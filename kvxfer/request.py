@@ -139,8 +139,9 @@ class Request:
     def layer_state(self, layer: int, group: str | None = None) -> LayerState:
         """Say how far a layer is: waiting, posted, acknowledged or visible.
 
-        All that has been said to be ready counts from then on, in any thread: once
-        this is ``ACKNOWLEDGED``, no block of the layer is read any more.
+        All that has been said to be ready counts from then on, in any thread. What is
+        ``ACKNOWLEDGED`` has been read; it is read again if the connection breaks
+        before the layer is ``VISIBLE``.
 
         Raises:
           LayoutError: Nothing has been said to be ready of such a layer.

@@ -88,17 +88,17 @@ def test_a_prefix_that_is_here_already_is_neither_sent_nor_touched() -> None:
         }
 
 
-def test_a_preempted_prompt_that_has_an_offer_is_drained() -> None:
-    """Its blocks are others' at once, and what was sent of it is not sent again."""
+def test_a_preempted_prompt_that_has_an_offer_begins_anew() -> None:
+    """Its blocks are others' at once: nothing is read from them, whatever breaks."""
     job = Job("r", 41, preempt_after=2)
-    # Each write leaves late, so that there is something to drain.
+    # Each write leaves late, so that one is in flight.
     with faults("act=delay,us=2000"), engines([job]) as (prefill, decode):
         prefill.step()
         while not prefill.worker.is_streaming("r"):
             decode.step()
         check(prefill, decode)
         assert prefill.n_preempted == 1 and decode.arrived == ["r"]
-        # Eleven, and blocks 2 and 7, in which chunks end, twice.
+        # Eleven, and blocks 2 and 7, in which chunks end, twice; of its second life.
         assert prefill.worker.n_bytes_sent == {"r": 13 * prefill.pool.block_bytes}
 
 

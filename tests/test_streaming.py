@@ -616,7 +616,7 @@ async def test_a_broken_connection_is_rebuilt_and_others_never_notice() -> None:
 
 
 async def test_a_look_at_a_layer_knows_of_what_was_said_just_now() -> None:
-    """Else an engine that preempts gives blocks away that are yet to be read."""
+    """Else it answers ACKNOWLEDGED for blocks that are yet to be read."""
     async with streamed() as pair:
         ticket = pair.server.offer(pair.prefill, "r", {"main": [5, 6]})
         request = pair.client.open("r")

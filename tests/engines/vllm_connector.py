@@ -8,12 +8,11 @@ engine. The id must be the same on both sides.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvxfer import KVCache, LayerState, RequestState, TicketState, blocking
+from kvxfer import KVCache, RequestState, TicketState, blocking
 from kvxfer import Request as Sending
 from kvxfer import Ticket as Receiving
 from tests.engines.vllm_interface import (
@@ -26,7 +25,7 @@ from tests.engines.vllm_interface import (
 
 __all__ = ["KvxferConnector"]
 
-PREEMPTED = "preempted before it had an offer"
+PREEMPTED = "preempted by the prefill engine"
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ class Save:
     request_id: str
     first_block: int
     block_ids: list[int]
-    stop_token: int
     is_last: bool
 
 
@@ -67,10 +65,6 @@ class KvxferConnector(KVConnectorBase):
         self._receiving: dict[str, Receiving] = {}
         self._loading: dict[str, Load] = {}
         self._failed_blocks: set[int] = set()
-        self._saved: dict[str, int] = {}
-        """Whole blocks of each request that are sent or on their way."""
-        self._kept: dict[str, int] = {}
-        """The same, when it was last preempted."""
         self.n_bytes_sent: dict[str, int] = {}
         self.failed: set[str] = set()
         """Requests that were not sent to their end."""
@@ -109,7 +103,6 @@ class KvxferConnector(KVConnectorBase):
                     step.request.request_id,
                     first_block,
                     list(step.block_ids[first_block:stop_block]),
-                    stop,
                     stop == step.request.n_prompt_tokens,
                 )
             )
@@ -140,35 +133,15 @@ class KvxferConnector(KVConnectorBase):
         return self._client.listening
 
     def handle_preemptions(self, preempted: frozenset[str]) -> None:
+        # Blocks must not change before a request is over: after a broken connection
+        # even what was acknowledged is read again. So it ends here, with nothing in
+        # flight, and begins anew in other blocks; the decode side offers again.
         for request_id in preempted & self._sending.keys():
             request = self._sending[request_id]
-            if request.state is RequestState.STREAMING:
-                # What was ready is written: then its blocks are nobody's any more,
-                # and the request goes on from other blocks.
-                self._drain(request)
-                self._kept[request_id] = self._saved.get(request_id, 0)
-            elif request.state is RequestState.OPEN:
-                # Nothing is offered, so what is ready would wait in blocks that are
-                # about to be others'. It is said again when they are computed again.
-                request.abort(PREEMPTED)
-                if PREEMPTED in str(request.error):
-                    del self._sending[request_id]
-                    self._saved.pop(request_id, None)
-                # else it was offered and given up meanwhile: get_finished() says so
-
-    def _drain(self, request: Sending) -> None:
-        def is_drained() -> bool:
-            return request.error is not None or all(
-                request.layer_state(times.layer) >= LayerState.ACKNOWLEDGED
-                for times in request.metrics.layers
-            )
-
-        deadline = time.monotonic() + float(self.config["patience"])
-        while not is_drained():
-            if time.monotonic() > deadline:
-                request.abort("preempted, and not drained in time")
-                return
-            time.sleep(0.0002)  # the engine's own thread; the loop has another one
+            request.abort(PREEMPTED)
+            if PREEMPTED in str(request.error):
+                del self._sending[request_id]
+            # else the other side had given it up: get_finished() says so
 
     def start_load_kv(self) -> None:
         for load in self.metadata.items.get("loads", []):
@@ -198,25 +171,16 @@ class KvxferConnector(KVConnectorBase):
                     save.request_id, lease=self.config["patience"] / 2
                 )
                 self._sending[save.request_id] = request
-            # What has gone before a preemption is computed again, and not sent.
-            n_kept = self._kept.get(save.request_id, 0)
-            n_skipped = max(0, n_kept - save.first_block)
-            block_ids = save.block_ids[n_skipped:]
-            if block_ids:
-                request.ready(
-                    layer,
-                    block_ids,
-                    first_block=save.first_block + n_skipped,
-                    final=save.is_last,
-                    event=event,
-                )
+            request.ready(
+                layer,
+                save.block_ids,
+                first_block=save.first_block,
+                final=save.is_last,
+                event=event,
+            )
 
     def wait_for_save(self) -> None:
         for save in self.metadata.items.get("saves", []):
-            n_full = save.stop_token // self._block_tokens
-            self._saved[save.request_id] = max(
-                n_full, self._saved.get(save.request_id, 0)
-            )
             if save.is_last:
                 self._sending[save.request_id].finish()
 
@@ -231,8 +195,6 @@ class KvxferConnector(KVConnectorBase):
         for request in self._client.finished() if self._client else ():
             if self._sending.get(request.request_id) is request:
                 del self._sending[request.request_id]
-                for noted in (self._saved, self._kept):
-                    noted.pop(request.request_id, None)
                 sent.add(request.request_id)
                 self.n_bytes_sent[request.request_id] = request.metrics.bytes
                 if request.error is not None:
