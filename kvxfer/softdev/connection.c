@@ -14,6 +14,7 @@
 #define FINISH_NS (2000 * NS_PER_MS)
 #define ACCEPTS_PER_TURN 64
 #define DISCARD_BYTES (1u << 20)
+#define LISTENS (EPOLLIN | EPOLLRDHUP | EPOLLET)
 
 static void set_option(int fd, int level, int name, int value)
 {
@@ -57,8 +58,7 @@ static void tune_for_peer(int fd, const struct sockaddr_storage *peer)
 struct soft_conn *soft_new_conn(struct soft_context *ctx, int fd,
 				enum conn_state state)
 {
-	struct epoll_event event = { .events = EPOLLIN | EPOLLOUT | EPOLLRDHUP |
-					       EPOLLET };
+	struct epoll_event event = { .events = LISTENS | EPOLLOUT };
 	struct soft_conn *conn = calloc(1, sizeof(*conn));
 
 	if (!conn)
@@ -79,6 +79,14 @@ fail:
 	close(fd);
 	free(conn);
 	return NULL;
+}
+
+void soft_conn_writes_elsewhere(struct soft_conn *conn)
+{
+	struct epoll_event event = { .events = LISTENS };
+
+	event.data.ptr = conn;
+	(void)epoll_ctl(conn->ctx->epoll_fd, EPOLL_CTL_MOD, conn->fd, &event);
 }
 
 struct soft_conn *soft_greet(struct soft_context *ctx, int fd)

@@ -174,13 +174,17 @@ int soft_req_notify_cq(struct ibv_cq *ibcq, int solicited_only)
 {
 	struct soft_cq *cq = to_cq(ibcq);
 	enum soft_armed armed = solicited_only ? ARMED_SOLICITED : ARMED_NEXT;
+	bool news;
 
 	if (soft_orphaned(ibcq->context))
 		return ENODEV;
 	pthread_mutex_lock(&cq->lock);
-	if (armed > cq->armed)
+	news = armed > cq->armed;
+	if (news)
 		cq->armed = armed;
 	pthread_mutex_unlock(&cq->lock);
+	if (news)
+		soft_listen_direct(to_context(ibcq->context), cq);
 	return 0;
 }
 
@@ -237,6 +241,26 @@ void soft_cq_purge(struct soft_cq *cq, const struct soft_qp *qp)
 	atomic_store_explicit(&cq->ready, cq->head - cq->tail + cq->overrun,
 			      memory_order_relaxed);
 	pthread_mutex_unlock(&cq->lock);
+}
+
+bool soft_cq_is_armed(struct soft_cq *cq)
+{
+	bool yes;
+
+	pthread_mutex_lock(&cq->lock);
+	yes = cq->armed != ARMED_NOT;
+	pthread_mutex_unlock(&cq->lock);
+	return yes;
+}
+
+bool soft_cq_is_short(struct soft_cq *cq, uint64_t n)
+{
+	bool yes;
+
+	pthread_mutex_lock(&cq->lock);
+	yes = cq->head - cq->tail + n > cq->mask;
+	pthread_mutex_unlock(&cq->lock);
+	return yes;
 }
 
 bool soft_cq_is_overrun(struct soft_cq *cq)

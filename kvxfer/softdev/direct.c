@@ -47,9 +47,26 @@ bool soft_post_direct(struct soft_qp *qp)
 		more = soft_initiate(qp);
 	if (more)
 		soft_run(qp);
-	hand_over(ctx, left_behind(qp));
+	hand_over(ctx, left_behind(qp) || soft_may_overrun(qp));
 	soft_unlock(ctx);
 	return true;
+}
+
+void soft_listen_direct(struct soft_context *ctx, const struct soft_cq *cq)
+{
+	bool late;
+
+	if (!atomic_load_explicit(&ctx->n_rings, memory_order_relaxed))
+		return;
+	/* Who holds the lock may have seen the CQ unarmed. */
+	if (pthread_mutex_trylock(&ctx->lock)) {
+		soft_wake(ctx);
+		return;
+	}
+	late = soft_shm_listen(ctx, cq);
+	soft_unlock(ctx);
+	if (late)
+		soft_wake(ctx);
 }
 
 void soft_poll_direct(struct soft_context *ctx)

@@ -607,6 +607,10 @@ void soft_cq_push(struct soft_cq *cq, const struct soft_cqe *cqe,
 /* Drop the QP's entries. */
 void soft_cq_purge(struct soft_cq *cq, const struct soft_qp *qp);
 bool soft_cq_is_overrun(struct soft_cq *cq);
+/* Is somebody to hear of the next completion? */
+bool soft_cq_is_armed(struct soft_cq *cq);
+/* May it overrun, with n completions more? */
+bool soft_cq_is_short(struct soft_cq *cq, uint64_t n);
 void soft_cq_overrun(struct soft_cq *cq); /* a CQE is lost; cq->lock held */
 
 /* qp.c */
@@ -670,6 +674,9 @@ void soft_accept(struct soft_context *ctx);
 /* Take over fd, also on failure. */
 struct soft_conn *soft_new_conn(struct soft_context *ctx, int fd,
 				enum conn_state state);
+/* Be told no more that there is room in the socket: a unix socket says so each time
+ * that the peer reads from it. */
+void soft_conn_writes_elsewhere(struct soft_conn *conn);
 /* The same for a caller who has yet to say hello. */
 struct soft_conn *soft_greet(struct soft_context *ctx, int fd);
 struct soft_conn *soft_dial(struct soft_qp *qp,
@@ -710,11 +717,16 @@ void soft_take_welcome(struct soft_conn *conn);
 bool soft_post_direct(struct soft_qp *qp);
 /* Take the answers that have come through shared memory. */
 void soft_poll_direct(struct soft_context *ctx);
+/* The CQ has been armed: what completes from now on must make an event. */
+void soft_listen_direct(struct soft_context *ctx, const struct soft_cq *cq);
 
 /* initiator.c; ctx->lock held */
 /* Dial, or send what the QP has, one chunk. True: there is more to do now. */
 bool soft_initiate(struct soft_qp *qp);
 bool soft_outstanding(struct soft_qp *qp);
+/* Is there less room in the CQ than there are WRs under way? An overrun is noticed
+ * when it happens, not when somebody polls. */
+bool soft_may_overrun(const struct soft_qp *qp);
 /* A WR that cannot be executed fails when those before it are done. */
 void soft_fail_if_due(struct soft_qp *qp);
 /* The outgoing connection is gone. */

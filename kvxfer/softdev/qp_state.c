@@ -284,6 +284,12 @@ int soft_modify_qp(struct ibv_qp *ibqp, struct ibv_qp_attr *attr, int mask)
 		goto out;
 
 	if (to == IBV_QPS_ERR) {
+		/* What has completed by now is no failure. */
+		if (qp->out && qp->out->shm && !soft_faulty(ctx) &&
+		    soft_shm_answered(qp->out)) {
+			ctx->now_ns = soft_now_ns();
+			soft_conn_service(qp->out);
+		}
 		soft_qp_fail(qp, NULL, NULL);
 	} else if (to == IBV_QPS_RESET) {
 		reset(qp);

@@ -48,12 +48,14 @@ static bool answer(struct soft_conn *conn, enum frame_type type,
 
 	/* Through shared memory it is found when somebody looks. */
 	if (conn->shm)
-		conn->shm->quiet = type == FRAME_ACK && !conn->rx->awaited;
+		conn->shm->matter = type != FRAME_ACK ? SHM_NEWS :
+				    conn->rx->awaited ? SHM_AWAITED :
+							SHM_ANYTHING;
 	conn->rx->acks_owed = 0;
 	conn->rx->awaited = false;
 	good = soft_conn_put(conn, &header, NULL);
 	if (conn->shm)
-		conn->shm->quiet = false;
+		conn->shm->matter = SHM_NEWS;
 	return good;
 }
 

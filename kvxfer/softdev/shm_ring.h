@@ -153,17 +153,17 @@ static inline int shm_spans(const struct shm_end *end, uint64_t n,
 
 enum shm_wish {
 	SHM_NOTHING = 0, /* awake: it will look */
-	SHM_AWAITED,	 /* for what somebody waits for */
+	SHM_NEWS,	 /* for more than an acknowledgement */
+	SHM_AWAITED,	 /* for what completes aloud as well */
 	SHM_ANYTHING,
 };
 
 /* Take a sleeper's wish back. True: it sleeps, or is about to, and must be told
- * of something that is awaited, or not. */
-static inline bool shm_wanted(_Atomic uint32_t *wish, bool awaited)
+ * of what only a wish of at least that much is meant for. */
+static inline bool shm_wanted(_Atomic uint32_t *wish, enum shm_wish least)
 {
-	uint32_t least = awaited ? SHM_AWAITED : SHM_ANYTHING;
-
-	return atomic_load(wish) >= least && atomic_exchange(wish, SHM_NOTHING);
+	return atomic_load(wish) >= (uint32_t)least &&
+	       atomic_exchange(wish, SHM_NOTHING);
 }
 
 /* About to sleep: after this, look once more. */
@@ -186,7 +186,7 @@ static inline bool shm_take(struct shm_end *end, uint64_t n)
 	end->own += n;
 	shm_told(end, 1);
 	atomic_store(&end->pipe->tail, end->own);
-	return shm_wanted(&end->pipe->room_wanted, true);
+	return shm_wanted(&end->pipe->room_wanted, SHM_NEWS);
 }
 
 #endif

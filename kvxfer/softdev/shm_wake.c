@@ -38,12 +38,18 @@ bool soft_shm_poll(struct soft_context *ctx)
 }
 
 /* An initiator with WRs that could not leave waits for any sign of those before;
- * else for those that complete aloud. A responder waits for all that comes. */
+ * else for those that complete aloud, if somebody is to hear of it: who polls the
+ * CQ looks into the ring himself. A responder waits for all that comes. */
 static enum shm_wish wish(const struct soft_conn *conn)
 {
-	return conn->outgoing && conn->qp && !soft_unsent(conn->qp) ?
-		       SHM_AWAITED :
-		       SHM_ANYTHING;
+	const struct soft_qp *qp = conn->qp;
+
+	if (!conn->outgoing || !qp || soft_unsent(qp))
+		return SHM_ANYTHING;
+	if (soft_faulty(conn->ctx) || soft_may_overrun(qp) ||
+	    soft_cq_is_armed(to_cq(qp->ibv.send_cq)))
+		return SHM_AWAITED;
+	return SHM_NEWS;
 }
 
 bool soft_shm_sleep(struct soft_context *ctx)
@@ -59,6 +65,23 @@ bool soft_shm_sleep(struct soft_context *ctx)
 			shm_want(&shm->out.pipe->room_wanted, SHM_ANYTHING);
 	}
 	return !soft_shm_poll(ctx);
+}
+
+bool soft_shm_listen(struct soft_context *ctx, const struct soft_cq *cq)
+{
+	struct soft_list *at;
+	struct soft_shm *shm;
+	bool late = false;
+
+	for (at = ctx->shms.next; at != &ctx->shms; at = at->next) {
+		shm = soft_of(at, struct soft_shm, link);
+		if (!shm->wants || !shm->conn->outgoing || !shm->conn->qp ||
+		    to_cq(shm->conn->qp->ibv.send_cq) != cq)
+			continue;
+		shm_want(&shm->in.pipe->data_wanted, wish(shm->conn));
+		late |= shm_data(&shm->in) != 0;
+	}
+	return late;
 }
 
 void soft_shm_awake(struct soft_context *ctx)

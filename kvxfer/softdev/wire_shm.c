@@ -61,6 +61,7 @@ struct soft_shm *soft_shm_new(struct soft_conn *conn, bool initiator)
 	list_init(&shm->link);
 	shm->conn = conn;
 	shm->ring_fd = -1;
+	shm->matter = SHM_NEWS;
 	if (initiator && !make_page(shm)) {
 		soft_shm_free(shm);
 		return NULL;
@@ -139,6 +140,7 @@ void soft_shm_up(struct soft_shm *shm)
 	if (shm->conn->outgoing)
 		atomic_fetch_add(&shm->conn->ctx->n_rings, 1);
 	shm->conn->readable = shm->conn->writable = true;
+	soft_conn_writes_elsewhere(shm->conn);
 }
 
 bool soft_shm_alive(const struct soft_shm *shm)
@@ -170,7 +172,7 @@ ssize_t soft_shm_send(struct soft_conn *conn, const struct iovec *iov, int n,
 		      (ssize_t)soft_copy(spans, n_spans, iov, n);
 	if (done > 0) {
 		shm_put(&shm->out, (uint64_t)done);
-		if (shm_wanted(&shm->out.pipe->data_wanted, !shm->quiet))
+		if (shm_wanted(&shm->out.pipe->data_wanted, shm->matter))
 			soft_shm_wake_peer(shm);
 	}
 	return done;

@@ -37,10 +37,10 @@ struct soft_shm {
 	struct shm_page *page;
 	struct shm_end in, out;
 	uint64_t life;
-	bool packets; /* the socket may have some */
-	bool gone;    /* the peer has closed it */
-	bool wants;   /* we have said that we sleep */
-	bool quiet;   /* what is sent now need not wake anybody */
+	bool packets;	      /* the socket may have some */
+	bool gone;	      /* the peer has closed it */
+	bool wants;	      /* we have said that we sleep */
+	enum shm_wish matter; /* whom what is sent now is to wake */
 	bool guarded; /* of the present chunk: the target may be unmapped */
 	uint64_t told_seen; /* Responder: of page->told */
 	/* Initiator: which region the peer knows by the slot; 0: none. */
@@ -140,6 +140,9 @@ bool soft_shm_move(struct soft_conn *conn, enum chunk_result *result);
 bool soft_shm_poll(struct soft_context *ctx);
 /* Have the peers wake us. False: there is something to do instead. */
 bool soft_shm_sleep(struct soft_context *ctx);
+/* The CQ has been armed while the device thread sleeps. True: the thread has to be
+ * woken, for something has come already. */
+bool soft_shm_listen(struct soft_context *ctx, const struct soft_cq *cq);
 void soft_shm_awake(struct soft_context *ctx);
 void soft_shm_wake_peer(struct soft_shm *shm);
 

@@ -1,0 +1,152 @@
+"""Who is woken on the rings of shared memory: those who wait, and nobody else.
+
+To wake a thread takes longer than to copy a block of 64 KiB, and where there are two
+processors it takes one of them from somebody.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.device_ends import PATH, PATIENCE, SUCCESS, End, Rig, Spec, Target, statuses
+
+WIRES = [
+    pytest.param(Target("soft0", "soft", wire="cma"), id="cma"),
+    pytest.param(Target("soft0", "soft", wire="shm", shared=True), id="shm"),
+]
+THREADS = Path("/proc/self/task")
+# No retry timer, whose look at the ring would make good what was missed.
+TIMELESS = Spec(path=dataclasses.replace(PATH, timeout=0))
+
+
+@pytest.fixture(params=WIRES)
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    with Rig(request.param) as rig:
+        yield rig
+
+
+def end_with_thread(rig: Rig) -> tuple[End, Path]:
+    """An end and the thread that its device has started."""
+    before = set(THREADS.iterdir())
+    end = rig.end(TIMELESS)
+    (thread,) = set(THREADS.iterdir()) - before
+    return end, thread
+
+
+def pair_with_threads(rig: Rig) -> tuple[End, End, Path, Path]:
+    """Two connected ends and the thread of each; the wire is up."""
+    a, of_a = end_with_thread(rig)
+    b, of_b = end_with_thread(rig)
+    a.connect(b)
+    b.connect(a)
+    a.post(a.write(b, 0, 0, 8))
+    a.reap_one()
+    a.buffer[:] = np.frombuffer(secrets.token_bytes(len(a.buffer)), np.uint8)
+    return a, b, of_a, of_b
+
+
+def times_slept(thread: Path) -> int:
+    """How often a thread went to sleep by itself."""
+    lines = (thread / "status").read_text().splitlines()
+    return int(next(s for s in lines if s.startswith("voluntary")).split()[1])
+
+
+def poll(end: End, n: int) -> list[int]:
+    """Poll for completions without ever arming the CQ."""
+    deadline = time.monotonic() + PATIENCE
+    found: list[int] = []
+    while len(found) < n:
+        found += [wc.status for wc in end.cq.poll()]
+        assert time.monotonic() < deadline
+    return found
+
+
+def wait_until_asleep(*threads: Path) -> None:
+    """Wait until each thread has gone to sleep and has stayed so for some looks."""
+    deadline = time.monotonic() + PATIENCE
+    looks = 0
+    while looks < 20:
+        # The third field, behind a name in parentheses: S for sleeping.
+        states = [
+            (t / "stat").read_text().rpartition(")")[2].split()[0] for t in threads
+        ]
+        looks = looks + 1 if states == ["S"] * len(threads) else 0
+        assert time.monotonic() < deadline
+
+
+def test_who_polls_has_nobody_woken(rig: Rig) -> None:
+    """The answer to a WR that nobody sleeps for wakes no thread of its device."""
+    a, b, ours, _ = pair_with_threads(rig)
+    wait_until_asleep(ours)
+    before = times_slept(ours)
+    for i in range(200):
+        a.post(a.write(b, i, i, 64))
+        assert poll(a, 1) == [SUCCESS]
+    assert times_slept(ours) - before < 20
+    assert (b.buffer[:263] == a.buffer[:263]).all()
+
+
+def test_arming_behind_an_answer_that_nobody_took(rig: Rig) -> None:
+    """It lies in the ring while all sleep: who arms now is told of it."""
+    a, b, ours, theirs = pair_with_threads(rig)
+    for i in range(20):
+        while a.wait_event(0):
+            pass
+        assert a.cq.poll() == []
+        wait_until_asleep(ours)
+        a.post(a.write(b, i, i, 64, wr_id=i))
+        wait_until_asleep(ours, theirs)
+        assert (b.buffer[i : i + 64] == a.buffer[i : i + 64]).all()
+        a.cq.arm()
+        assert a.wait_event(PATIENCE)
+        assert statuses(a, 1) == [(i, SUCCESS)]
+
+
+def test_what_was_answered_is_not_flushed(rig: Rig) -> None:
+    """A QP goes to ERR with an answer in the ring: that WR has succeeded."""
+    a, b, ours, theirs = pair_with_threads(rig)
+    while a.wait_event(0):
+        pass
+    wait_until_asleep(ours, theirs)
+    a.post(a.write(b, 0, 0, 64, wr_id=7))
+    wait_until_asleep(ours, theirs)
+    a.qp.to_error()
+    assert statuses(a, 1) == [(7, SUCCESS)]
+    assert (b.buffer[:64] == a.buffer[:64]).all()
+
+
+def test_an_overrun_is_noticed_while_nobody_polls(rig: Rig) -> None:
+    """One WR at a time fills a CQ that nobody looks at; then the event comes."""
+    a, b = rig.pair(dataclasses.replace(TIMELESS, cq_depth=4))
+    for i in range(a.cq.depth + 1):
+        a.post(a.write(b, 0, 0, 8, wr_id=i))
+    a.wait_async_event()
+
+
+def test_one_arms_while_another_posts(rig: Rig) -> None:
+    """No event is lost between a thread that arms and one that posts."""
+    a, b, _, _ = pair_with_threads(rig)
+    n = 2000
+    room = threading.Semaphore(a.qp.max_send_wr)
+
+    def post() -> None:
+        for i in range(n):
+            assert room.acquire(timeout=PATIENCE)
+            a.post(a.write(b, 0, 0, 8, wr_id=i))
+
+    poster = threading.Thread(target=post)
+    poster.start()
+    try:
+        for i in range(n):
+            assert statuses(a, 1) == [(i, SUCCESS)]
+            room.release()
+    finally:
+        poster.join()
