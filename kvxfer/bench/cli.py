@@ -158,7 +158,7 @@ def _plan(
     show_default=True,
     help="read has no asyncio layer: a bare loop posts it.",
 )
-@click.option("--no-asyncio", is_flag=True, help="Poll the engine in a loop instead.")
+@click.option("--no-asyncio", is_flag=True, help="Use the engine without asyncio.")
 @click.option("--null", is_flag=True, help="A device that does nothing: our own cost.")
 @click.option("--contender", metavar="NAME", help="Whom to measure.  [kvxfer]")
 @click.option(

@@ -2,20 +2,21 @@
 
 Both sides are brought up as a client and a server bring up theirs, without a control
 connection: what the two must know of each other goes through the bench's own pipe.
-Then the initiator either submits to the engine and looks for the end in a loop, or
-posts its WRs itself, by a bare loop in C. Only that can also read.
+Then the initiator either writes by the engine and waits for its descriptor, or posts
+its WRs itself, by a bare loop in C. Only that can also read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import select
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from kvxfer import devices
-from kvxfer._engine import Finished, RingArrival
+from kvxfer._engine import RingArrival
 from kvxfer.adapter import Adapter
 from kvxfer.bench import _limits
 from kvxfer.bench.side import Control, Initiator, Job, Target
@@ -41,10 +42,7 @@ class Ends:
 
     def __init__(self, job: Job, access: Access) -> None:
         self.job = job
-        # Nobody but us looks for completions.
-        self.options = dataclasses.replace(
-            options_of(job), progress="event", region_bytes=0
-        )
+        self.options = dataclasses.replace(options_of(job), region_bytes=0)
         self.pool = Pool(job, shared=job["memory"] == "shared")
         self.access = access
         self.consumed = [0, 0]
@@ -146,7 +144,7 @@ class _Direct(Initiator):
 
 
 class ByEngine(_Direct):
-    """Submits to the engine, looks for the end in a loop: no event, no future."""
+    """Writes by the engine as a client does: no event loop, no task, no future."""
 
     def connect(self, hello: dict[str, Any]) -> None:
         """Connect, and give the engine a row for each block size."""
@@ -179,7 +177,9 @@ class ByEngine(_Direct):
         """Choose the row, and take the credit for what the target has consumed."""
         self.tables = tables
         self._rows_asked = [self.workload.sizes.index(tables.block_bytes)]
-        self._last: Finished | None = None
+        self._n_wrs = 0
+        self._news = select.poll()
+        self._news.register(self.ends.adapter.engine.fd, select.POLLIN)
         assert self.control is not None
         consumed = self.control.ask("credit")["consumed"]
         self.ends.adapter.engine.grant(self.ends.link.slot, *consumed)
@@ -187,30 +187,30 @@ class ByEngine(_Direct):
     def batch(self, source_set: int, target_set: int) -> None:
         """Write one batch."""
         engine = self.ends.adapter.engine
-        engine.submit(
+        ended = engine.write(
             self.ends.link.slot,
             self._rows_asked,
             self.tables.source[source_set],
             self.tables.target[target_set],
         )
-        while True:
-            progress = engine.progress()
-            if progress.finished:
-                self._last = progress.finished[0]
-                break
-        if self._last.status:
+        if isinstance(ended, tuple):
+            self._n_wrs = ended[1]
+            return
+        while not (finished := engine.progress().finished):
+            self._news.poll()
+        self._n_wrs = finished[0].n_wrs
+        if finished[0].status:
             raise completion_error(
-                self._last.status,
-                wr_id=self._last.wr_id,
-                qp_num=self._last.qp_num,
-                vendor_err=self._last.vendor_err,
+                finished[0].status,
+                wr_id=finished[0].wr_id,
+                qp_num=finished[0].qp_num,
+                vendor_err=finished[0].vendor_err,
             )
 
     def facts(self) -> dict[str, Any]:
         """Say also how many WRs it took."""
-        assert self._last is not None
         n_blocks = self.workload.batch * self.workload.planes
-        return {**super().facts(), "wrs_per_block": self._last.n_wrs / n_blocks}
+        return {**super().facts(), "wrs_per_block": self._n_wrs / n_blocks}
 
 
 class ByLoop(_Direct):
