@@ -24,6 +24,7 @@ from kvxfer.host import Host
 from kvxfer.layout import check_fit
 from kvxfer.link import Link
 from kvxfer.logs import Bound, bind
+from kvxfer.notify import RecordReader
 from kvxfer.offers import Offers
 from kvxfer.route import (
     check_whole,
@@ -31,7 +32,7 @@ from kvxfer.route import (
     shards_from_wire,
     windows,
 )
-from kvxfer.sharding import Shard, check_shards
+from kvxfer.sharding import check_shards
 from kvxfer.verbs_types import Access
 
 __all__ = ["Connections", "Incoming", "Losses"]
@@ -51,10 +52,12 @@ class Losses(Protocol):
 class Incoming:
     """One writer's connection: its link and what of its ring is consumed."""
 
-    def __init__(self, peer: str, link: Link, shards: tuple[Shard, ...]) -> None:
+    def __init__(self, peer: str, link: Link, records: RecordReader) -> None:
         self.peer = peer
         self.link = link
-        self.shards = shards
+        self.queue = (link.adapter, link.slot)
+        """Whose queue it is, of which engine; the link forgets it when it closes."""
+        self.records = records
         self.consumed_bytes = 0
         self.consumed_records = 0
         self.told_bytes = 0
@@ -87,6 +90,7 @@ class Connections:
 
     def __init__(self, host: Host, losses: Losses) -> None:
         self.incoming: dict[int, Incoming] = {}
+        self._by_queue: dict[tuple[Adapter, int], int] = {}
         self._host = host
         self._options = host.options
         self._losses = losses
@@ -98,10 +102,10 @@ class Connections:
 
     def find(self, adapter: Adapter, slot: int) -> tuple[int, Incoming] | None:
         """Find the connection that has a queue of an engine."""
-        for conn_id, incoming in self.incoming.items():
-            if incoming.link.adapter is adapter and incoming.link.slot == slot:
-                return conn_id, incoming
-        return None
+        conn_id = self._by_queue.get((adapter, slot))
+        if conn_id is None:
+            return None
+        return conn_id, self.incoming[conn_id]
 
     def consumed(self, conn_id: int, head: int) -> None:
         """Give credit for the ring back, in portions of a quarter."""
@@ -216,9 +220,11 @@ class Connections:
         except BaseException:
             await link.close()
             raise
-        incoming = Incoming(peer_address or "local", link, shards)
+        records = RecordReader(host.cache.groups, shards)
+        incoming = Incoming(peer_address or "local", link, records)
         incoming.flusher = flusher
         self.incoming[conn_id] = incoming
+        self._by_queue[incoming.queue] = conn_id
         return parts
 
     async def _flusher_on(self, adapter: Adapter) -> Flusher:
@@ -342,5 +348,8 @@ class Connections:
             incoming.log.exception("the QP of %s could not be destroyed", incoming.peer)
         finally:
             del self.incoming[conn_id]
+            # Its queue may have become another connection's while it was waited.
+            if self._by_queue.get(incoming.queue) == conn_id:
+                del self._by_queue[incoming.queue]
             self.offers.writers.closed(conn_id, reason, quiet=quiet)
             incoming.released.set()

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from kvxfer import notify
+import msgspec
+
 from kvxfer._engine import RingArrival
 from kvxfer.adapter import Adapter, finish
 from kvxfer.arguments import request_name, seconds_of
@@ -31,6 +32,7 @@ from kvxfer.host import DeviceState, Host
 from kvxfer.interfaces import address_of
 from kvxfer.link import numeric_address
 from kvxfer.logs import bind
+from kvxfer.notify import Record
 from kvxfer.offers import Offers
 from kvxfer.options import Options
 from kvxfer.regions import find_slices
@@ -44,8 +46,9 @@ _log = logging.getLogger("kvxfer.server")
 _MAX_WAITING = 65536
 
 
-@dataclass(frozen=True, eq=False)
-class Arrival:
+# These two are made for each notification; a frozen dataclass would set each field by a
+# call of its own.
+class Arrival(msgspec.Struct, frozen=True, eq=False):
     """Blocks of one layer that have landed, every byte of them.
 
     Attributes:
@@ -82,8 +85,7 @@ class Failure:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Waiting:
+class _Waiting(msgspec.Struct, frozen=True, eq=False):
     """An arrival in the queue; credit for it may still be owed."""
 
     arrival: Arrival
@@ -500,9 +502,7 @@ class Server:
         try:
             if arrival.error is not None:
                 raise ProtocolError(arrival.error)
-            record = notify.decode(
-                arrival.record, self._host.cache.groups, incoming.shards
-            )
+            record = incoming.records.read(arrival.record)
         except ProtocolError as error:
             self._broke_rules(conn_id, incoming.peer, str(error))
             return
@@ -514,14 +514,14 @@ class Server:
                 lambda: self._landed(conn_id, incoming, record, arrival.head),
             )
 
-    def _regions_of(self, adapter: Adapter, record: notify.Record) -> set[int]:
+    def _regions_of(self, adapter: Adapter, record: Record) -> set[int]:
         """Number the device's regions of the cache that a record is about."""
         rows = self._host.cache.group(record.group).rows(record.layer)
         slices = (find_slices(adapter.regions, place) for _, place in rows)
         return set().union(*(part.holding(record.block_ids) for part in slices))
 
     def _landed(
-        self, conn_id: int, incoming: Incoming, record: notify.Record, head: int
+        self, conn_id: int, incoming: Incoming, record: Record, head: int
     ) -> None:
         """Tell of what is in place."""
         if self._connections.incoming.get(conn_id) is not incoming:
@@ -542,12 +542,12 @@ class Server:
         self._waiting.append(
             _Waiting(
                 Arrival(
-                    peer=incoming.peer,
-                    request_id=record.request_id,
-                    layer=record.layer,
-                    block_ids=record.block_ids,
-                    group=record.group,
-                    bytes=record.n_bytes,
+                    incoming.peer,
+                    record.request_id,
+                    record.layer,
+                    record.block_ids,
+                    record.group,
+                    record.n_bytes,
                 ),
                 conn_id,
                 head,

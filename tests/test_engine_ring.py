@@ -29,7 +29,7 @@ def decode(rig: Rig, arrival: RingArrival) -> notify.Record:
     """Decode an arrival's record for the rig's planes."""
     place = PlaneLayer(1 << 20, 64, 64, 96, "u8")
     planes = [Plane(name, {10 + i: place for i in range(3)}) for name in ("a", "b")]
-    return notify.decode(arrival.record, (Group("main", tuple(planes)),))
+    return notify.RecordReader((Group("main", tuple(planes)),)).read(arrival.record)
 
 
 def test_records_follow_their_data_and_wrap_at_the_rings_end() -> None:

@@ -57,9 +57,7 @@ _MOONCAKE: dict[str, Any] = {
 _NIXL: dict[str, Any] = {"module": "nixl", "packages": "numpy torch nixl"}
 
 OTHERS: tuple[Contender, ...] = (
-    Contender(
-        "no-asyncio", "engine", "kvxfer's engine, without asyncio"
-    ),
+    Contender("no-asyncio", "engine", "kvxfer's engine, without asyncio"),
     Contender("verbs", "verbs", "a bare C loop posts the table to the same device"),
     Contender("read", "read", "the same with RDMA READ"),
     Contender(
