@@ -263,6 +263,20 @@ void soft_conn_finish(struct soft_conn *conn)
 	soft_ready(conn);
 }
 
+bool soft_expects(const struct soft_conn *conn)
+{
+	const struct soft_rx *rx = conn->rx;
+
+	if (conn->shm || conn->state != CONN_UP || !conn->qp)
+		return false;
+	if (conn->outgoing)
+		return soft_outstanding(conn->qp);
+	/* What ends with an immediate, or has not begun, may be all. */
+	return rx->phase != RX_HEADER ||
+	       (rx->header.n_desc &&
+		!(rx->desc[rx->header.n_desc - 1].flags & DESC_IMM));
+}
+
 void soft_conn_service(struct soft_conn *conn)
 {
 	switch (conn->state) {

@@ -16,8 +16,10 @@
 #define AHEAD 4
 #define AHEAD_BYTES 512
 /* Ranges of this size and more go around the cache: nobody on this CPU reads
- * them soon, and the lines need not be fetched before they are written. */
-#define STREAM_BYTES (16u << 10)
+ * them soon, and the lines need not be fetched before they are written. What goes
+ * through a ring is read by the peer at once, and shorter pieces of it stay. */
+#define STREAM_BYTES (2u << 10)
+#define STREAM_RING_BYTES (16u << 10)
 
 static void prefetch(const struct iovec *to, const struct iovec *from)
 {
@@ -57,14 +59,15 @@ static void copy_streaming(uint8_t *to, const uint8_t *from, size_t n)
 }
 #endif
 
-static void copy_range(uint8_t *to, const uint8_t *from, size_t n)
+static void copy_range(uint8_t *to, const uint8_t *from, size_t n, size_t least)
 {
 #ifdef __x86_64__
-	if (n >= STREAM_BYTES) {
+	if (n >= least) {
 		copy_streaming(to, from, n);
 		return;
 	}
 #endif
+	(void)least;
 	memcpy(to, from, n);
 }
 
@@ -77,7 +80,8 @@ void soft_copy_pairs(const struct iovec *to, const struct iovec *from, int n)
 	for (i = 0; i < n; i++) {
 		if (i + AHEAD < n)
 			prefetch(&to[i + AHEAD], &from[i + AHEAD]);
-		copy_range(to[i].iov_base, from[i].iov_base, to[i].iov_len);
+		copy_range(to[i].iov_base, from[i].iov_base, to[i].iov_len,
+			   STREAM_BYTES);
 	}
 #ifdef __x86_64__
 	/* Whoever learns that the bytes are there must find them. */
@@ -98,7 +102,8 @@ size_t soft_copy(const struct iovec *to, int n_to, const struct iovec *from,
 		if (part > from[j].iov_len - from_off)
 			part = from[j].iov_len - from_off;
 		copy_range((uint8_t *)to[i].iov_base + to_off,
-			   (const uint8_t *)from[j].iov_base + from_off, part);
+			   (const uint8_t *)from[j].iov_base + from_off, part,
+			   STREAM_RING_BYTES);
 		done += part;
 		to_off += part;
 		from_off += part;

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/epoll.h>
 #include <unistd.h>
@@ -14,6 +15,9 @@
 /* Sleeping and being woken costs some microseconds; a queue that was busy a
  * moment ago will often be busy again in less. */
 #define SPIN_NS 20000u
+/* On sockets, where the peer is at work on what we wait for, and where between two
+ * looks the processor is left to whoever wants it. */
+#define PATIENT_NS 150000u
 
 void soft_wake(struct soft_context *ctx)
 {
@@ -126,10 +130,18 @@ static void look_around(struct soft_context *ctx)
 	soft_unlock(ctx);
 }
 
+/* Over sockets, a processor that falls asleep between a request and its answer or
+ * between two pieces of a message takes longer to wake up than they to come. */
+static void look_on(struct soft_context *ctx)
+{
+	ctx->patient_until_ns = soft_now_ns() + PATIENT_NS;
+}
+
 /* One turn each, the lock let go between them. True: somebody wants more. */
 static bool serve(struct soft_context *ctx)
 {
 	struct soft_list *link;
+	struct soft_conn *conn;
 	struct soft_qp *qp;
 	bool more = false;
 	int i;
@@ -141,14 +153,19 @@ static bool serve(struct soft_context *ctx)
 			qp = soft_of(link, struct soft_qp, run_link);
 			if (!ctx->port_down && soft_initiate(qp))
 				soft_run(qp);
+			if (qp->out && soft_expects(qp->out))
+				look_on(ctx);
 		}
 		soft_unlock(ctx);
 
 		soft_lock(ctx);
 		link = list_pop(&ctx->ready);
-		if (link && !ctx->port_down)
-			soft_conn_service(
-				soft_of(link, struct soft_conn, ready_link));
+		if (link && !ctx->port_down) {
+			conn = soft_of(link, struct soft_conn, ready_link);
+			soft_conn_service(conn);
+			if (soft_expects(conn))
+				look_on(ctx);
+		}
 		more = !list_empty(&ctx->run) || !list_empty(&ctx->ready);
 		soft_unlock(ctx);
 		if (!more)
@@ -213,18 +230,25 @@ static void wait_for_events(struct soft_context *ctx, bool more)
 {
 	struct epoll_event events[MAX_EVENTS];
 	int n, timeout;
+	bool patient = false;
 
 	soft_lock(ctx);
 	/* No event is in hand that could still point to one of them. */
 	soft_conn_free_dead(ctx);
 	timeout = sleep_ms(ctx->now_ns, ctx->timer_ns);
 	ctx->sleep_ns = ctx->timer_ns;
-	if (more || ctx->now_ns < ctx->spin_until_ns)
+	if (more || ctx->now_ns < ctx->spin_until_ns) {
 		timeout = 0;
+	} else if (ctx->now_ns < ctx->patient_until_ns) {
+		timeout = 0;
+		patient = true;
+	}
 	if (timeout && !soft_shm_sleep(ctx))
 		timeout = 0;
 	soft_unlock(ctx);
 
+	if (patient)
+		sched_yield();
 	if (timeout)
 		atomic_store(&ctx->asleep, true);
 	/* Whoever poked before that did not write to kick_fd. */

@@ -415,7 +415,7 @@ struct soft_context {
 	uint64_t timer_ns;  /* when somebody wants to be looked at, or NEVER */
 	uint64_t sleep_ns; /* until when the device thread sleeps, if it does */
 	uint64_t now_ns;   /* of this turn of the device thread */
-	uint64_t spin_until_ns;
+	uint64_t spin_until_ns, patient_until_ns;
 	size_t socket_buffer; /* bytes; 0: leave it to the kernel */
 
 	_Atomic(struct soft_qp *) kicks;
@@ -684,6 +684,8 @@ struct soft_conn *soft_dial(struct soft_qp *qp,
 void soft_conn_close(struct soft_conn *conn);
 void soft_conn_free_dead(struct soft_context *ctx);
 void soft_conn_service(struct soft_conn *conn);
+/* Over a socket: is the peer at work on something that we wait for? */
+bool soft_expects(const struct soft_conn *conn);
 void soft_conn_expire(struct soft_conn *conn);
 /* Say no more, and close when the peer has read what was said. */
 void soft_conn_finish(struct soft_conn *conn);
