@@ -115,7 +115,7 @@ class RecordReader:
         if place is None:
             place = self._find(group_index, layer)
         ids = np.frombuffer(record, _ID, n_ids, ids_at)
-        if n_ids == 0 or np.maximum.reduce(ids) >= place.limit:
+        if n_ids == 0 or int(np.maximum.reduce(ids)) >= place.limit:
             raise ProtocolError(
                 f"a notify record names blocks that are not in [0, {place.limit})"
             )
