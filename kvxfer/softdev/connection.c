@@ -271,6 +271,9 @@ bool soft_expects(const struct soft_conn *conn)
 		return false;
 	if (conn->outgoing)
 		return soft_outstanding(conn->qp);
+	/* It waits for a receive of ours. */
+	if (rx->parked)
+		return false;
 	/* What ends with an immediate, or has not begun, may be all. */
 	return rx->phase != RX_HEADER ||
 	       (rx->header.n_desc &&

@@ -124,6 +124,8 @@ int soft_resize_cq(struct ibv_cq *ibcq, int cqe)
 	ibcq->cqe = (int)size - 1;
 	pthread_mutex_unlock(&cq->lock);
 	free(old);
+	/* A thread that sleeps knew of more room. */
+	soft_wake(to_context(ibcq->context));
 	return 0;
 }
 
@@ -253,12 +255,13 @@ bool soft_cq_is_armed(struct soft_cq *cq)
 	return yes;
 }
 
-bool soft_cq_is_short(struct soft_cq *cq, uint64_t n)
+bool soft_cq_can_overrun(struct soft_cq *cq)
 {
 	bool yes;
 
 	pthread_mutex_lock(&cq->lock);
-	yes = cq->head - cq->tail + n > cq->mask;
+	yes = atomic_load_explicit(&cq->depths, memory_order_relaxed) >
+	      cq->mask;
 	pthread_mutex_unlock(&cq->lock);
 	return yes;
 }

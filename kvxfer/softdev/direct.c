@@ -47,7 +47,7 @@ bool soft_post_direct(struct soft_qp *qp)
 		more = soft_initiate(qp);
 	if (more)
 		soft_run(qp);
-	hand_over(ctx, left_behind(qp) || soft_may_overrun(qp));
+	hand_over(ctx, left_behind(qp));
 	soft_unlock(ctx);
 	return true;
 }
@@ -92,6 +92,11 @@ void soft_poll_direct(struct soft_context *ctx)
 		 * device thread need not wake up to see that. */
 		if (!left_behind(qp))
 			list_remove(&qp->run_link);
+		/* The next look begins with another one. */
+		if (shm->conn->state == CONN_UP) {
+			list_remove(&shm->link);
+			list_append(&ctx->shms, &shm->link);
+		}
 		break; /* a QP that fails takes two connections off the list */
 	}
 	hand_over(ctx, false);

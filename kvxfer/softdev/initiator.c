@@ -41,14 +41,6 @@ bool soft_outstanding(struct soft_qp *qp)
 	       atomic_load_explicit(&qp->sq.head, memory_order_acquire);
 }
 
-bool soft_may_overrun(const struct soft_qp *qp)
-{
-	uint64_t head = atomic_load_explicit(&qp->sq.head,
-					     memory_order_acquire);
-
-	return soft_cq_is_short(to_cq(qp->ibv.send_cq), head - qp->sq.done);
-}
-
 void soft_out_lost(struct soft_qp *qp, bool refused)
 {
 	struct soft_context *ctx = qp_context(qp);

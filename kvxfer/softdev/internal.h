@@ -124,6 +124,7 @@ struct soft_cq {
 	atomic_uint_fast64_t
 		ready; /* head - tail, for a lock-free empty poll */
 	atomic_int users;
+	atomic_uint_fast64_t depths; /* of its queues, all together */
 
 	/* Completion events; by channel->lock. */
 	struct soft_list event_link;
@@ -609,8 +610,8 @@ void soft_cq_purge(struct soft_cq *cq, const struct soft_qp *qp);
 bool soft_cq_is_overrun(struct soft_cq *cq);
 /* Is somebody to hear of the next completion? */
 bool soft_cq_is_armed(struct soft_cq *cq);
-/* May it overrun, with n completions more? */
-bool soft_cq_is_short(struct soft_cq *cq, uint64_t n);
+/* Are its queues deeper than it is? */
+bool soft_cq_can_overrun(struct soft_cq *cq);
 void soft_cq_overrun(struct soft_cq *cq); /* a CQE is lost; cq->lock held */
 
 /* qp.c */
@@ -726,9 +727,6 @@ void soft_listen_direct(struct soft_context *ctx, const struct soft_cq *cq);
 /* Dial, or send what the QP has, one chunk. True: there is more to do now. */
 bool soft_initiate(struct soft_qp *qp);
 bool soft_outstanding(struct soft_qp *qp);
-/* Is there less room in the CQ than there are WRs under way? An overrun is noticed
- * when it happens, not when somebody polls. */
-bool soft_may_overrun(const struct soft_qp *qp);
 /* A WR that cannot be executed fails when those before it are done. */
 void soft_fail_if_due(struct soft_qp *qp);
 /* The outgoing connection is gone. */

@@ -180,6 +180,8 @@ struct ibv_qp *soft_create_qp(struct ibv_pd *pd, struct ibv_qp_init_attr *init)
 	atomic_fetch_add(&to_pd(pd)->users, 1);
 	atomic_fetch_add(&to_cq(init->send_cq)->users, 1);
 	atomic_fetch_add(&to_cq(init->recv_cq)->users, 1);
+	atomic_fetch_add(&to_cq(init->send_cq)->depths, qp->sq.depth);
+	atomic_fetch_add(&to_cq(init->recv_cq)->depths, qp->rq.depth);
 	atomic_fetch_add(&soft_tally.qps, 1);
 	return &qp->ibv;
 
@@ -230,6 +232,8 @@ int soft_destroy_qp(struct ibv_qp *ibqp)
 	soft_cq_purge(to_cq(ibqp->send_cq), qp);
 	soft_cq_purge(to_cq(ibqp->recv_cq), qp);
 	soft_settle_qp_events(qp);
+	atomic_fetch_sub(&to_cq(ibqp->send_cq)->depths, qp->sq.depth);
+	atomic_fetch_sub(&to_cq(ibqp->recv_cq)->depths, qp->rq.depth);
 	atomic_fetch_sub(&to_cq(ibqp->send_cq)->users, 1);
 	atomic_fetch_sub(&to_cq(ibqp->recv_cq)->users, 1);
 	atomic_fetch_sub(&to_pd(ibqp->pd)->users, 1);

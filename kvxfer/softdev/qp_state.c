@@ -256,6 +256,18 @@ static void reset(struct soft_qp *qp)
 	soft_inject_reset(qp);
 }
 
+/* What has been answered by now is no failure. No more than the ring holds. */
+static void take_answers(struct soft_qp *qp)
+{
+	struct soft_context *ctx = qp_context(qp);
+	unsigned int turns = SHM_RING_BYTES / FRAME_HEADER_BYTES;
+
+	ctx->now_ns = soft_now_ns();
+	while (turns-- && !soft_faulty(ctx) && qp->out && qp->out->shm &&
+	       soft_shm_answered(qp->out))
+		soft_conn_service(qp->out);
+}
+
 int soft_modify_qp(struct ibv_qp *ibqp, struct ibv_qp_attr *attr, int mask)
 {
 	struct soft_context *ctx = to_context(ibqp->context);
@@ -284,12 +296,7 @@ int soft_modify_qp(struct ibv_qp *ibqp, struct ibv_qp_attr *attr, int mask)
 		goto out;
 
 	if (to == IBV_QPS_ERR) {
-		/* What has completed by now is no failure. */
-		if (qp->out && qp->out->shm && !soft_faulty(ctx) &&
-		    soft_shm_answered(qp->out)) {
-			ctx->now_ns = soft_now_ns();
-			soft_conn_service(qp->out);
-		}
+		take_answers(qp);
 		soft_qp_fail(qp, NULL, NULL);
 	} else if (to == IBV_QPS_RESET) {
 		reset(qp);

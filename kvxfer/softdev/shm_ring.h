@@ -151,18 +151,34 @@ static inline int shm_spans(const struct shm_end *end, uint64_t n,
 	return n > first ? 2 : 1;
 }
 
+/* From little to much, but for the last, which an older peer takes for much: it
+ * wakes too often then, and not too seldom. */
 enum shm_wish {
 	SHM_NOTHING = 0, /* awake: it will look */
-	SHM_NEWS,	 /* for more than an acknowledgement */
-	SHM_AWAITED,	 /* for what completes aloud as well */
+	SHM_AWAITED,	 /* for what completes aloud, and for news */
 	SHM_ANYTHING,
+	SHM_NEWS, /* for more than an acknowledgement: the least of all */
 };
+
+static inline int shm_rank(uint32_t wish)
+{
+	switch (wish) {
+	case SHM_NOTHING:
+		return 0;
+	case SHM_NEWS:
+		return 1;
+	case SHM_AWAITED:
+		return 2;
+	default:
+		return 3;
+	}
+}
 
 /* Take a sleeper's wish back. True: it sleeps, or is about to, and must be told
  * of what only a wish of at least that much is meant for. */
 static inline bool shm_wanted(_Atomic uint32_t *wish, enum shm_wish least)
 {
-	return atomic_load(wish) >= (uint32_t)least &&
+	return shm_rank(atomic_load(wish)) >= shm_rank(least) &&
 	       atomic_exchange(wish, SHM_NOTHING);
 }
 

@@ -39,15 +39,18 @@ bool soft_shm_poll(struct soft_context *ctx)
 
 /* An initiator with WRs that could not leave waits for any sign of those before;
  * else for those that complete aloud, if somebody is to hear of it: who polls the
- * CQ looks into the ring himself. A responder waits for all that comes. */
+ * CQ looks into the ring himself. An overrun is noticed when it happens, and not
+ * when somebody polls. A responder waits for all that comes. */
 static enum shm_wish wish(const struct soft_conn *conn)
 {
 	const struct soft_qp *qp = conn->qp;
+	struct soft_cq *cq;
 
 	if (!conn->outgoing || !qp || soft_unsent(qp))
 		return SHM_ANYTHING;
-	if (soft_faulty(conn->ctx) || soft_may_overrun(qp) ||
-	    soft_cq_is_armed(to_cq(qp->ibv.send_cq)))
+	cq = to_cq(qp->ibv.send_cq);
+	if (soft_faulty(conn->ctx) || soft_cq_is_armed(cq) ||
+	    soft_cq_can_overrun(cq))
 		return SHM_AWAITED;
 	return SHM_NEWS;
 }
