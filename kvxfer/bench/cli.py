@@ -97,8 +97,8 @@ def _plan(
     given: dict[str, Any], *, null: bool, remote: bool
 ) -> tuple[Workload, Settings]:
     """Make workload and settings of the options that a sweep was given."""
-    flags.quick(given)
     planes = given.pop("planes") or (("k", "v") if remote else ("kv",))
+    flags.quick(given, len(planes))
     threads, depth = given.pop("threads"), given.pop("depth")
     workload = Workload(
         given.pop("sizes"),

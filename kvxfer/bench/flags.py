@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from kvxfer import command
 from kvxfer.bench import contenders as who
@@ -311,12 +312,20 @@ def check_memory(pool_bytes: int, sides: int) -> None:
         )
 
 
-def quick(given: dict[str, Any]) -> None:
-    """Make pool and window small where ``--quick`` was given."""
-    if given.pop("quick"):
-        given["pool"] = min(given["pool"], _QUICK_POOL)
-        given["window"] = min(given["window"], _QUICK_WINDOW)
-        given["rounds"] = min(given["rounds"], 2)
+def quick(given: dict[str, Any], n_planes: int) -> None:
+    """Where ``--quick`` was given, make small what the command line does not say.
+
+    The pool still holds the largest batches twice, as it must.
+    """
+    if not given.pop("quick"):
+        return
+    batches = 2 * given["threads"] * given["depth"] * n_planes
+    least = batches * given["batch"] * max(given["sizes"]) + (n_planes << 20)
+    limits = {"pool": max(_QUICK_POOL, least), "window": _QUICK_WINDOW, "rounds": 2}
+    source = click.get_current_context().get_parameter_source
+    for name, limit in limits.items():
+        if source(name) is not ParameterSource.COMMANDLINE:
+            given[name] = min(given[name], limit)
 
 
 def find_peers(

@@ -114,6 +114,19 @@ async def test_kvxfer_against_kvxfer(tmp_path: Path) -> None:
     assert compared["pairs"] == 1 and compared["rate_ratio"]["median"] > 0
 
 
+async def test_a_look_makes_small_what_nobody_asked_for(tmp_path: Path) -> None:
+    """The pool holds the batches of the blocks named; what is named itself stays."""
+    path = tmp_path / "out.json"
+    look = ("--quick", "--sizes", "64K", "--json", str(path))
+    code, _, err = await bench(*look, "--rounds", "3")
+    assert (code, err) == (0, ""), err
+    found = json.loads(path.read_text())
+    assert len(found["windows"]) == 3
+    assert all(w["wrong_blocks"] == 0 for w in found["windows"])
+    code, _, err = await bench(*look, "--pool", "65M")
+    assert code == 2 and "a pool of 65M does not hold" in err
+
+
 LIMITS = ["memcpy", "shm-memcpy", "pvm-readv", "tcp"]
 OURS = ["no-asyncio", "verbs", "read"]
 
