@@ -8,8 +8,9 @@ __all__ = ["SMALL_BLOCK", "suited"]
 
 #: Bytes. The kernel takes about a microsecond for each range that one process reads out
 #: of another, whatever its length; in a stream a range costs a fraction of that. Blocks
-#: below this size are through sooner by tcp: `kvxfer bench --preset ordinary-small`.
-SMALL_BLOCK = 8192
+#: below this size are through sooner by tcp, although two threads read at a time:
+#: `kvxfer bench --preset ordinary-small`.
+SMALL_BLOCK = 2048
 
 
 def suited(wire: str, cache: KVCache) -> str:

@@ -7,7 +7,7 @@ import pytest
 from kvxfer import Client, KVCache
 from tests.endpoints import QUICK, arena, connected, dial
 
-SMALL, LARGE = {"k": 4096, "v": 4096}, {"k": 8192, "scales": 64}
+SMALL, LARGE = {"k": 1024, "v": 1024}, {"k": 2048, "scales": 64}
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,8 @@ async def test_small_blocks_of_private_memory_go_by_tcp(
 ) -> None:
     """Even towards a server that would rather have something else."""
     async with connected(
-        arena(n_blocks=64, planes=planes, seed=1),
-        arena(n_blocks=64, planes=planes, seed=2),
+        arena(n_blocks=512, planes=planes, seed=1),
+        arena(n_blocks=512, planes=planes, seed=2),
         soft_wire=asked,
         server_options={"soft_wire": "auto"},
     ) as pair:

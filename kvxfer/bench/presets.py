@@ -35,8 +35,8 @@ PRESETS = {
         {**_INTERLEAVED, "memory": "ordinary", "against": "pvm-readv,tcp"},
     ),
     "ordinary-small": Preset(
-        "the same, of a cache whose blocks are all below 8 KiB",
-        {**_INTERLEAVED, "memory": "ordinary", "sizes": "1K,2K,4K"}
+        "the same, of a cache whose blocks are all below 2 KiB",
+        {**_INTERLEAVED, "memory": "ordinary", "sizes": "1K"}
         | {"against": "pvm-readv,tcp"},
     ),
     "tcp": Preset(

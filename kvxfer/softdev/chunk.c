@@ -136,6 +136,7 @@ static void advance(struct soft_conn *conn, size_t bytes)
 	uint32_t begin = rx->at;
 	uint64_t part;
 
+	rx->owed_bytes += bytes;
 	for (; rx->at < rx->bad; rx->at++, rx->at_off = 0) {
 		desc = &rx->desc[rx->at];
 		if (frame_fetches(desc->op) ||

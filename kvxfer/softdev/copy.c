@@ -71,17 +71,26 @@ static void copy_range(uint8_t *to, const uint8_t *from, size_t n, size_t least)
 	memcpy(to, from, n);
 }
 
-void soft_copy_pairs(const struct iovec *to, const struct iovec *from, int n)
+static void ask_for(const struct soft_pairs *pairs, uint32_t i)
 {
-	int i;
+	if (i < pairs->n)
+		prefetch(&pairs->to[i], &pairs->from[i]);
+}
 
-	for (i = 0; i < n && i < AHEAD; i++)
-		prefetch(&to[i], &from[i]);
+void soft_copy_pairs(void *job, uint32_t first, uint32_t end, bool down)
+{
+	const struct soft_pairs *pairs = job;
+	uint32_t n = end - first, i, at;
+
+	/* Elsewhere whoever copies these has asked for them with those before. */
+	if (down ? end == pairs->n : first == 0)
+		for (i = 0; i < AHEAD; i++)
+			ask_for(pairs, down ? end - 1 - i : i);
 	for (i = 0; i < n; i++) {
-		if (i + AHEAD < n)
-			prefetch(&to[i + AHEAD], &from[i + AHEAD]);
-		copy_range(to[i].iov_base, from[i].iov_base, to[i].iov_len,
-			   STREAM_BYTES);
+		at = down ? end - 1 - i : first + i;
+		ask_for(pairs, down ? at - AHEAD : at + AHEAD);
+		copy_range(pairs->to[at].iov_base, pairs->from[at].iov_base,
+			   pairs->to[at].iov_len, STREAM_BYTES);
 	}
 #ifdef __x86_64__
 	/* Whoever learns that the bytes are there must find them. */

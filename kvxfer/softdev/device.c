@@ -7,6 +7,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "copier.h"
 #include "datagram.h"
 #include "wire_shm.h"
 
@@ -235,6 +236,8 @@ static void wait_for_events(struct soft_context *ctx, bool more)
 	soft_lock(ctx);
 	/* No event is in hand that could still point to one of them. */
 	soft_conn_free_dead(ctx);
+	if (!more)
+		soft_copier_dismiss(ctx);
 	timeout = sleep_ms(ctx->now_ns, ctx->timer_ns);
 	ctx->sleep_ns = ctx->timer_ns;
 	if (more || ctx->now_ns < ctx->spin_until_ns) {
@@ -306,5 +309,6 @@ void soft_stop_thread(struct soft_context *ctx)
 	atomic_store(&ctx->stop, true);
 	soft_wake(ctx);
 	pthread_join(ctx->thread, NULL);
+	soft_copier_stop(ctx);
 	atomic_fetch_sub(&soft_tally.threads, 1);
 }

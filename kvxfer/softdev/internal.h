@@ -8,7 +8,8 @@
  *                   connections, and all execution that touches user memory.
  *                   The device thread works in chunks (<= CHUNK_BYTES or one
  *                   frame) and lets go between them, so whoever takes this lock
- *                   knows that no byte is moving. That is the promise of
+ *                   knows that no byte is moving: what the copier copies,
+ *                   the device thread waits for. That is the promise of
  *                   dereg_mr, destroy_qp and modify_qp to ERR or RESET.
  *                   Taken through soft_lock(), which is fair.
  *   qp->sq_lock     what post_send changes. A change of state takes it as well,
@@ -56,6 +57,7 @@ struct soft_conn;
 struct soft_shm;
 struct soft_map;
 struct soft_windows;
+struct soft_copier;
 
 /* --- events -------------------------------------------------------------- */
 
@@ -329,8 +331,10 @@ struct soft_rx {
 	bool recv_checked;	/* SEND: its RECV is there and good */
 	struct fault fault;	/* of the message under way */
 	struct fault *faults; /* per descriptor; NULL: there was no plan yet */
-	uint32_t acks_owed;
-	bool again;    /* the frame repeats what was executed */
+	uint32_t acks_owed;   /* frames executed since the last */
+	uint64_t owed_bytes;  /* those of them, and what of the next is done */
+	uint64_t owed_ns;     /* since when there are any */
+	bool again;	      /* the frame repeats what was executed */
 	uint64_t skip; /* RX_SKIP: payload of it still to be thrown away */
 	bool awaited;  /* one of them is for a WR that somebody waits for */
 	/* RNR */
@@ -432,8 +436,12 @@ struct soft_context {
 	bool port_down, lost;	  /* by ctx->lock */
 	uint32_t n_landings;
 
+	struct soft_copier *copier; /* NULL: it was not needed so far */
+	bool no_copier;		    /* and is not to be had */
+
 	/* Scratch of whoever holds ctx->lock. */
 	struct iovec local_iov[MAX_IOV], remote_iov[MAX_IOV];
+	struct iovec more_local_iov[MAX_IOV], more_remote_iov[MAX_IOV];
 
 	pthread_mutex_t event_lock; /* async events */
 	struct soft_list events;

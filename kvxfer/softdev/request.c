@@ -347,6 +347,15 @@ static bool may_start(struct soft_qp *qp, uint64_t seq, bool first)
 	return !soft_faulty(qp_context(qp)) || soft_inject_start(qp, first);
 }
 
+/* So few slots of the send queue are left that it might run dry before the responder
+ * says by itself that it has come to the end? */
+static bool is_tight(const struct soft_sq *sq)
+{
+	uint64_t head = atomic_load_explicit(&sq->head, memory_order_relaxed);
+
+	return head - sq->done > sq->depth / 4 * 3;
+}
+
 static void close_frame(struct builder *b, uint64_t first)
 {
 	struct frame_header header = { .type = FRAME_REQUEST,
@@ -354,6 +363,9 @@ static void close_frame(struct builder *b, uint64_t first)
 				       .n_desc = b->n_desc,
 				       .payload_len = (uint32_t)b->payload };
 	struct soft_tx *tx = b->tx;
+
+	if (is_tight(&b->qp->sq))
+		header.flags = REQUEST_ACK;
 
 	frame_put_header(tx->head, &header);
 	tx->head_len = FRAME_HEADER_BYTES +

@@ -7,7 +7,13 @@
 
 #define DRAIN_NS (2000 * NS_PER_MS)
 #define RNR_FOR_EVER 7
-#define MAX_ACKS_OWED 4
+/* What one acknowledgement is for, where more is there to be executed. It wakes the
+ * initiator, who has no use for those in the middle of a stream unless he says so: so
+ * many frames, if he wants it; or so many bytes, as his window may be full; or
+ * whatever was done in so long a time, since it says as well that we are alive. */
+#define OWED_FRAMES 4
+#define OWED_BYTES (4u << 20)
+#define OWED_NS (20 * NS_PER_MS)
 
 /* What a step came to. */
 enum step {
@@ -52,6 +58,7 @@ static bool answer(struct soft_conn *conn, enum frame_type type,
 				    conn->rx->awaited ? SHM_AWAITED :
 							SHM_ANYTHING;
 	conn->rx->acks_owed = 0;
+	conn->rx->owed_bytes = 0;
 	conn->rx->awaited = false;
 	good = soft_conn_put(conn, &header, NULL);
 	if (conn->shm)
@@ -349,6 +356,16 @@ static enum step move(struct soft_conn *conn)
 	}
 }
 
+static bool is_ack_due(const struct soft_conn *conn)
+{
+	const struct soft_rx *rx = conn->rx;
+
+	return rx->owed_bytes >= OWED_BYTES ||
+	       (rx->acks_owed >= OWED_FRAMES &&
+		rx->header.flags & REQUEST_ACK) ||
+	       soft_now_ns() - rx->owed_ns >= OWED_NS;
+}
+
 static enum step execute(struct soft_conn *conn)
 {
 	struct soft_rx *rx = conn->rx;
@@ -359,7 +376,9 @@ static enum step execute(struct soft_conn *conn)
 
 	if (rx->at == rx->header.n_desc) {
 		rx->phase = RX_HEADER;
-		if (++rx->acks_owed < MAX_ACKS_OWED || conn->out_len)
+		if (rx->acks_owed++ == 0)
+			rx->owed_ns = soft_now_ns();
+		if (conn->out_len || !is_ack_due(conn))
 			return STEP_YIELD;
 		return answer(conn, FRAME_ACK, 0) ? STEP_YIELD : lost(conn);
 	}

@@ -4,9 +4,16 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "copier.h"
 #include "wire_shm.h"
 
 #define REGION_MAGIC 0x5246564bu /* "KVFR" */
+/* What a thread takes of a copy by two at a time. */
+#define PART_BYTES (8u << 10)
+/* Fewer ranges than this are cut into pieces first. */
+#define MIN_PAIRS 16
+#define PIECE_BYTES (64u << 10)
+_Static_assert(CHUNK_BYTES / PIECE_BYTES + MIN_PAIRS <= MAX_IOV, "room to cut");
 #define OFFSET_MASK ((1ull << SHM_SLOT_SHIFT) - 1)
 
 /* The packet that makes a region known, its memfd beside it, or lets it go
@@ -229,6 +236,55 @@ static int pair_up(struct soft_conn *conn)
 	return n;
 }
 
+/* Cut long ranges into pieces, of which a thread can take some. */
+
+static void cut(struct soft_context *ctx, struct soft_pairs *pairs)
+{
+	struct iovec to, from, *more_to = ctx->more_local_iov,
+			       *more_from = ctx->more_remote_iov;
+	uint32_t i, n = 0;
+
+	for (i = 0; i < pairs->n; i++) {
+		to = pairs->to[i];
+		from = pairs->from[i];
+		for (; to.iov_len; n++) {
+			more_to[n] = to;
+			more_from[n] = from;
+			if (to.iov_len > PIECE_BYTES)
+				more_to[n].iov_len = more_from[n].iov_len =
+					PIECE_BYTES;
+			to.iov_base = (uint8_t *)to.iov_base +
+				      more_to[n].iov_len;
+			from.iov_base = (uint8_t *)from.iov_base +
+					more_to[n].iov_len;
+			to.iov_len -= more_to[n].iov_len;
+		}
+	}
+	*pairs = (struct soft_pairs){ more_to, more_from, n };
+}
+
+/* By two threads, if it is much. */
+static void copy_pairs(struct soft_conn *conn, int n)
+{
+	struct soft_context *ctx = conn->ctx;
+	struct soft_pairs pairs = { ctx->local_iov, ctx->remote_iov,
+				    (uint32_t)n };
+	size_t bytes = 0, step;
+	int i;
+
+	for (i = 0; i < n; i++)
+		bytes += pairs.to[i].iov_len;
+	if (!soft_copier_helps(conn, pairs.to, pairs.n, bytes)) {
+		soft_copy_pairs(&pairs, 0, pairs.n, false);
+		return;
+	}
+	if (pairs.n < MIN_PAIRS)
+		cut(ctx, &pairs);
+	step = PART_BYTES / (bytes / pairs.n);
+	soft_copier_share(ctx, soft_copy_pairs, &pairs, pairs.n,
+			  step ? (uint32_t)step : 1);
+}
+
 bool soft_shm_move(struct soft_conn *conn, enum chunk_result *result)
 {
 	struct soft_rx *rx = conn->rx;
@@ -240,13 +296,15 @@ bool soft_shm_move(struct soft_conn *conn, enum chunk_result *result)
 	n = pair_up(conn);
 	if (n == 0)
 		return false;
-	soft_copy_pairs(conn->ctx->local_iov, conn->ctx->remote_iov, n);
+	copy_pairs(conn, n);
 	/* Only now is it known that the source was still theirs to give. */
 	*result = soft_shm_alive(conn->shm) ? CHUNK_MOVED : CHUNK_LOST;
 	if (*result == CHUNK_LOST)
 		return true;
-	for (i = 0; i < n; i++)
+	for (i = 0; i < n; i++) {
+		rx->owed_bytes += rx->desc[rx->at].len;
 		rx->awaited |= (rx->desc[rx->at++].flags & DESC_SIGNALED) != 0;
+	}
 	conn->qp->rx_seq += (uint64_t)n;
 	return true;
 }

@@ -4,7 +4,8 @@
  * It is a verbs provider in user space: it fills context->ops like any
  * provider and is reached for the rest through struct kvx_verbs_table
  * (kvx_load_softdev). One device, "soft0", always present; every context is
- * an adapter of its own with its own GID, listener and device thread.
+ * an adapter of its own with its own GID, listener and device thread, and a
+ * second thread once there was a copy that is worth two.
  */
 #ifndef KVX_SOFTDEV_H
 #define KVX_SOFTDEV_H

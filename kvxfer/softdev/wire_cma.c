@@ -8,6 +8,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "copier.h"
 #include "internal.h"
 
 /*
@@ -83,28 +84,30 @@ bool soft_cma_allow(uint32_t pid)
 	return prctl(PR_SET_PTRACER, (unsigned long)pid, 0, 0, 0) == 0;
 }
 
-/* Is each page of the range that has byte number at readable? */
-static bool source_is_there(struct soft_conn *conn, int n_remote, size_t at)
-{
-	const size_t page = 4096;
-	const struct iovec *iov = conn->ctx->remote_iov;
-	uintptr_t addr, end;
-	uint8_t byte;
-	int i;
+/* Bytes to be read in one call; both lists have an entry free for the nonce. */
+struct pull {
+	const struct soft_conn *conn;
+	struct iovec *local, *remote;
+	int n_local, n_remote;
+	size_t bytes; /* what is asked for, then what arrived */
+	enum chunk_result result;
+};
 
-	for (i = 0; i < n_remote && at >= iov[i].iov_len; i++)
-		at -= iov[i].iov_len;
-	if (i == n_remote)
-		return true;
-	addr = (uintptr_t)iov[i].iov_base + at;
-	end = (uintptr_t)iov[i].iov_base + iov[i].iov_len;
+/* Is each page of the first range readable? */
+static bool source_is_there(const struct pull *pull)
+{
+	const uintptr_t page = 4096;
+	uintptr_t addr = (uintptr_t)pull->remote[0].iov_base;
+	uintptr_t end = addr + pull->remote[0].iov_len;
+	uint8_t byte;
+
 	for (; addr < end; addr = (addr & ~(page - 1)) + page)
-		if (read_remote(conn->peer_pid, addr, &byte, 1))
+		if (read_remote(pull->conn->peer_pid, addr, &byte, 1))
 			return false;
 	return true;
 }
 
-static bool nonce_matches(struct soft_conn *conn)
+static bool nonce_matches(const struct soft_conn *conn)
 {
 	uint8_t nonce[FRAME_NONCE_BYTES];
 
@@ -113,22 +116,20 @@ static bool nonce_matches(struct soft_conn *conn)
 	       !memcmp(nonce, conn->peer_nonce, sizeof(nonce));
 }
 
-enum chunk_result soft_cma_pull(struct soft_conn *conn, int n_local,
-				int n_remote, size_t *bytes)
+static enum chunk_result read_ranges(struct pull *pull)
 {
-	struct iovec *local = conn->ctx->local_iov;
-	struct iovec *remote = conn->ctx->remote_iov;
+	const struct soft_conn *conn = pull->conn;
 	uint8_t nonce[FRAME_NONCE_BYTES];
 	ssize_t got;
 
-	local[n_local] = (struct iovec){ nonce, sizeof(nonce) };
-	remote[n_remote] = (struct iovec){
+	pull->local[pull->n_local] = (struct iovec){ nonce, sizeof(nonce) };
+	pull->remote[pull->n_remote] = (struct iovec){
 		(void *)(uintptr_t)conn->peer_nonce_addr, sizeof(nonce)
 	};
-	got = process_vm_readv((pid_t)conn->peer_pid, local,
-			       (unsigned long)n_local + 1, remote,
-			       (unsigned long)n_remote + 1, 0);
-	if (got == (ssize_t)(*bytes + sizeof(nonce)))
+	got = process_vm_readv((pid_t)conn->peer_pid, pull->local,
+			       (unsigned long)pull->n_local + 1, pull->remote,
+			       (unsigned long)pull->n_remote + 1, 0);
+	if (got == (ssize_t)(pull->bytes + sizeof(nonce)))
 		return memcmp(nonce, conn->peer_nonce, sizeof(nonce)) ?
 			       CHUNK_LOST :
 			       CHUNK_MOVED;
@@ -137,11 +138,82 @@ enum chunk_result soft_cma_pull(struct soft_conn *conn, int n_local,
 
 	/* Stopped by a bad address, of theirs or of ours. What came before it
 	 * counts; the next call starts there and comes to the point. */
-	if (got > 0 && (size_t)got < *bytes) {
-		*bytes = (size_t)got;
+	if (got > 0 && (size_t)got < pull->bytes) {
+		pull->bytes = (size_t)got;
 		return CHUNK_MOVED;
 	}
-	*bytes = 0;
-	return source_is_there(conn, n_remote, 0) ? CHUNK_NO_DEST :
-						    CHUNK_NO_SOURCE;
+	pull->bytes = 0;
+	return source_is_there(pull) ? CHUNK_NO_DEST : CHUNK_NO_SOURCE;
+}
+
+/* A soft_part_fn. */
+static void read_parts(void *job, uint32_t first, uint32_t end, bool down)
+{
+	struct pull *pulls = job;
+
+	(void)down;
+	for (; first < end; first++)
+		pulls[first].result = read_ranges(&pulls[first]);
+}
+
+/* Move what lies behind the first bytes of a list to another; returns how many
+ * ranges are left. */
+static int split(struct iovec *list, int n, size_t bytes, struct iovec *rest,
+		 int *n_rest)
+{
+	int at = 0;
+
+	for (; bytes >= list[at].iov_len; at++)
+		bytes -= list[at].iov_len;
+	*n_rest = n - at;
+	memcpy(rest, list + at, (size_t)*n_rest * sizeof(*rest));
+	rest->iov_base = (uint8_t *)rest->iov_base + bytes;
+	rest->iov_len -= bytes;
+	list[at].iov_len = bytes;
+	return bytes ? at + 1 : at;
+}
+
+/* In two halves, one by the copier. */
+static enum chunk_result pull_halves(struct pull *first, size_t *bytes)
+{
+	struct soft_context *ctx = first->conn->ctx;
+	size_t half = *bytes / 2 & ~(size_t)63;
+	struct pull halves[2] = { *first, *first };
+
+	halves[1].local = ctx->more_local_iov;
+	halves[1].remote = ctx->more_remote_iov;
+	halves[0].n_local = split(first->local, first->n_local, half,
+				  halves[1].local, &halves[1].n_local);
+	halves[0].n_remote = split(first->remote, first->n_remote, half,
+				   halves[1].remote, &halves[1].n_remote);
+	halves[0].bytes = half;
+	halves[1].bytes = *bytes - half;
+	soft_copier_share(ctx, read_parts, halves, 2, 1);
+
+	*bytes = halves[0].bytes;
+	if (halves[0].result != CHUNK_MOVED || *bytes < half)
+		return halves[0].result;
+	/* What is wrong with the second is said when it comes first. */
+	if (halves[1].result == CHUNK_MOVED)
+		*bytes += halves[1].bytes;
+	return halves[1].result == CHUNK_LOST ? CHUNK_LOST : CHUNK_MOVED;
+}
+
+enum chunk_result soft_cma_pull(struct soft_conn *conn, int n_local,
+				int n_remote, size_t *bytes)
+{
+	struct pull pull = { conn,
+			     conn->ctx->local_iov,
+			     conn->ctx->remote_iov,
+			     n_local,
+			     n_remote,
+			     *bytes,
+			     CHUNK_MOVED };
+	enum chunk_result result;
+
+	if (soft_copier_helps(conn, pull.local, (uint32_t)n_local, *bytes))
+		return pull_halves(&pull, bytes);
+	result = read_ranges(&pull);
+	*bytes = pull.bytes;
+	return result;
 }

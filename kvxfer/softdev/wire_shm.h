@@ -63,8 +63,14 @@ void soft_make_huge(uint8_t *addr, size_t length);
 int soft_check_sealed(int fd, uint64_t offset, uint64_t length);
 
 /* copy.c; no lock */
-/* Copy n ranges, each from its own. */
-void soft_copy_pairs(const struct iovec *to, const struct iovec *from, int n);
+/* Ranges, each to be copied from its own. */
+struct soft_pairs {
+	const struct iovec *to, *from;
+	uint32_t n;
+};
+/* Copy those of [first, end). down: those before them are next, else those behind
+ * them; as for a soft_part_fn. */
+void soft_copy_pairs(void *pairs, uint32_t first, uint32_t end, bool down);
 /* Copy until either list is used up. Returns the bytes copied. */
 size_t soft_copy(const struct iovec *to, int n_to, const struct iovec *from,
 		 int n_from);

@@ -13,7 +13,7 @@ out=${1:-$(mktemp -d)}
 [ $# -gt 0 ] || trap 'rm -rf "$out"' EXIT
 mkdir -p "$out"
 
-tests="basic binds cq datagrams errors faults shm strict stress windows"
+tests="basic binds copier cq datagrams errors faults shm strict stress windows"
 
 # build NAME SANITIZERS SOURCE...: the program of one test
 build() {

@@ -208,6 +208,126 @@ static void put_write(struct villain *v, uint64_t laddr, uint32_t len)
 	put(v, raw, sizeof(raw));
 }
 
+/* --- acknowledgements ------------------------------------------------------ */
+
+/* Put n frames at once, each a WRITE of len bytes, and count what they are answered
+ * with. */
+static unsigned int answers_to(uint32_t n, uint32_t len, uint16_t flags)
+{
+	const size_t size = FRAME_HEADER_BYTES + FRAME_DESC_BYTES;
+	struct region region = { REGION_MAGIC, 0, 0, 1 << 20 };
+	struct frame_header header = { .type = FRAME_REQUEST,
+				       .flags = flags,
+				       .n_desc = 1 };
+	uint8_t *raw = malloc(n * size), *answers;
+	unsigned int found = 0;
+	struct frame_desc desc;
+	struct villain v;
+	int fd;
+
+	come_up(&v);
+	fd = sealed_memory(1 << 20);
+	send_packet(v.fd, &region, sizeof(region), fd);
+	atomic_fetch_add(&v.page->told, 1);
+	close(fd);
+	desc = (struct frame_desc){ .raddr = (uintptr_t)v.end.buffer,
+				    .rkey = v.end.mr->rkey,
+				    .len = len,
+				    .op = OP_WRITE,
+				    .flags = DESC_START | DESC_END };
+	if (len)
+		desc.flags |= DESC_FETCH;
+	for (header.seq = 0; header.seq < n; header.seq++) {
+		frame_put_header(raw + header.seq * size, &header);
+		frame_put_desc(raw + header.seq * size + FRAME_HEADER_BYTES,
+			       &desc);
+	}
+	put(&v, raw, n * size);
+	send_packet(v.fd, "", 1, -1);
+	answers = v.requests + SHM_RING_BYTES;
+	for (header.seq = 0; header.seq < n; found++) {
+		while (atomic_load(&v.page->answers.head) <
+		       (found + 1) * FRAME_HEADER_BYTES)
+			CHECK(v.page);
+		CHECK(!frame_get_header(answers + found * FRAME_HEADER_BYTES,
+					&header));
+		CHECK(header.type == FRAME_ACK);
+	}
+	free(raw);
+	finish(&v);
+	return found;
+}
+
+/* In the middle of a stream only who wants to hear of it is told, unless much was
+ * written since. */
+static void few_acknowledgements(void)
+{
+	const uint32_t n = 40;
+	unsigned int found, least = n;
+	int i;
+
+	/* A thread without a processor for a while says that it is alive. */
+	for (i = 0; i < 20; i++) {
+		found = answers_to(n, 0, 0);
+		least = found < least ? found : least;
+	}
+	CHECK(least == 1);
+	CHECK(answers_to(n, 0, REQUEST_ACK) >= n / 4);
+	CHECK(answers_to(n, 1 << 20, 0) >= n / 4);
+}
+
+/* Who has used up most of his send queue says that he wants to hear. */
+static void full_queues_want_to_hear(void)
+{
+	const int n = 1024;
+	struct ibv_wc *wc = calloc((size_t)n, sizeof(*wc));
+	struct soft_context *theirs;
+	struct frame_header header;
+	struct ibv_send_wr wr;
+	struct soft_shm *shm;
+	struct ibv_sge sge;
+	uint64_t at, begin;
+	struct end a, b;
+	struct card to;
+	int i;
+
+	make_pair(&a, &b,
+		  &(struct options){ .send_wr = 1024, .sig_all = true });
+	to = card_of(&b);
+	wr = write_wr(&a, &to, &sge, 0, 0, 8);
+	CHECK(!post_one(&a, &wr)); /* the wire is up behind it */
+	reap(&a, wc, 1);
+	theirs = to_context(b.context);
+	soft_lock(theirs); /* nothing is executed meanwhile */
+	shm = to_qp(a.qp)->out->shm;
+	begin = at = atomic_load(&shm->page->requests.head);
+	for (i = 0; i < n; i++)
+		CHECK(!post_one(&a, &wr));
+	CHECK(begin + n * (FRAME_HEADER_BYTES + FRAME_DESC_BYTES) <
+	      SHM_RING_BYTES); /* so that nothing lies across its end */
+	while (soft_unsent(to_qp(a.qp)))
+		CHECK(shm->page);
+	soft_lock(to_context(a.context));
+	for (i = 0; i < n; i += (int)header.n_desc) {
+		CHECK(!frame_get_header(shm->out.bytes + at, &header));
+		CHECK(header.type == FRAME_REQUEST && header.n_desc > 0);
+		if (i == 0 && header.n_desc <= 64)
+			CHECK(header.flags == 0);
+		if (i + (int)header.n_desc > n / 4 * 3 + 64)
+			CHECK(header.flags == REQUEST_ACK);
+		at += FRAME_HEADER_BYTES + header.n_desc * FRAME_DESC_BYTES;
+	}
+	soft_unlock(to_context(a.context));
+	soft_unlock(theirs);
+	reap(&a, wc, n);
+	for (i = 0; i < n; i++)
+		CHECK(wc[i].status == IBV_WC_SUCCESS);
+	free(wc);
+	close_end(&a);
+	close_end(&b);
+	no_objects_left();
+}
+
 static void bad_positions(void)
 {
 	static const uint64_t heads[] = { SHM_RING_BYTES + 1, UINT64_MAX / 2,
@@ -379,6 +499,8 @@ int main(void)
 		return 0;
 	}
 	bad_rings();
+	few_acknowledgements();
+	full_queues_want_to_hear();
 	bad_positions();
 	noise();
 	bad_packets();
