@@ -20,6 +20,7 @@
 /* The device thread needs less than this between two copies of a stream. */
 #define IDLE_LOOKS 400u
 #define LOOKS_A_YIELD 16u
+/* The copier needs less than this for the parts that it has begun. */
 #define PATIENT_LOOKS 500u
 
 /* A number that no two copies in a row share, and the parts that nobody has taken
@@ -214,35 +215,34 @@ void soft_copier_stop(struct soft_context *ctx)
 	atomic_fetch_sub(&soft_tally.threads, 1);
 }
 
-static void call(struct soft_context *ctx)
+static void wake(struct soft_copier *copier)
 {
-	struct soft_copier *copier = ctx->copier;
-
-	if (!copier && !ctx->no_copier) {
-		ctx->copier = copier = new_copier();
-		ctx->no_copier = !copier;
-	}
-	if (copier && atomic_load(&copier->asleep) &&
-	    atomic_exchange(&copier->asleep, false)) {
-		atomic_store(&copier->idle, false);
+	if (atomic_load(&copier->asleep) &&
+	    atomic_exchange(&copier->asleep, false))
 		sem_post(&copier->wake);
-	}
 }
 
-bool soft_copier_helps(const struct soft_conn *conn, const struct iovec *to,
+bool soft_copier_joins(const struct soft_conn *conn, const struct iovec *to,
 		       uint32_t n, size_t bytes)
 {
 	struct soft_context *ctx = conn->ctx;
+	bool worth_waking = bytes >= CALL_BYTES ||
+			    (conn->shm &&
+			     shm_data(&conn->shm->in) > CALL_BEHIND);
 
 	if (bytes < SHARE_BYTES)
 		return false;
-	if (bytes >= CALL_BYTES ||
-	    (conn->shm && shm_data(&conn->shm->in) > CALL_BEHIND))
-		call(ctx);
-	return ctx->copier &&
-	       !atomic_load_explicit(&ctx->copier->asleep,
-				     memory_order_relaxed) &&
-	       soft_are_disjoint(&ctx->copier->marks, to, n);
+	if (worth_waking && !ctx->copier && !ctx->no_copier) {
+		ctx->copier = new_copier();
+		ctx->no_copier = !ctx->copier;
+	}
+	if (!ctx->copier ||
+	    (!worth_waking && atomic_load_explicit(&ctx->copier->asleep,
+						   memory_order_relaxed)) ||
+	    !soft_are_disjoint(&ctx->copier->marks, to, n))
+		return false;
+	wake(ctx->copier);
+	return true;
 }
 
 void soft_copier_dismiss(struct soft_context *ctx)
@@ -262,6 +262,7 @@ void soft_copier_share(struct soft_context *ctx, soft_part_fn copy, void *job,
 	atomic_store_explicit(&copier->job, job, memory_order_relaxed);
 	atomic_store_explicit(&copier->step, step, memory_order_relaxed);
 	atomic_store_explicit(&copier->done, 0, memory_order_relaxed);
+	atomic_store_explicit(&copier->idle, false, memory_order_relaxed);
 	atomic_store_explicit(&copier->word, WORD(number, 0, n),
 			      memory_order_release);
 	await(copier, n - copy_on(copier, false));

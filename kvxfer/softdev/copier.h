@@ -5,7 +5,8 @@
  * gives it a part of what it is about to copy itself, and goes on when both are
  * done. So whoever takes ctx->lock still knows that no byte is moving. It takes
  * only what the device thread has not come to yet: where it gets no processor,
- * the device thread copies all of it.
+ * the device thread copies all of it. If it loses its processor in the middle of
+ * a part, the device thread has to wait for it, and sleeps meanwhile.
  */
 #ifndef KVX_SOFT_COPIER_H
 #define KVX_SOFT_COPIER_H
@@ -23,10 +24,10 @@ typedef void (*soft_part_fn)(void *job, uint32_t first, uint32_t end,
 			     bool down);
 
 /* All by the device thread, ctx->lock held. */
-/* Is the copier awake, a copy of so many bytes to n ranges worth two threads, and
- * is their order of no matter? It is woken for a large one, and for a smaller one
+/* Is a copy of so many bytes to n ranges worth two threads, and their order of no
+ * matter? Then the copier is awake. It is woken for a large one, and for a smaller one
  * that others follow. */
-bool soft_copier_helps(const struct soft_conn *conn, const struct iovec *to,
+bool soft_copier_joins(const struct soft_conn *conn, const struct iovec *to,
 		       uint32_t n, size_t bytes);
 /* Copy n parts, it from the end and we from the beginning, step at a time. */
 void soft_copier_share(struct soft_context *ctx, soft_part_fn copy, void *job,

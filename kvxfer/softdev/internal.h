@@ -45,8 +45,9 @@
 #define SOFT_BUCKETS 1024u  /* of each hash table; a power of two */
 #define SHM_MAX_REGIONS 256 /* memfds that an adapter shares with its peers */
 
-#define CHUNK_BYTES (1u << 20) /* moved at most per hold of ctx->lock */
-#define MAX_IOV 1024	       /* the kernel's limit per call */
+#define CHUNK_BYTES (1u << 20)	/* moved at most per hold of ctx->lock */
+#define MAX_IOV 1024		/* the kernel's limit per call */
+#define MORE_IOV (MAX_IOV + 16) /* when long ranges are cut into pieces */
 
 #define NS_PER_MS 1000000ull
 #define NEVER UINT64_MAX
@@ -441,7 +442,7 @@ struct soft_context {
 
 	/* Scratch of whoever holds ctx->lock. */
 	struct iovec local_iov[MAX_IOV], remote_iov[MAX_IOV];
-	struct iovec more_local_iov[MAX_IOV], more_remote_iov[MAX_IOV];
+	struct iovec more_local_iov[MORE_IOV], more_remote_iov[MORE_IOV];
 
 	pthread_mutex_t event_lock; /* async events */
 	struct soft_list events;
@@ -866,8 +867,8 @@ int soft_cma_probe(const struct soft_context *ctx,
 bool soft_cma_allow(uint32_t pid);
 /*
  * Pull *bytes from n_remote ranges of ctx->remote_iov into n_local ones of
- * ctx->local_iov; both have one entry free for the nonce. *bytes becomes what
- * arrived; CHUNK_WAIT does not happen.
+ * ctx->local_iov; both have one entry free for the nonce, and are used up. *bytes
+ * becomes what arrived; CHUNK_WAIT does not happen.
  */
 enum chunk_result soft_cma_pull(struct soft_conn *conn, int n_local,
 				int n_remote, size_t *bytes);

@@ -63,6 +63,7 @@ bool soft_begin_read(struct soft_conn *conn)
 		return false;
 	/* The response says as well that all before it is done. */
 	rx->acks_owed = 0;
+	rx->owed_bytes = 0;
 	rx->read_left = desc->len;
 	rx->phase = RX_READ;
 	next_frame(conn);

@@ -10,10 +10,12 @@
 /* What one acknowledgement is for, where more is there to be executed. It wakes the
  * initiator, who has no use for those in the middle of a stream unless he says so: so
  * many frames, if he wants it; or so many bytes, as his window may be full; or
- * whatever was done in so long a time, since it says as well that we are alive. */
+ * whatever was done in so long a time, since it says as well that we are alive: a
+ * fraction of the initiator's MIN_RETRY_NS. Who keeps less in flight than all of that
+ * is answered where his stream pauses. */
 #define OWED_FRAMES 4
 #define OWED_BYTES (4u << 20)
-#define OWED_NS (20 * NS_PER_MS)
+#define OWED_NS (4 * NS_PER_MS)
 
 /* What a step came to. */
 enum step {

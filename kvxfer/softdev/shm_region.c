@@ -10,10 +10,9 @@
 #define REGION_MAGIC 0x5246564bu /* "KVFR" */
 /* What a thread takes of a copy by two at a time. */
 #define PART_BYTES (8u << 10)
-/* Fewer ranges than this are cut into pieces first. */
-#define MIN_PAIRS 16
+/* Longer ranges are cut into pieces first. */
 #define PIECE_BYTES (64u << 10)
-_Static_assert(CHUNK_BYTES / PIECE_BYTES + MIN_PAIRS <= MAX_IOV, "room to cut");
+_Static_assert(CHUNK_BYTES / PIECE_BYTES <= MORE_IOV - MAX_IOV, "room to cut");
 #define OFFSET_MASK ((1ull << SHM_SLOT_SHIFT) - 1)
 
 /* The packet that makes a region known, its memfd beside it, or lets it go
@@ -194,10 +193,13 @@ static bool is_plain(const struct frame_desc *desc)
 	       (desc->flags & (all | DESC_IMM)) == all;
 }
 
-/* The pairs of ranges to copy, in ctx->local_iov (to) and ctx->remote_iov. */
+/* The pairs of ranges to copy, in ctx->local_iov (to) and ctx->remote_iov; where the
+ * peer has them go, in ctx->more_local_iov: two regions over the same memory have a
+ * mapping each. */
 static int pair_up(struct soft_conn *conn)
 {
 	struct iovec *to = conn->ctx->local_iov, *from = conn->ctx->remote_iov;
+	struct iovec *asked = conn->ctx->more_local_iov;
 	const struct frame_desc *desc = &conn->rx->desc[conn->rx->at];
 	const struct frame_desc *end = &conn->rx->desc[conn->rx->bad];
 	struct soft_map *map = NULL;
@@ -231,13 +233,14 @@ static int pair_up(struct soft_conn *conn)
 			mr->map->base + (desc->raddr - (uintptr_t)mr->ibv.addr),
 			desc->len
 		};
+		asked[n] = (struct iovec){ (void *)(uintptr_t)desc->raddr,
+					   desc->len };
 		bytes += desc->len;
 	}
 	return n;
 }
 
 /* Cut long ranges into pieces, of which a thread can take some. */
-
 static void cut(struct soft_context *ctx, struct soft_pairs *pairs)
 {
 	struct iovec to, from, *more_to = ctx->more_local_iov,
@@ -269,16 +272,19 @@ static void copy_pairs(struct soft_conn *conn, int n)
 	struct soft_context *ctx = conn->ctx;
 	struct soft_pairs pairs = { ctx->local_iov, ctx->remote_iov,
 				    (uint32_t)n };
-	size_t bytes = 0, step;
+	size_t bytes = 0, longest = 0, step;
 	int i;
 
-	for (i = 0; i < n; i++)
+	for (i = 0; i < n; i++) {
 		bytes += pairs.to[i].iov_len;
-	if (!soft_copier_helps(conn, pairs.to, pairs.n, bytes)) {
+		if (pairs.to[i].iov_len > longest)
+			longest = pairs.to[i].iov_len;
+	}
+	if (!soft_copier_joins(conn, ctx->more_local_iov, pairs.n, bytes)) {
 		soft_copy_pairs(&pairs, 0, pairs.n, false);
 		return;
 	}
-	if (pairs.n < MIN_PAIRS)
+	if (longest > PIECE_BYTES)
 		cut(ctx, &pairs);
 	step = PART_BYTES / (bytes / pairs.n);
 	soft_copier_share(ctx, soft_copy_pairs, &pairs, pairs.n,

@@ -191,6 +191,8 @@ static enum chunk_result pull_halves(struct pull *first, size_t *bytes)
 	soft_copier_share(ctx, read_parts, halves, 2, 1);
 
 	*bytes = halves[0].bytes;
+	/* Of WRs in the second half bytes may have landed, although they end as
+	 * flushed: what is in their target then is undefined. */
 	if (halves[0].result != CHUNK_MOVED || *bytes < half)
 		return halves[0].result;
 	/* What is wrong with the second is said when it comes first. */
@@ -211,7 +213,7 @@ enum chunk_result soft_cma_pull(struct soft_conn *conn, int n_local,
 			     CHUNK_MOVED };
 	enum chunk_result result;
 
-	if (soft_copier_helps(conn, pull.local, (uint32_t)n_local, *bytes))
+	if (soft_copier_joins(conn, pull.local, (uint32_t)n_local, *bytes))
 		return pull_halves(&pull, bytes);
 	result = read_ranges(&pull);
 	*bytes = pull.bytes;

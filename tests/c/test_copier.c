@@ -4,6 +4,7 @@
 #include <sched.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "../../kvxfer/softdev/copier.h"
 #include "../../kvxfer/softdev/disjoint.h"
@@ -113,14 +114,20 @@ static void rounds_begin_again(void)
 struct job {
 	uint32_t n, number;
 	uint32_t *times; /* how often each part was copied, and in which job */
+	uint32_t slow;	 /* ms that the copier takes for a share */
+	uint32_t by_copier;
 };
 
 static void copy(void *arg, uint32_t first, uint32_t end, bool down)
 {
 	struct job *job = arg;
 
-	(void)down;
 	CHECK(first < end && end <= job->n);
+	if (down) {
+		job->by_copier += end - first;
+		if (job->slow)
+			usleep(1000 * job->slow);
+	}
 	for (; first < end; first++)
 		job->times[first] += job->number;
 }
@@ -135,15 +142,19 @@ static void share(struct soft_conn *conn, uint32_t rounds)
 		/* Asleep, or still awake from the last one. */
 		if (below(50) == 0)
 			soft_copier_dismiss(conn->ctx);
-		if (!soft_copier_helps(conn, &to, 1, MANY))
-			continue;
+		if (!soft_copier_joins(conn, &to, 1, MANY)) {
+			CHECK(conn->ctx->no_copier);
+			break;
+		}
 		job.n = 1 + below(2000);
 		job.number = round;
+		job.slow = round % 100 == 0; /* we sleep until it is done */
 		memset(times, 0, 2000 * sizeof(*times));
 		soft_copier_share(conn->ctx, copy, &job, job.n, 1 + below(20));
 		for (i = 0; i < job.n; i++)
 			CHECK(times[i] == round);
 	}
+	CHECK(conn->ctx->no_copier || job.by_copier > 0);
 	free(times);
 }
 
@@ -172,7 +183,7 @@ static void small_ones_alone(void)
 	struct iovec to = { conn, 65536 };
 
 	conn->ctx = ctx;
-	CHECK(!soft_copier_helps(conn, &to, 1, 65536));
+	CHECK(!soft_copier_joins(conn, &to, 1, 65536));
 	CHECK(!ctx->copier && !ctx->no_copier);
 	free(conn);
 	free(ctx);
@@ -186,10 +197,10 @@ static bool two_threads_copy(void)
 	cpu_set_t set;
 
 	CHECK(!sched_getaffinity(0, sizeof(set), &set));
-	return CPU_COUNT(&set) > 1 && wire && strcmp(wire, "tcp");
+	return CPU_COUNT(&set) > 1 && (!wire || strcmp(wire, "tcp"));
 }
 
-/* Chains of large WRITEs to the same place: the last one counts. */
+/* Chains of large WRITEs to the same place, by two keys for it: the last counts. */
 static void the_last_one_counts(void)
 {
 	const struct options options = { .size = 8 << 20, .sig_all = true };
@@ -197,6 +208,7 @@ static void the_last_one_counts(void)
 	struct ibv_send_wr wrs[8];
 	struct ibv_sge sges[8];
 	struct kvx_soft_counts counts;
+	struct ibv_mr *again;
 	struct ibv_wc wc[8];
 	struct end a, b;
 	struct card to;
@@ -204,12 +216,16 @@ static void the_last_one_counts(void)
 
 	make_pair(&a, &b, &options);
 	to = card_of(&b);
+	again = verbs.reg_mr_fd(b.pd, b.fd, 0, b.buffer, b.size, ALL_ACCESS);
+	CHECK(again);
 	fill_random(a.buffer, a.size);
 	for (round = 0; round < 100; round++) {
 		for (i = 0; i < 8; i++) {
 			wrs[i] = write_wr(&a, &to, &sges[i],
 					  (size_t)(round + i) % 64 * size, 0,
 					  size);
+			if (i % 2)
+				wrs[i].wr.rdma.rkey = again->rkey;
 			wrs[i].next = i < 7 ? &wrs[i + 1] : NULL;
 		}
 		CHECK(!post_one(&a, wrs));
@@ -220,6 +236,7 @@ static void the_last_one_counts(void)
 	}
 	kvx_soft_counts(&counts);
 	CHECK(counts.threads == 2u + two_threads_copy());
+	CHECK(!verbs.dereg_mr(again));
 	close_end(&a);
 	close_end(&b);
 	no_objects_left();
