@@ -17,7 +17,6 @@ struct units {
 	uint64_t base; /* where some range begins */
 	uint64_t size;
 	int shift; /* size is 1 << shift; -1: it is no power of two */
-	uint64_t first, n;
 };
 
 static uint64_t gcd(uint64_t a, uint64_t b)

@@ -61,8 +61,7 @@ enum frame_wire { WIRE_NONE = 0, WIRE_TCP = 1, WIRE_CMA = 2, WIRE_SHM = 3 };
  * initiator's memory although both are on one host, or 0. */
 
 /* FRAME_REQUEST flags; older responders do not look at them. */
-#define REQUEST_ACK \
-	1u /* an acknowledgement is wanted soon, as BTH's AckReq says */
+#define REQUEST_ACK 1u /* wants an acknowledgement soon, as BTH's AckReq */
 
 /* FRAME_READ_RESP flags */
 #define RESP_END 1u /* these are the last bytes of the READ */
