@@ -98,6 +98,7 @@ cdef extern from "fill.h" nogil:
         uint64_t offset
     uint32_t kvx_rkey(const kvx_plane *, uint32_t)
     void kvx_template_init(kvx_template *)
+    void kvx_template_forget(kvx_template *)
     uint32_t kvx_fill(
         kvx_template *, kvx_blocks *, const kvx_limits *, uint32_t, uint32_t,
         uint64_t, uint64_t, uint64_t *)

@@ -453,6 +453,7 @@ cdef class Engine:
         queue.failed = True
         relist(self.core, queue)
         self.core.queues[queue.slot] = NULL
+        kvx_template_forget(&self.core.template)
         pthread_mutex_unlock(&self.core.lock)
         del self._qps[queue.slot]
         free_queue(queue)

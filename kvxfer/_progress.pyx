@@ -37,6 +37,10 @@ cdef bint settle(Core *core, uint32_t budget) noexcept nogil:
         if not core.thread_drives and (more or wants_thread(core)):
             hand_over(core)
         if core.thread_drives:
+            # It may sleep with nothing to listen for, where a queue has failed and
+            # cannot post what it has; then it has not heard of what is posted here.
+            if core.outstanding and not core.armed:
+                wake_thread(core)
             core.behind = False
             return False
     core.behind = more or listen(core, budget)

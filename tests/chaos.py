@@ -26,7 +26,7 @@ import pprint
 import random
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -287,7 +287,7 @@ class Chaos:
             await side.open()
         self.stop_at = time.monotonic() + seconds
         try:
-            await asyncio.gather(
+            await self._all_of(
                 self.trouble(), *(self.requests() for _ in range(self.tasks))
             )
             for side in self.sides:
@@ -302,6 +302,16 @@ class Chaos:
         if any(n > 0 for n in left.values()):
             raise Foreign(f"left alive: {left}")
         return self.counts
+
+    async def _all_of(self, *parts: Coroutine[Any, Any, None]) -> None:
+        """Run all; when one fails end the others, which would hide why by theirs."""
+        tasks = [asyncio.ensure_future(part) for part in parts]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
     # -- trouble -----------------------------------------------------------------
 
@@ -377,10 +387,13 @@ class Chaos:
             self.serial += 1
             one = One(self, self.serial, prefill, decode, ours, theirs)
             running = asyncio.ensure_future(one.run())
-            done, _ = await asyncio.wait({running}, timeout=PATIENCE)
-            if not done:
-                raise Hangs(one.describe())
-            running.result()
+            try:
+                done, _ = await asyncio.wait({running}, timeout=PATIENCE)
+                if not done:
+                    raise Hangs(one.describe())
+                running.result()
+            finally:
+                running.cancel()
             self.counts.requests += 1
 
 

@@ -16,9 +16,10 @@ from kvxfer._engine import Engine
 from kvxfer._verbs import Device
 from kvxfer.errors import UsageError
 from kvxfer.testing import loopback
+from kvxfer.verbs_types import QPLimits
 from tests.device_ends import SUCCESS
 from tests.endpoints import QUICK, SOON, arena, connected
-from tests.engine_rig import Rig, Shape
+from tests.engine_rig import Rig, Shape, as_array
 from tests.leaks import TASK_DIR
 
 THREADED = ["adaptive", "spin"]
@@ -114,6 +115,26 @@ def test_a_failure_is_told(progress: str) -> None:
         rig.source.engine.flush(rig.slot)
         ends = rig.finish(ids)
         assert [end.op_id for end in ends] == ids
+
+
+@pytest.mark.parametrize("progress", MODES)
+def test_a_queue_that_cannot_post_keeps_nobody_from_the_news(progress: str) -> None:
+    """What it was to write waits for its owner, and nothing is in flight meanwhile."""
+    with Rig(depth=16, notify=False, progress=progress) as rig:
+        rig.let_go()
+        engine = rig.source.engine
+        silent = rig.source.new_qp(QPLimits(max_send_wr=16, max_send_sge=8))
+        slot = engine.add_initiator(silent, rig.rows())
+        stuck = engine.submit(slot, [0], as_array([1]), as_array([2]))
+        rig.source.wait(lambda: rig.source.failed == [slot])
+        for i in range(8):
+            (end,) = rig.finish(rig.submit([i], [i]))[-1:]
+            assert end.status == SUCCESS
+        engine.abort(slot)
+        assert rig.finish(stuck)[-1].op_id == stuck[0]
+        for i in range(8):
+            (end,) = rig.finish(rig.submit([i], [i]))[-1:]
+            assert end.status == SUCCESS
 
 
 @pytest.mark.parametrize("progress", MODES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvxfer.verbs_types import SGE, QPLimits, SendWR
-from tests.engine_rig import Rig, as_array
+from tests.engine_rig import Rig, Shape, as_array
 
 SUCCESS, FLUSHED = 0, 5
 DEPTH = 16
@@ -79,3 +79,26 @@ def test_it_says_nothing_of_the_queue_that_has_the_slot_now(
         wanted = rig.expected(range(40), range(40), [0, 1])
         seen = 4 * rig.remote_length  # behind them is where the write that tells went
         assert (target.memory[:seen] == wanted[:seen]).all()
+
+
+def test_a_new_queue_carries_nothing_of_one_that_is_gone() -> None:
+    """Its table may lie where that of the old one lay in memory."""
+    # A table longer than malloc keeps aside, so that it gives out its place again.
+    shape = Shape(n_local=4, n_remote=4, n_rows=16)
+    limits = QPLimits(max_send_wr=DEPTH, max_send_sge=8)
+    with Rig(shape, depth=DEPTH, notify=False) as rig:
+        source, target, engine = rig.source, rig.target, rig.source.engine
+        engine.remove(rig.slot)
+        for shape.block_bytes in (64, 32, 48, 16) * 4:
+            ours, theirs = source.new_qp(limits), target.new_qp(limits)
+            source.connect(ours, target, theirs)
+            target.connect(theirs, source, ours)
+            rig.slot = engine.add_initiator(ours, rig.rows())
+            target.memory[:] = rig.before
+            (end,) = rig.finish(rig.submit([0, 2], [1, 3]))[-1:]
+            assert end.status == SUCCESS
+            wanted = rig.expected([0, 2], [1, 3], [0])
+            assert (target.memory == wanted).all(), shape.block_bytes
+            engine.remove(rig.slot)
+            ours.close()
+            theirs.close()

@@ -51,13 +51,20 @@ struct kvx_blocks {
 	uint64_t offset; /* in block `at` */
 };
 
+/* Planes are about to be freed: others may get their place in memory. */
+static inline void kvx_template_forget(struct kvx_template *t)
+{
+	for (int i = 0; i < KVX_MAX_CHAIN; i++)
+		t->planes[i] = NULL;
+}
+
 static inline void kvx_template_init(struct kvx_template *t)
 {
 	for (int i = 0; i < KVX_MAX_CHAIN; i++) {
 		t->wrs[i].next = i + 1 < KVX_MAX_CHAIN ? &t->wrs[i + 1] : NULL;
 		t->wrs[i].sg_list = &t->sges[i * KVX_MAX_SGE];
-		t->planes[i] = NULL;
 	}
+	kvx_template_forget(t);
 }
 
 static inline uint32_t kvx_lkey(const struct kvx_plane *plane, uint32_t id)
