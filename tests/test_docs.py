@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.fixed_port import fixed_port
 from tests.pages import RECORDED, current
 
 ROOT = Path(__file__).parent.parent
@@ -48,19 +48,18 @@ def test_what_programs_write_is_current(page: Path) -> None:
     assert current(text) == text, "run python -m tests.pages"
 
 
-def port_is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 def test_the_quickstart_prints_what_it_says() -> None:
     said = (ROOT / "docs" / "quickstart.md").read_text()
-    if port_is_taken(7777):
-        pytest.skip("another program of this machine has the quickstart's port, 7777")
     command = [sys.executable, "-W", "error"]
-    with subprocess.Popen(
-        [*command, EXAMPLE / "decode.py"], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as decode:
+    with (
+        fixed_port(7777),
+        subprocess.Popen(
+            [*command, EXAMPLE / "decode.py"],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        ) as decode,
+    ):
         assert decode.stdout is not None
         try:
             first = decode.stdout.readline()

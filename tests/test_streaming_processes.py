@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from kvxfer.errors import BrokenPeerError
 from kvxfer.requests import TicketState
 from tests.children import ROOT, Nursery
 from tests.endpoints import QUICK, SOON, arena, expected
-from tests.test_docs import port_is_taken
+from tests.fixed_port import fixed_port
 
 SHAPE: dict[str, Any] = {
     "n_blocks": 16,
@@ -32,28 +33,24 @@ EXAMPLES = ROOT / "examples" / "streaming"
 @pytest.mark.parametrize("first", ["decode", "prefill"])
 def test_the_programs_of_the_docs_print_what_they_say(first: str) -> None:
     """Whichever is started first."""
-    if port_is_taken(7778):
-        pytest.skip("another program of this machine has the examples' port, 7778")
     said = (ROOT / "docs" / "streaming.md").read_text()
     names = [first, "prefill" if first == "decode" else "decode"]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", EXAMPLES / f"{name}.py"],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for name in names
-    ]
-    try:
+    with fixed_port(7778), contextlib.ExitStack() as stack:
+        running = []
+        for name in names:
+            program = subprocess.Popen(
+                [sys.executable, "-W", "error", EXAMPLES / f"{name}.py"],
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+            )
+            stack.enter_context(program)
+            stack.callback(program.kill)
+            running.append(program)
         for name, program in zip(names, running, strict=True):
             printed, _ = program.communicate(timeout=60)
             assert program.returncode == 0
             assert f"streaming/{name}.py\n{printed}" in said
-    finally:
-        for program in running:
-            program.kill()
-            program.wait()
 
 
 @pytest.fixture(scope="module")
