@@ -49,7 +49,10 @@ def _absent() -> str | None:
 
 
 REASON = _absent()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(REASON is not None, reason=REASON or ""),
+]
 
 
 def test_split_gives_the_tokens_of_the_whole_model(tmp_path: Path) -> None:
