@@ -5,7 +5,7 @@
 #include <netdb.h>
 #include <string.h>
 
-#include "internal.h"
+#include "context.h"
 
 /*
  * A GID: fd 'k', 4 or 6, 0, the listener's port (network order), the IPv4

@@ -2,7 +2,13 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
-#include "internal.h"
+#include "connection.h"
+#include "context.h"
+#include "frame.h"
+#include "initiator.h"
+#include "inject.h"
+#include "qp.h"
+#include "softdev.h"
 
 #define ANSWERS_PER_TURN 32
 #define BUSY_MAX_NS (1000 * NS_PER_MS) /* the longest RNR timer is 655 ms */

@@ -2,6 +2,14 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
+#include "connection.h"
+#include "context.h"
+#include "frame.h"
+#include "inject.h"
+#include "mr.h"
+#include "qp.h"
+#include "responder.h"
+#include "wire_cma.h"
 #include "wire_shm.h"
 
 /* The ranges of one chunk, in ctx->local_iov (to) and ctx->remote_iov (from). */

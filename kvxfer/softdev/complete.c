@@ -2,7 +2,10 @@
 #define _GNU_SOURCE
 #include <string.h>
 
-#include "internal.h"
+#include "cq.h"
+#include "frame.h"
+#include "qp.h"
+#include "strict.h"
 
 /* No opcode, length or flag of a failed completion may be used: make sure that
  * whoever does it gets nonsense, here as on a NIC. */

@@ -7,6 +7,14 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "connection.h"
+#include "context.h"
+#include "frame.h"
+#include "initiator.h"
+#include "inject.h"
+#include "list.h"
+#include "qp.h"
+#include "responder.h"
 #include "wire_shm.h"
 
 #define MAX_GREETING 256	       /* strangers at a time */

@@ -10,7 +10,18 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "connection.h"
+#include "context.h"
+#include "cq.h"
+#include "event.h"
+#include "fault.h"
+#include "frame.h"
+#include "list.h"
+#include "qp.h"
+#include "softdev.h"
+#include "strict.h"
 #include "windows.h"
+#include "wire_cma.h"
 #include "wire_shm.h"
 
 #define SOCKET_BUFFER_BYTES (4u << 20)

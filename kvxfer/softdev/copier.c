@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "connection.h"
+#include "context.h"
 #include "copier.h"
 #include "disjoint.h"
 #include "wire_shm.h"

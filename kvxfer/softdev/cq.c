@@ -3,7 +3,12 @@
 #include <errno.h>
 #include <stdlib.h>
 
-#include "internal.h"
+#include "context.h"
+#include "cq.h"
+#include "event.h"
+#include "initiator.h"
+#include "list.h"
+#include "qp.h"
 
 static int check_create(struct ibv_context *context, int cqe,
 			struct ibv_comp_channel *channel, int comp_vector)

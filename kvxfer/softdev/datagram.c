@@ -7,7 +7,15 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "context.h"
+#include "cq.h"
 #include "datagram.h"
+#include "frame.h"
+#include "initiator.h"
+#include "list.h"
+#include "mr.h"
+#include "qp.h"
+#include "softdev.h"
 #include "wire_shm.h"
 
 #define DATAGRAM_MAGIC 0x4446564bu /* "KVFD" */

@@ -10,7 +10,7 @@
 #ifndef KVX_SOFT_DATAGRAM_H
 #define KVX_SOFT_DATAGRAM_H
 
-#include "internal.h"
+#include "qp.h"
 
 #define DATAGRAM_BYTES 4096 /* payload, at most: the port's MTU */
 

@@ -7,8 +7,17 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "connection.h"
+#include "context.h"
 #include "copier.h"
+#include "cq.h"
 #include "datagram.h"
+#include "event.h"
+#include "initiator.h"
+#include "inject.h"
+#include "list.h"
+#include "qp.h"
+#include "responder.h"
 #include "wire_shm.h"
 
 #define MAX_EVENTS 64

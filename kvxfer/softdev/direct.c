@@ -9,6 +9,13 @@
  * thread, does it. A fault plan is carried out by the device thread alone.
  */
 #define _GNU_SOURCE
+#include "connection.h"
+#include "context.h"
+#include "cq.h"
+#include "initiator.h"
+#include "inject.h"
+#include "list.h"
+#include "qp.h"
 #include "wire_shm.h"
 
 #define TURNS 8 /* frames sent by one post; the rest is the device thread's */

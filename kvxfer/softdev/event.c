@@ -7,7 +7,12 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "internal.h"
+#include "context.h"
+#include "cq.h"
+#include "event.h"
+#include "list.h"
+#include "qp.h"
+#include "strict.h"
 
 /*
  * Both kinds of queue have an eventfd that is readable exactly while the queue

@@ -6,6 +6,13 @@
 
 #include <errno.h>
 
+#include "connection.h"
+#include "context.h"
+#include "frame.h"
+#include "initiator.h"
+#include "qp.h"
+#include "softdev.h"
+#include "wire_cma.h"
 #include "wire_shm.h"
 
 static const struct soft_failure refused = { IBV_WC_RETRY_EXC_ERR,

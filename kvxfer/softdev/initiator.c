@@ -2,6 +2,11 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
+#include "connection.h"
+#include "context.h"
+#include "initiator.h"
+#include "qp.h"
+#include "softdev.h"
 #include "windows.h"
 #include "wire_shm.h"
 

@@ -7,6 +7,17 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "connection.h"
+#include "context.h"
+#include "cq.h"
+#include "event.h"
+#include "fault.h"
+#include "frame.h"
+#include "initiator.h"
+#include "inject.h"
+#include "list.h"
+#include "qp.h"
+#include "softdev.h"
 #include "wire_shm.h"
 
 int soft_set_faults(struct ibv_context *context, const char *plan, size_t *at)

@@ -5,7 +5,16 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "internal.h"
+#include "connection.h"
+#include "context.h"
+#include "event.h"
+#include "fault.h"
+#include "frame.h"
+#include "inject.h"
+#include "list.h"
+#include "mr.h"
+#include "qp.h"
+#include "softdev.h"
 
 /* Bytes that have been acknowledged and are not in place yet. */
 struct soft_landing {

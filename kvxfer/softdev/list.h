@@ -46,4 +46,8 @@ static inline struct soft_list *list_pop(struct soft_list *list)
 	return first;
 }
 
+/* The object whose member, a link for one, is at ptr. */
+#define soft_of(ptr, type, member) \
+	((type *)((char *)(ptr) - offsetof(type, member)))
+
 #endif

@@ -9,6 +9,11 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "connection.h"
+#include "context.h"
+#include "frame.h"
+#include "mr.h"
+#include "qp.h"
 #include "wire_shm.h"
 
 #define ACCEPTS_PER_TURN 64

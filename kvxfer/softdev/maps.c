@@ -7,7 +7,7 @@
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 
-#include "internal.h"
+#include "mr.h"
 
 /* Without /proc: is there any mapping at all? Says nothing of permissions. */
 static int check_by_mincore(uintptr_t addr, size_t length)

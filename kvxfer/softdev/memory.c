@@ -6,6 +6,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "context.h"
+#include "inject.h"
+#include "mr.h"
+#include "qp.h"
+#include "softdev.h"
 #include "windows.h"
 #include "wire_shm.h"
 

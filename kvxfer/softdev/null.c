@@ -13,7 +13,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "internal.h"
+#include "context.h"
+#include "cq.h"
+#include "qp.h"
+#include "softdev.h"
 
 static struct ibv_device null0 = {
 	.node_type = IBV_NODE_CA,

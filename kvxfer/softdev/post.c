@@ -3,7 +3,14 @@
 #include <errno.h>
 #include <string.h>
 
+#include "context.h"
 #include "datagram.h"
+#include "frame.h"
+#include "initiator.h"
+#include "inject.h"
+#include "qp.h"
+#include "softdev.h"
+#include "strict.h"
 #include "windows.h"
 
 /*

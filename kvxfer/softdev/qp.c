@@ -5,7 +5,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "context.h"
+#include "cq.h"
 #include "datagram.h"
+#include "event.h"
+#include "frame.h"
+#include "inject.h"
+#include "list.h"
+#include "mr.h"
+#include "qp.h"
+#include "softdev.h"
 #include "windows.h"
 
 static int check_create(struct ibv_pd *pd, const struct ibv_qp_init_attr *init)

@@ -3,7 +3,14 @@
 #include <errno.h>
 #include <string.h>
 
+#include "connection.h"
+#include "context.h"
+#include "cq.h"
 #include "datagram.h"
+#include "frame.h"
+#include "inject.h"
+#include "qp.h"
+#include "softdev.h"
 #include "wire_shm.h"
 
 #define QPN_MASK 0xffffffu

@@ -2,7 +2,13 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
-#include "internal.h"
+#include "connection.h"
+#include "context.h"
+#include "frame.h"
+#include "inject.h"
+#include "mr.h"
+#include "qp.h"
+#include "responder.h"
 
 /* One response frame; short enough to be one chunk. */
 #define READ_FRAME_BYTES CHUNK_BYTES

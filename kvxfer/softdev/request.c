@@ -3,6 +3,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "connection.h"
+#include "context.h"
+#include "frame.h"
+#include "initiator.h"
+#include "inject.h"
+#include "mr.h"
+#include "qp.h"
+#include "softdev.h"
 #include "windows.h"
 #include "wire_shm.h"
 

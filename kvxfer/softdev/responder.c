@@ -2,6 +2,15 @@
 #define _GNU_SOURCE
 #include <errno.h>
 
+#include "connection.h"
+#include "context.h"
+#include "event.h"
+#include "frame.h"
+#include "inject.h"
+#include "mr.h"
+#include "qp.h"
+#include "responder.h"
+#include "softdev.h"
 #include "windows.h"
 #include "wire_shm.h"
 

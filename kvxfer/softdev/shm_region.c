@@ -4,7 +4,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "connection.h"
+#include "context.h"
 #include "copier.h"
+#include "frame.h"
+#include "list.h"
+#include "mr.h"
+#include "qp.h"
+#include "responder.h"
 #include "wire_shm.h"
 
 #define REGION_MAGIC 0x5246564bu /* "KVFR" */

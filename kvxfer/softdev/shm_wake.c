@@ -1,5 +1,11 @@
 /* Who sleeps and who is awake on the two ends of a ring. */
 #define _GNU_SOURCE
+#include "connection.h"
+#include "context.h"
+#include "cq.h"
+#include "inject.h"
+#include "list.h"
+#include "qp.h"
 #include "wire_shm.h"
 
 void soft_shm_wake_peer(struct soft_shm *shm)

@@ -3,6 +3,8 @@
 #include <errno.h>
 #include <string.h>
 
+#include "connection.h"
+#include "frame.h"
 #include "wire_shm.h"
 
 ssize_t soft_stream_send(struct soft_conn *conn, const struct iovec *iov, int n,

@@ -14,7 +14,12 @@
 #include <string.h>
 #include <time.h>
 
-#include "internal.h"
+#include "context.h"
+#include "initiator.h"
+#include "mr.h"
+#include "qp.h"
+#include "softdev.h"
+#include "strict.h"
 
 #define PATIENCE_S 1 /* for acknowledgements that another thread may owe */
 

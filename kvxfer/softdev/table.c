@@ -6,6 +6,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "context.h"
+#include "cq.h"
+#include "event.h"
+#include "frame.h"
+#include "inject.h"
+#include "mr.h"
+#include "qp.h"
+#include "softdev.h"
 #include "windows.h"
 
 #define PKEY_DEFAULT 0xffff

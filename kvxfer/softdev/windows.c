@@ -3,6 +3,13 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "context.h"
+#include "initiator.h"
+#include "inject.h"
+#include "list.h"
+#include "mr.h"
+#include "qp.h"
+#include "softdev.h"
 #include "windows.h"
 
 #define KEY_BITS 8

@@ -14,7 +14,13 @@
 #ifndef KVX_SOFT_WINDOWS_H
 #define KVX_SOFT_WINDOWS_H
 
-#include "internal.h"
+#include <infiniband/verbs.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+struct soft_context;
+struct soft_mr;
+struct soft_qp;
 
 #define SOFT_MAX_MW 65536
 

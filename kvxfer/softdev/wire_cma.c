@@ -8,8 +8,12 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "connection.h"
+#include "context.h"
 #include "copier.h"
-#include "internal.h"
+#include "frame.h"
+#include "responder.h"
+#include "wire_cma.h"
 
 /*
  * What makes this safe against a pid that means somebody else: every batch

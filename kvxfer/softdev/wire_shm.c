@@ -7,6 +7,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "connection.h"
+#include "context.h"
+#include "frame.h"
+#include "list.h"
 #include "wire_shm.h"
 
 #ifdef __SANITIZE_THREAD__

@@ -16,7 +16,11 @@
 #ifndef KVX_SOFT_WIRE_SHM_H
 #define KVX_SOFT_WIRE_SHM_H
 
-#include "internal.h"
+#include "connection.h"
+#include "context.h"
+#include "list.h"
+#include "mr.h"
+#include "responder.h"
 #include "shm_ring.h"
 
 #define SHM_SLOT_SHIFT 48

@@ -6,6 +6,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "../../kvxfer/softdev/connection.h"
+#include "../../kvxfer/softdev/context.h"
 #include "../../kvxfer/softdev/copier.h"
 #include "../../kvxfer/softdev/disjoint.h"
 #include "../../kvxfer/softdev/wire_shm.h"

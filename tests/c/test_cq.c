@@ -4,7 +4,7 @@
 #include <pthread.h>
 #include <string.h>
 
-#include "../../kvxfer/softdev/internal.h"
+#include "../../kvxfer/softdev/cq.h"
 #include "harness.h"
 
 #define WRITES 20000

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "../../kvxfer/softdev/datagram.h"
+#include "../../kvxfer/softdev/qp.h"
 #include "harness.h"
 
 #define QKEY 0x1234u

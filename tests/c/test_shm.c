@@ -12,6 +12,9 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "../../kvxfer/softdev/context.h"
+#include "../../kvxfer/softdev/frame.h"
+#include "../../kvxfer/softdev/qp.h"
 #include "../../kvxfer/softdev/wire_shm.h"
 #include "harness.h"
 
