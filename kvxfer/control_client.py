@@ -24,6 +24,7 @@ from kvxfer.control_io import (
     parse_address,
     resolve,
     set_up,
+    try_receive,
     try_send,
 )
 from kvxfer.control_link import (
@@ -380,8 +381,13 @@ class ControlClient:
 
     async def _read(self, dealer: zmq.asyncio.Socket) -> None:
         while True:
+            # Not recv: what it took would be heard behind what _lost reads.
+            await dealer.poll()
             for _ in range(FRAMES_A_TURN):
-                self._take(await dealer.recv_multipart())
+                frames = try_receive(dealer)
+                if frames is None:
+                    break
+                self._take(frames)
             await asyncio.sleep(0)  # see ControlServer._read
 
     def _take(self, frames: list[bytes]) -> None:
@@ -442,12 +448,10 @@ class ControlClient:
     def _lost(self) -> None:
         # What the peer said before it hung up may still be unread.
         while self._dealer is not None:
-            pending = asyncio.ensure_future(
-                self._dealer.recv_multipart(flags=zmq.NOBLOCK)
-            )
-            if pending.exception() is not None:
+            frames = try_receive(self._dealer)
+            if frames is None:
                 break
-            self._take(pending.result())
+            self._take(frames)
         if self._link is not None:
             self._link.apply(self._link.core.lost(lost_text(self._options)))
 

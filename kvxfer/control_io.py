@@ -42,6 +42,7 @@ __all__ = [
     "parse_address",
     "resolve",
     "set_up",
+    "try_receive",
     "try_send",
 ]
 
@@ -427,3 +428,19 @@ def try_send(socket: zmq.asyncio.Socket, frames: list[bytes]) -> str:
     if isinstance(error, zmq.ZMQError) and error.errno == errno.EHOSTUNREACH:
         return "the peer closed the link"
     return f"cannot send: {error}"
+
+
+def try_receive(socket: zmq.asyncio.Socket) -> list[bytes] | None:
+    """Receive what has come, without waiting; None: nothing has, or ever will.
+
+    What is waited for by ``recv_multipart`` is taken off the socket before the task
+    that waits runs, and whoever reads meanwhile takes what came behind it. Where two
+    read, both wait by ``poll`` and read by this.
+    """
+    received: asyncio.Future[Any] = asyncio.ensure_future(
+        socket.recv_multipart(flags=zmq.NOBLOCK)
+    )
+    frames: list[bytes] | None = (
+        received.result() if received.exception() is None else None
+    )
+    return frames

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
@@ -13,11 +14,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import zmq
+
 from kvxfer import wire
 from kvxfer.control import ControlServer
 from tests import control_messages as make
 from tests.endpoints import SOON, until
-from tests.test_control import Listener, make_server
+from tests.test_control import Listener, dialed, make_server
 
 #: What a dialer of ZMTP 3.1 says before its first message (rfc.zeromq.org/spec/37).
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(52, b"\0")
@@ -106,3 +109,37 @@ async def test_a_descriptor_that_has_a_new_owner() -> None:
             assert set(listener.reasons) == {listener.conn_ids[1]}
             assert server.statistics().pending == 1
             assert server.statistics().links_open == 2
+
+
+async def test_what_was_said_before_the_end_is_heard_before_it() -> None:
+    """The end is told by ZMQ's monitor as well, past the messages."""
+    listener = Listener()
+    async with (
+        make_server(listener) as server,
+        dialed(server) as (client, dialer),
+    ):
+        await listener.wait_for(lambda: "established" in listener.calls)
+        (conn_id,) = listener.conn_ids
+        dealer = client._dealer
+        assert dealer is not None
+
+        def has_come() -> bool:
+            return bool(dealer.get(zmq.EVENTS) & zmq.POLLIN)
+
+        def end() -> None:
+            server.drop(conn_id, "that is all")
+            hold_until(has_come)
+            client._lost()
+
+        # It has come, and the loop has not been told: its descriptor's edge is used
+        # up. The next word of this side has it look again, in its next turn.
+        word = wire.Announced(conn_id=conn_id, generation=5, complete=True)
+        assert server.send_request(conn_id, word)
+        hold_until(has_come)
+        assert client.send_request(make.requests_from_initiator()[2])
+        asyncio.get_running_loop().call_later(0, end)
+        await dialer.wait_for(lambda: "closed" in dialer.calls)
+        assert [call for call in dialer.calls if call != "accept"] == [
+            "request",
+            "closed",
+        ]
