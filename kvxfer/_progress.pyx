@@ -28,7 +28,7 @@ cdef bint settle(Core *core, uint32_t budget) noexcept nogil:
     For Python's thread. When this returns false, the next completion of what is in
     flight makes an event, or has made one, or the engine's own thread sees to it.
     True means that the budget of CQEs was used up: no event may come for what is left,
-    so it is news by itself until Python has called again.
+    so it is news by itself until Python has called again, unless the thread drives.
     """
     cdef bint more
     pump(core)
@@ -42,7 +42,7 @@ cdef bint settle(Core *core, uint32_t budget) noexcept nogil:
             if core.outstanding and not core.armed:
                 wake_thread(core)
             core.behind = False
-            return False
+            return more
     core.behind = more or listen(core, budget)
     return core.behind
 
@@ -207,7 +207,9 @@ cdef void received(
         error = refuse(core, queue, error)
     elif error == 0:
         announce(core, queue)
-        error = post_receive(core, queue, lane)
+        # The QP of a failed queue may be about to be destroyed.
+        if not queue.failed:
+            error = post_receive(core, queue, lane)
     if error:
         fail(core, queue, -ENOMEM)
 
@@ -371,5 +373,7 @@ cdef void forget(Core *core, Queue *queue) noexcept nogil:
         core.outstanding -= lane.posted - lane.retired
         lane.retired = lane.posted
         retire_bytes(core, queue, lane)
+    # Of no wr_id: what a device kept of these QPs says nothing any more.
+    queue.generation = FIELD_MASK + 1
     end_if_drained(core, queue)
     relist(core, queue)

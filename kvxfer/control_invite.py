@@ -169,25 +169,27 @@ class Inviter:
 
     async def _send(self, invite: wire.Invite) -> None:
         frame = wire.encode(invite)
+        while True:
+            # A name that is not known yet, or too few descriptors at the moment.
+            try:
+                await self._repeat(frame)
+            except (KVXferError, zmq.ZMQError) as error:
+                _log.warning("%s cannot be invited yet: %s", self._parsed, error)
+            await asyncio.sleep(self._interval)
+
+    async def _repeat(self, frame: bytes) -> None:
         sockets = Sockets()
         try:
-            dealer: zmq.asyncio.Socket | None = None
+            dealer = await self._dial(sockets)
             while True:
-                if dealer is None:
-                    dealer = await self._dial(sockets)
-                if dealer is not None:
-                    # One that still waits to leave will do.
-                    try_send(dealer, [frame])
+                # One that still waits to leave will do.
+                try_send(dealer, [frame])
                 await asyncio.sleep(self._interval)
         finally:
             await sockets.close()
 
-    async def _dial(self, sockets: Sockets) -> zmq.asyncio.Socket | None:
-        try:
-            address = await resolve(self._parsed)
-        except KVXferError as error:
-            _log.warning("%s cannot be invited yet: %s", self._parsed, error)
-            return None
+    async def _dial(self, sockets: Sockets) -> zmq.asyncio.Socket:
+        address = await resolve(self._parsed)
         dealer = sockets.socket(zmq.DEALER)
         dealer.set(zmq.SNDHWM, 1)
         set_up(dealer, address, None)

@@ -187,7 +187,11 @@ async def in_thread(func: Callable[..., T], *args: object) -> T:
             return  # the loop is closed: nobody waits any more
 
     thread = threading.Thread(target=run, name="kvxfer-control", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        # At its end Python 3.12 starts no thread any more. Nobody else needs the loop.
+        return func(*args)
     try:
         return await future
     finally:

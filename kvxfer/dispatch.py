@@ -15,6 +15,7 @@ from collections.abc import Callable
 from kvxfer.errors import BrokenPeerError, ClosedResourceError, KVXferError
 from kvxfer.host import Host
 from kvxfer.outbound import Chunk, Tag
+from kvxfer.peer import Peer
 from kvxfer.policy import Admission, Window
 from kvxfer.remotes import Remote, Stream
 from kvxfer.requests import End, EndCode, Key
@@ -105,7 +106,7 @@ class Dispatcher:
                 (tag.generation, tag.total, self._digest(request, chunk, tag)),
                 due if math.isfinite(due) else None,
                 request._flow.priority,
-                functools.partial(self._written, request, remote, chunk),
+                functools.partial(self._written, request, peer, chunk),
             )
         except KVXferError as error:
             self._policy.done(chunk)
@@ -118,7 +119,7 @@ class Dispatcher:
                 )
             self._drive(request)
             return
-        request.transfers[transfer] = chunk
+        request.transfers[transfer] = peer
         self._drive(request)
 
     def _digest(self, request: Stream, chunk: Chunk, tag: Tag) -> int:
@@ -133,25 +134,23 @@ class Dispatcher:
         return digest(self._host.cache.group(key[0]), key[1], ids) if ids.size else 0
 
     def _written(
-        self, request: Stream, remote: Remote, chunk: Chunk, transfer: Transfer
+        self, request: Stream, peer: Peer, chunk: Chunk, transfer: Transfer
     ) -> None:
-        """A chunk has ended, well or badly."""
+        """A chunk has ended, well or badly; there may be another connection by now."""
         request.transfers.pop(transfer, None)
         self._policy.done(chunk)
         request._n_wrs += transfer.n_wrs
-        if remote.peer is not None:
-            request._way = (remote.peer.device, remote.peer.wire)
+        request._way = (peer.device, peer.wire)
         if transfer.abandoned:
             request.abandoned = True
         ok = not transfer.abandoned and transfer.outcome is Outcome.DONE
-        if not ok and transfer.outcome is Outcome.FAILED and remote.peer is not None:
+        if not ok and transfer.outcome is Outcome.FAILED:
             # Whether the peer has executed it is not known: before it has been fenced
             # nobody may be told that nothing can land any more.
-            remote.peer.break_("a write failed")
-        if not ok and request._core.is_live and remote.is_direct:
-            assert remote.peer is not None
-            layer, error = remote.peer.error_of(transfer)
-            request._core.stop(End(EndCode.FAILED, str(error), layer, cause=error))
+            peer.break_("a write failed")
+        assert request.remote is not None
+        if not ok and request._core.is_live and request.remote.is_direct:
+            request._core.stop(_end_of(peer, chunk, transfer))
         stopped = not transfer.abandoned and transfer.outcome is Outcome.EXPIRED
         request._core.written(chunk, ok=ok, stopped=stopped)
         self._drive(request)
@@ -159,18 +158,19 @@ class Dispatcher:
     def flush(self, request: Stream, chunk: Chunk) -> None:
         """Write a block again, so that a record follows what was stopped."""
         remote = request.remote
+        peer = remote.peer if remote is not None and not remote.is_direct else None
         offer = request._core.offer
-        if remote is None or remote.peer is None or remote.is_direct or offer is None:
+        if peer is None or offer is None:
             request._core.flushed(chunk, ok=False)
             return
-        if remote.peer.link.n_qps > 1:
+        if peer.link.n_qps > 1:
             # A record would speak for one QP, and the chunk was on several. The end
             # of the connection speaks for all; the rest is repeated on the next one.
-            remote.peer.break_("a write was stopped on several QPs")
+            peer.break_("a write was stopped on several QPs")
             request._core.flushed(chunk, ok=False)
             return
         try:
-            transfer = remote.peer.start(
+            transfer = peer.start(
                 chunk.key[0],
                 chunk.key[1],
                 chunk.local_ids[:1],
@@ -179,29 +179,25 @@ class Dispatcher:
                 (offer.generation, 0, 0),
                 0.0,  # a deadline that is past: before all else
                 0,
-                functools.partial(self._flushed, request, remote, chunk),
+                functools.partial(self._flushed, request, peer, chunk),
             )
         except KVXferError:
             request._core.flushed(chunk, ok=False)
             return
         request.timers.append(
             asyncio.get_running_loop().call_later(
-                self._options.drain_timeout, self._unflushed, remote, transfer
+                self._options.drain_timeout, _break_unless_ended, peer, transfer
             )
         )
 
-    def _unflushed(self, remote: Remote, transfer: Transfer) -> None:
-        if not transfer.ended and remote.peer is not None:
-            remote.peer.break_("a write could not be drained")
-
     def _flushed(
-        self, request: Stream, remote: Remote, chunk: Chunk, transfer: Transfer
+        self, request: Stream, peer: Peer, chunk: Chunk, transfer: Transfer
     ) -> None:
         if transfer.abandoned:
             request.abandoned = True
         ok = not transfer.abandoned and transfer.outcome is Outcome.DONE
-        if not ok and remote.peer is not None:
-            remote.peer.break_("a write failed")
+        if not ok:
+            peer.break_("a write failed")
         request._core.flushed(chunk, ok=ok)
         self._drive(request)
 
@@ -209,6 +205,19 @@ class Dispatcher:
         self.forget(request)
         for task in list(request.waits):
             task.cancel()
-        for transfer in list(request.transfers):
-            if request.remote is not None and request.remote.peer is not None:
-                request.remote.peer.stop(transfer)
+        for transfer, peer in list(request.transfers.items()):
+            peer.stop(transfer)
+
+
+def _end_of(peer: Peer, chunk: Chunk, transfer: Transfer) -> End:
+    """Say how a request without an offer ends whose chunk could not be written."""
+    if transfer.abandoned:
+        reason = "its QP can be neither drained nor destroyed"
+        return End(EndCode.FAILED, reason, chunk.key[1])
+    layer, error = peer.error_of(transfer)
+    return End(EndCode.FAILED, str(error), layer, cause=error)
+
+
+def _break_unless_ended(peer: Peer, transfer: Transfer) -> None:
+    if not transfer.ended:
+        peer.break_("a write could not be drained")

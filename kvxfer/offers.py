@@ -230,6 +230,8 @@ class Offers:
     # -- tickets -------------------------------------------------------------------
 
     def _start(self, ticket: Ticket, addresses: list[str]) -> None:
+        if not ticket._core.is_live:
+            return  # it was extended in the moment of its end
         loop = asyncio.get_running_loop()
         if ticket._lease is None:
             self._by_generation[ticket._generation] = ticket
@@ -492,11 +494,15 @@ class Offers:
         """Say what became of offers that a writer still knows of."""
         assert writer.conn_id is not None
         for generation in message.generations:
-            if generation in self._by_generation:
+            ticket = self._by_generation.get(generation)
+            if ticket is None:
+                end = self._ended.get(
+                    generation, End(EndCode.UNKNOWN, "no such offer stands here")
+                )
+            elif ticket._core.is_live:
                 continue  # told again already
-            end = self._ended.get(
-                generation, End(EndCode.UNKNOWN, "no such offer stands here")
-            )
+            else:  # it ends as soon as others have stopped
+                end = ticket._core.end
             answer: wire.RequestMessage
             if end is None:
                 answer = wire.Announced(

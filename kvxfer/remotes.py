@@ -18,7 +18,6 @@ from kvxfer.control import Address, InviteListener
 from kvxfer.curve import CurveKeys, client_keys
 from kvxfer.errors import BrokenPeerError, KVXferError
 from kvxfer.host import Host
-from kvxfer.outbound import Chunk
 from kvxfer.peer import Peer
 from kvxfer.request import Home, Request
 from kvxfer.requests import End, EndCode, RequestState, end_code
@@ -60,7 +59,7 @@ class Stream(Request):
     Attributes:
       remote: Who has offered, once somebody has.
       checksum: Whether layers carry a digest.
-      transfers: What a device has of it.
+      transfers: What a device has of it, and the connection that it goes by.
       timers: Its deadline.
       lease: Its lease.
       waits: Events that are waited for.
@@ -73,7 +72,7 @@ class Stream(Request):
         super().__init__(streams, request_id, deadline=deadline, priority=priority)
         self.remote: Remote | None = None
         self.checksum = False
-        self.transfers: dict[Transfer, Chunk] = {}
+        self.transfers: dict[Transfer, Peer] = {}
         self.timers: list[asyncio.TimerHandle] = []
         self.lease: asyncio.TimerHandle | None = None
         self.waits: set[asyncio.Task[None]] = set()
@@ -332,12 +331,13 @@ class Remotes:
     ) -> None:
         if remote.dialing is peer:
             remote.early.append(message)
+        elif isinstance(message, wire.Announced):
+            # What has landed has landed, though the connection has begun to end.
+            self._on_announced(remote, message)
         elif remote.peer is not peer:
             return  # of a connection that has begun to end: what it says is past
         elif isinstance(message, wire.OfferBlocks):
             self._on_offer(remote, message)
-        elif isinstance(message, wire.Announced):
-            self._on_announced(remote, message)
         elif isinstance(message, wire.Abort):
             self._on_abort(remote, message)
 

@@ -291,11 +291,12 @@ class Scheduler:
 
     def abandon(self, slot: int) -> None:
         """Give up on the transfers of a queue that cannot be brought to rest."""
+        abandoned = [t for t in self._transfers if t.slot == slot]
+        for transfer in abandoned:
+            transfer.abandoned = True
         # Whoever watches one hears of it here, and it leaves the set.
-        for transfer in list(self._transfers):
-            if transfer.slot == slot:
-                transfer.abandoned = True
-                transfer.wake()
+        for transfer in abandoned:
+            transfer.wake()
 
     def _expire(self, transfer: Transfer, break_queue: Callable[[], None]) -> None:
         # What has completed meanwhile counts: look before judging.
