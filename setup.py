@@ -92,8 +92,10 @@ setup(
         extension("_post", [], "-O3"),
         extension("_progress", []),
         extension("_driver", []),
+        extension("_queues", []),
         # Its loops over block ids become vectors.
-        extension("_engine", [], "-O3"),
+        extension("_submission", [], "-O3"),
+        extension("_engine", []),
         extension("bench._limits", []),
     ],
 )

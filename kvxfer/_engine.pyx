@@ -4,180 +4,48 @@
 An *operation* moves the blocks of one layer to one peer: a list of local and a
 list of remote block ids, applied to every plane of the layer. One engine has one
 CQ and any number of queues, a queue being the QPs to one peer with what is known
-of that peer's memory. The work is done by ``_core.pyx``, ``_post.pyx`` and
-``_progress.pyx``, without the GIL: one release of it for a submission, one for a
-look at what has completed.
+of that peer's memory. Python's objects become queues in ``_queues.pyx`` and
+submissions in ``_submission.pyx``, which also says in Python what came of them. The
+work is done by ``_core.pyx``, ``_post.pyx`` and ``_progress.pyx``, without the GIL:
+one release of it for a submission, one for a look at what has completed.
 
 Nothing here waits, and nothing knows asyncio. Whoever owns the engine calls
 :meth:`Engine.progress` when :attr:`Engine.fd` is readable. All state is behind one
 lock, since a thread may do most of it in place of that call: see ``_driver.pyx``.
 """
 
-from cpython.buffer cimport (
-    PyBUF_FORMAT,
-    PyBUF_ND,
-    PyBuffer_Release,
-    PyObject_GetBuffer,
-)
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy
+from libc.stdint cimport uint32_t, uint64_t
 
 from kvxfer._core cimport *
-from kvxfer._driver cimport Driver, linger
-from kvxfer._ibverbs cimport *
-from kvxfer._post cimport flush, post_receive, relist
-from kvxfer._progress cimport cancel, forget, settle, stop, take_events, wake_thread
+from kvxfer._driver cimport Driver
+from kvxfer._post cimport flush, relist
+from kvxfer._progress cimport cancel, forget, settle, stop, take_events
+from kvxfer._queues cimport (
+    drop_queue,
+    fill_ring,
+    fill_route,
+    new_queue,
+    post_receives,
+    take_failed,
+    unretired,
+)
+from kvxfer._submission cimport (
+    BUDGET,
+    prepare,
+    release,
+    start,
+    summary,
+    take_arrivals,
+    take_finished,
+)
 from kvxfer._verbs cimport CompletionQueue, Device, QueuePair
 
-from typing import NamedTuple
+from kvxfer._submission import Finished, Progress, RingArrival
+from kvxfer.errors import ClosedResourceError, ProtocolError, UsageError, verbs_error
 
-from kvxfer.errors import (
-    ClosedResourceError,
-    LayoutError,
-    ProtocolError,
-    UsageError,
-    verbs_error,
-)
-
-
-class Finished(NamedTuple):
-    """One finished operation.
-
-    ``status`` is 0, :data:`CANCELLED_STATUS`, a WC status, or the negative errno
-    that posting gave. On failure ``culprit`` says whether one of this operation's
-    own WRs failed first; the other operations of the queue went down with it.
-    """
-
-    op_id: int
-    status: int
-    culprit: bool
-    n_bytes: int
-    n_wrs: int
-    seconds: float
-    wr_id: int
-    qp_num: int
-    vendor_err: int
-
-
-class RingArrival(NamedTuple):
-    """One notification: the record as the peer wrote it, already copied.
-
-    With ``error`` set the peer broke the rules of the ring and there is no record.
-    ``head`` is the ring position that may be given back as credit.
-    """
-
-    slot: int
-    record: bytes
-    head: int
-    error: str | None
-
-
-class Progress(NamedTuple):
-    """What one call of :meth:`Engine.progress` found.
-
-    ``failed`` has the slots of queues that failed since the last call: their QPs
-    want to be moved to ERR. With ``more`` the budget was used up: call again soon,
-    no event may come.
-    """
-
-    finished: list
-    arrivals: list
-    failed: list
-    more: bool
-
+__all__ = ["CANCELLED_STATUS", "Engine", "Finished", "Progress", "RingArrival"]
 
 CANCELLED_STATUS = CANCELLED
-
-cdef enum:
-    BUDGET = 512    # CQEs that one call takes; then others get their turn
-
-_RING_ERRORS = {
-    1: "an immediate points outside the ring or not at the next record",
-    2: "a record's header is not valid",
-    3: "a receive completed that carries no immediate",
-    4: "more immediates came than QPs carried data",
-}
-
-
-cdef uint64_t _n_keys(rows):
-    """Count the keys of the planes that are in slices."""
-    return sum(
-        len(key[1]) for row in rows for pair in row[4] for key in pair[5:]
-        if not isinstance(key, int))
-
-
-cdef uint32_t _fill_plane(
-    kvx_plane *slot, tuple pair, uint32_t *room, uint64_t n_local, uint64_t n_remote
-) except? 0xffffffff:
-    """Fill in a plane; return how many keys of its slices went into ``room``."""
-    cdef uint32_t n = 0
-    (slot.local_base, slot.local_stride, slot.remote_base, slot.remote_stride,
-     slot.block_bytes, lkey, rkey) = pair
-    if slot.block_bytes == 0:
-        raise LayoutError("a block has no bytes")
-    if isinstance(lkey, int):
-        slot.lkey = lkey
-    else:
-        slot.local_slice, keys = lkey
-        n = _fill_keys(room, keys, slot.local_slice, n_local)
-        slot.lkeys = room
-    if isinstance(rkey, int):
-        slot.rkey = rkey
-    else:
-        slot.remote_slice, keys = rkey
-        slot.rkeys = room + n
-        n += _fill_keys(room + n, keys, slot.remote_slice, n_remote)
-    return n
-
-
-cdef uint32_t _fill_keys(
-    uint32_t *room, keys, uint64_t blocks, uint64_t n_blocks
-) except? 0xffffffff:
-    """Copy the keys of slices of so many blocks; return how many there are."""
-    cdef uint32_t n = 0
-    if blocks == 0 or len(keys) * blocks < n_blocks:
-        raise LayoutError(
-            f"{len(keys)} keys, each for {blocks} blocks, are not for {n_blocks}")
-    for key in keys:
-        room[n] = key
-        n += 1
-    return n
-
-
-cdef int _open_ids(object ids, Py_buffer *view, str name) except -1:
-    """Get at the memory of an array of int64 or int32; to be released."""
-    PyObject_GetBuffer(ids, view, PyBUF_ND | PyBUF_FORMAT)
-    # One letter of struct's: q and l have 8 bytes, i and l may have 4.
-    if (view.ndim == 1 and view.format is not NULL and view.format[1] == 0
-            and view.format[0] in (b"l", b"q", b"i")
-            and view.itemsize in (4, 8)):
-        return 0
-    shape = f"{view.ndim} dimensions of format {view.format.decode()!r}"
-    PyBuffer_Release(view)
-    raise LayoutError(f"{name}: {shape}, not one of int64 or int32")
-
-
-cdef uint32_t _take_ids(
-    uint32_t *to, const Py_buffer *view, uint32_t n, uint64_t limit
-) noexcept nogil:
-    """Copy and check; return ``n`` or the position of the first id out of range."""
-    if view.itemsize == 4:
-        return kvx_take_ids32(to, <const int32_t *>view.buf, n, limit)
-    return kvx_take_ids64(to, <const int64_t *>view.buf, n, limit)
-
-
-cdef object _bad_id(
-    str name, const Py_buffer *view, uint32_t position, uint64_t limit, str whose
-):
-    cdef int64_t value
-    if view.itemsize == 4:
-        value = (<const int32_t *>view.buf)[position]
-    else:
-        value = (<const int64_t *>view.buf)[position]
-    return LayoutError(
-        f"{name}[{position}] is {value}, not in [0, {limit}){whose}")
 
 
 cdef class Engine:
@@ -263,69 +131,18 @@ cdef class Engine:
     cdef Queue *_new_queue(self, qps, uint32_t receives) except NULL:
         """Make a queue in a free slot; the caller fills in its route or ring."""
         cdef:
+            list kept
             Queue *queue
-            uint32_t slot = 0
-            QueuePair qp
-        self.cq._ensure_open()
-        if not 1 <= len(qps) <= MAX_LANES:
-            raise UsageError(f"{len(qps)} QPs for one queue, not 1 to {MAX_LANES}")
-        for qp in qps:
-            qp._ensure_open()
-            if qp.cq is not self.cq:
-                raise UsageError("the QP completes into another CQ than the engine's")
-        if self.core.outstanding + receives * len(qps) >= self.core.cq_limit:
-            raise UsageError(
-                f"no room in the CQ for {receives * len(qps)} more receives: of its "
-                f"{self.core.cq_limit} entries {self.core.outstanding} are spoken for"
-            )
-        while slot < self.core.n_slots and self.core.queues[slot] is not NULL:
-            slot += 1
-        if slot > FIELD_MASK:
-            raise UsageError(f"more than {FIELD_MASK + 1} connections on one engine")
-        queue = <Queue *>calloc(1, sizeof(Queue))
-        if queue is NULL:
-            raise MemoryError
-        self.core.next_generation = (self.core.next_generation + 1) & FIELD_MASK
-        queue.slot = slot
-        queue.generation = self.core.next_generation
-        queue.limits = self.core.limits
-        for qp in qps:
-            queue.lanes[queue.n_lanes].qp = qp.qp
-            queue.lanes[queue.n_lanes].qp_num = qp.qp.qp_num
-            queue.lanes[queue.n_lanes].depth = qp.max_send_wr
-            queue.n_lanes += 1
-            queue.limits.max_sge = min(queue.limits.max_sge, qp.max_send_sge)
-        queue.lane = queue.n_lanes - 1    # the first is next
-        pthread_mutex_lock(&self.core.lock)
-        if not self._make_slot(slot):
-            pthread_mutex_unlock(&self.core.lock)
-            free(queue)
-            raise MemoryError
-        self.core.queues[slot] = queue
-        self.core.n_queues += 1
-        if self.core.mode == SPIN:
-            wake_thread(self.core)
-        pthread_mutex_unlock(&self.core.lock)
-        self._qps[slot] = list(qps)
+        self._ensure_open()
+        kept = [qps] if isinstance(qps, QueuePair) else list(qps)
+        queue = new_queue(self.core, self.cq, kept, receives)
+        self._qps[queue.slot] = kept
         return queue
 
-    cdef bint _make_slot(self, uint32_t slot) noexcept:
-        """Have room for a queue in ``slot``; False without memory. Lock held."""
-        cdef:
-            Queue **grown
-            uint32_t room = self.core.n_slots * 2 + 8
-        if slot < self.core.n_slots:
-            return True
-        grown = <Queue **>calloc(room, sizeof(Queue *))
-        if grown is NULL or kvx_heap_reserve(&self.core.runnable, room):
-            free(grown)
-            return False
-        if self.core.n_slots:
-            memcpy(grown, self.core.queues, self.core.n_slots * sizeof(Queue *))
-        free(self.core.queues)
-        self.core.queues = grown
-        self.core.n_slots = room
-        return True
+    cdef void _drop_queue(self, Queue *queue) noexcept:
+        cdef uint32_t slot = queue.slot
+        drop_queue(self.core, queue)
+        del self._qps[slot]
 
     cdef int _ensure_open(self) except -1:
         if self.cq is None:
@@ -355,49 +172,9 @@ cdef class Engine:
             them, which the peer's device answers when all of it is in place. None:
             no such READ. The peer's QP and memory must permit it.
         """
-        cdef:
-            Queue *queue
-            uint32_t n_rows = len(rows)
-            uint32_t n_planes = sum(len(row[4]) for row in rows)
-            uint64_t n_blocks = max((row[3] for row in rows), default=0)
-            uint64_t n_keys = _n_keys(rows)
-            uint32_t at = 0
-            uint32_t at_key = 0
-            uint32_t lane
-        queue = self._new_queue([qps] if isinstance(qps, QueuePair) else qps, 0)
+        cdef Queue *queue = self._new_queue(qps, 0)
         try:
-            queue.rows = <Row *>calloc(n_rows + 1, sizeof(Row))
-            queue.planes = <kvx_plane *>calloc(n_planes + 1, sizeof(kvx_plane))
-            queue.seen = <uint64_t *>calloc(n_blocks // 64 + 1, sizeof(uint64_t))
-            queue.keys = <uint32_t *>calloc(n_keys + 1, sizeof(uint32_t))
-            if (queue.rows is NULL or queue.planes is NULL or queue.seen is NULL
-                    or queue.keys is NULL):
-                raise MemoryError
-            for lane in range(queue.n_lanes):
-                queue.lanes[lane].chains = <Chain *>calloc(
-                    queue.lanes[lane].depth, sizeof(Chain))
-                if queue.lanes[lane].chains is NULL:
-                    raise MemoryError
-            for i, (layer, group, n_local, n_remote, pairs) in enumerate(rows):
-                queue.rows[i] = Row(
-                    at, len(pairs), min(n_local, 1 << 32), min(n_remote, 1 << 32),
-                    layer, group)
-                for pair in pairs:
-                    at_key += _fill_plane(
-                        &queue.planes[at], pair, &queue.keys[at_key], n_local,
-                        n_remote)
-                    at += 1
-            queue.n_rows = n_rows
-            if ring is not None:
-                address, lkey, remote, rkey, length, max_records = ring
-                queue.ring = <char *><uintptr_t>address
-                queue.ring_lkey = lkey
-                queue.ring_remote = remote
-                queue.ring_rkey = rkey
-                queue.ring_bytes = length
-                queue.max_records = max_records
-            if flush_to is not None:
-                queue.flush_addr, queue.flush_lkey = flush_to
+            fill_route(queue, rows, ring, flush_to)
         except BaseException:
             self._drop_queue(queue)
             raise
@@ -410,25 +187,17 @@ cdef class Engine:
         posted. ``ring_addr`` is the notify ring that the peer writes.
         """
         cdef:
-            Queue *queue = self._new_queue(
-                [qps] if isinstance(qps, QueuePair) else qps, receives)
+            Queue *queue = self._new_queue(qps, receives)
             uint32_t n = receives
-            uint32_t lane
-            uint32_t _i
-            int err = 0
-        queue.own_ring = <const char *><uintptr_t>ring_addr
-        queue.own_bytes = ring_bytes
-        if queue.n_lanes > 1:
-            queue.early = <uint8_t *>calloc(ring_bytes // KVX_NOTIFY_ALIGN + 1, 1)
-            if queue.early is NULL:
-                self._drop_queue(queue)
-                raise MemoryError
+            int err
+        try:
+            fill_ring(queue, ring_addr, ring_bytes)
+        except BaseException:
+            self._drop_queue(queue)
+            raise
         with nogil:
             pthread_mutex_lock(&self.core.lock)
-            for lane in range(queue.n_lanes):
-                for _i in range(n):
-                    if err == 0:
-                        err = post_receive(self.core, queue, lane)
+            err = post_receives(self.core, queue, n)
             if err == 0:
                 settle(self.core, BUDGET)
             tell(self.core)
@@ -437,26 +206,6 @@ cdef class Engine:
             self._drop_queue(queue)
             raise verbs_error(err, "ibv_post_recv", f"{receives} on each QP")
         return queue.slot
-
-    cdef void _drop_queue(self, Queue *queue) noexcept:
-        cdef uint32_t lane
-        pthread_mutex_lock(&self.core.lock)
-        for lane in range(queue.n_lanes):
-            self.core.outstanding -= (
-                queue.lanes[lane].posted - queue.lanes[lane].retired
-                + queue.lanes[lane].receives)
-            self.core.n_chains -= (
-                queue.lanes[lane].next_chain - queue.lanes[lane].first_chain)
-        self.core.n_ready -= queue.ready.n
-        self.core.n_queues -= 1
-        self.core.flying_bytes -= queue.flying_bytes
-        queue.failed = True
-        relist(self.core, queue)
-        self.core.queues[queue.slot] = NULL
-        kvx_template_forget(&self.core.template)
-        pthread_mutex_unlock(&self.core.lock)
-        del self._qps[queue.slot]
-        free_queue(queue)
 
     def remove(self, slot):
         """Take a queue out, before its QPs are closed.
@@ -514,13 +263,7 @@ cdef class Engine:
 
     def unretired(self, slot):
         """Return how many posted WRs of a queue have not come back yet."""
-        cdef:
-            Queue *queue = self._queue(slot)
-            uint64_t found = 0
-            uint32_t lane
-        for lane in range(queue.n_lanes):
-            found += queue.lanes[lane].posted - queue.lanes[lane].retired
-        return found
+        return unretired(self._queue(slot))
 
     def grant(self, slot, consumed_bytes, consumed_records):
         """Take the peer's credit: ring positions and records it is done with."""
@@ -568,14 +311,15 @@ cdef class Engine:
           ClosedResourceError: The queue has failed or is gone.
         """
         cdef:
-            Batch *batch = self._prepare(
-                self._queue(slot), rows, local_ids, remote_ids, request_id, key, tag)
+            Batch *batch = prepare(
+                self.core, self._queue(slot), rows, local_ids, remote_ids, request_id,
+                key, tag)
             list result
         if batch is NULL:
             return []
-        self._start(batch, True)
+        start(self.core, batch, True)
         result = [batch.ops[i].id for i in range(batch.n_ops)]
-        self._release(batch)
+        release(self.core, batch)
         return result
 
     def write(self, uint32_t slot, rows, local_ids not None, remote_ids not None,
@@ -592,137 +336,18 @@ cdef class Engine:
         if (self.cq is None or self.cq.closed or slot >= self.core.n_slots
                 or self.core.queues[slot] is NULL):
             self._queue(slot)
-        batch = self._prepare(
-            self.core.queues[slot], rows, local_ids, remote_ids, request_id, key, tag)
+        batch = prepare(
+            self.core, self.core.queues[slot], rows, local_ids, remote_ids, request_id,
+            key, tag)
         if batch is NULL:
             return (0, 0, 0.0)
-        done = self._start(batch, False)
+        done = start(self.core, batch, False)
         try:
             if done:
-                return _summary(batch)
+                return summary(batch)
             return [batch.ops[i].id for i in range(batch.n_ops)]
         finally:
-            self._release(batch)
-
-    cdef bint _start(self, Batch *batch, bint leave) noexcept:
-        """Admit a submission; return whether it has ended well and was taken back."""
-        cdef bint done = False
-        with nogil:
-            pthread_mutex_lock(&self.core.lock)
-            admit(self.core, batch)
-            batch.refs += 1    # the caller's
-            relist(self.core, batch.queue)
-            if not leave:
-                linger(self.core, batch)
-            settle(self.core, BUDGET)
-            if not leave and batch.n_open == 0:
-                done = _take_back(self.core, batch)
-            tell(self.core)
-            pthread_mutex_unlock(&self.core.lock)
-        return done
-
-    cdef void _release(self, Batch *batch) noexcept:
-        with nogil:
-            pthread_mutex_lock(&self.core.lock)
-            release_batch(batch)
-            pthread_mutex_unlock(&self.core.lock)
-
-    cdef Batch *_prepare(
-        self, Queue *queue, rows, local_ids, remote_ids, bytes request_id,
-        uint64_t key, tuple tag,
-    ) except? NULL:
-        """Copy and check all that a submission needs; NULL if it is of nothing."""
-        cdef:
-            Py_buffer ours
-            Py_buffer theirs
-            Batch *batch = NULL
-        _open_ids(local_ids, &ours, "local_block_ids")
-        try:
-            _open_ids(remote_ids, &theirs, "remote_block_ids")
-            try:
-                batch = self._fill_batch(queue, rows, &ours, &theirs, request_id)
-            finally:
-                PyBuffer_Release(&theirs)
-        finally:
-            PyBuffer_Release(&ours)
-        if batch is not NULL:
-            batch.key = key
-            batch.generation, batch.total, batch.digest = tag
-            if self._reserve_ops(queue, batch.n_ops):
-                free(batch)
-                raise MemoryError
-        return batch
-
-    cdef Batch *_fill_batch(
-        self, Queue *queue, rows, const Py_buffer *ours, const Py_buffer *theirs,
-        bytes request_id,
-    ) except? NULL:
-        cdef:
-            uint64_t n = ours.shape[0]
-            uint32_t n_rows = len(rows)
-            uint64_t n_local = <uint64_t>1 << 32
-            uint64_t n_remote = n_local
-            uint32_t i
-            Batch *batch
-            Row *row
-        if ours.shape[0] != theirs.shape[0]:
-            raise LayoutError(
-                f"{ours.shape[0]} local ids, {theirs.shape[0]} remote ids"
-            )
-        if n == 0 or n_rows == 0:
-            return NULL
-        self._check_sizes(queue, n, len(request_id))
-        if queue.failed:
-            raise ClosedResourceError(f"queue {queue.slot} has failed")
-        batch = new_batch(n_rows, n)
-        if batch is NULL:
-            raise MemoryError
-        try:
-            batch.queue = queue
-            batch.request_bytes = len(request_id)
-            memcpy(batch.request, PyBytes_AS_STRING(request_id), len(request_id))
-            for i in range(n_rows):
-                index = rows[i]
-                if not 0 <= index < queue.n_rows:
-                    raise LayoutError(f"row {index} is not in [0, {queue.n_rows})")
-                row = &queue.rows[<uint32_t>index]
-                batch.ops[i].row = row
-                n_local = min(n_local, row.n_local)
-                n_remote = min(n_remote, row.n_remote)
-            _copy_ids(batch, ours, theirs, n_local, n_remote)
-        except BaseException:
-            free(batch)
-            raise
-        return batch
-
-    cdef int _check_sizes(
-        self, Queue *queue, uint64_t n, uint32_t request_bytes
-    ) except -1:
-        if request_bytes > KVX_NOTIFY_MAX_REQUEST:
-            raise UsageError(
-                f"a request id of {request_bytes} bytes is longer than "
-                f"{KVX_NOTIFY_MAX_REQUEST}"
-            )
-        if queue.ring is not NULL and (
-                kvx_notify_length(request_bytes, n)
-                > kvx_notify_limit(queue.ring_bytes)):
-            raise UsageError(
-                f"{n} blocks in one operation do not fit the notify ring of "
-                f"{queue.ring_bytes} bytes; split the list"
-            )
-        if n >= <uint64_t>1 << 31:
-            raise UsageError(f"{n} blocks in one operation; split the list")
-        return 0
-
-    cdef bint _reserve_ops(self, Queue *queue, uint32_t n) noexcept:
-        """Have room for ``n`` more operations; True without memory."""
-        cdef:
-            bint failed
-        with nogil:
-            pthread_mutex_lock(&self.core.lock)
-            failed = reserve(self.core, queue, n)
-            pthread_mutex_unlock(&self.core.lock)
-        return failed
+            release(self.core, batch)
 
     def cancel(self, uint64_t op_id):
         """Post nothing further of an operation; it ends when what is posted has.
@@ -768,133 +393,5 @@ cdef class Engine:
             self.core.waits = True
             pthread_mutex_unlock(&self.core.lock)
         return Progress(
-            self._take_finished(finished), _take_arrivals(arrivals),
-            self._take_failed() if unreported else [], more)
-
-    cdef list _take_failed(self):
-        """Return the slots of the queues that have failed and were not told of."""
-        cdef:
-            list result = []
-            Queue *queue
-            uint32_t slot
-        pthread_mutex_lock(&self.core.lock)
-        for slot in range(self.core.n_slots):
-            queue = self.core.queues[slot]
-            if queue is not NULL and queue.failed and not queue.reported:
-                queue.reported = True
-                result.append(slot)
-        self.core.n_unreported = 0
-        pthread_mutex_unlock(&self.core.lock)
-        return result
-
-    cdef list _take_finished(self, Op *first):
-        """Turn finished operations into Python records and free them."""
-        cdef:
-            list result = []
-            Op *op = first
-            Op *following
-        while op is not NULL:
-            result.append(Finished(
-                op.id,
-                op.status,
-                bool(op.culprit),
-                op.cursor.n_bytes,
-                op.n_wrs,
-                (op.died_ns - op.batch.born_ns) * 1e-9,
-                op.wr_id,
-                op.qp_num,
-                op.vendor_err,
-            ))
-            op = op.next
-        with nogil:
-            pthread_mutex_lock(&self.core.lock)
-            op = first
-            while op is not NULL:
-                following = op.next
-                release_batch(op.batch)
-                op = following
-            pthread_mutex_unlock(&self.core.lock)
-        return result
-
-
-cdef int _copy_ids(
-    Batch *batch, const Py_buffer *ours, const Py_buffer *theirs,
-    uint64_t n_local, uint64_t n_remote,
-) except -1:
-    """Copy the ids and check the copies; raise LayoutError for the first bad one."""
-    cdef:
-        uint32_t n = batch.n_ids
-        uint32_t local
-        uint32_t remote = n
-        uint32_t twice = n
-    with nogil:
-        local = _take_ids(batch.local, ours, n, n_local)
-        if local == n:
-            remote = _take_ids(batch.remote, theirs, n, n_remote)
-            if remote == n:
-                twice = kvx_find_duplicate(batch.queue.seen, batch.remote, n)
-    if local < n:
-        raise _bad_id("local_block_ids", ours, local, n_local, "")
-    if remote < n:
-        raise _bad_id("remote_block_ids", theirs, remote, n_remote, " of the peer")
-    if twice < n:
-        raise LayoutError(
-            f"remote_block_ids[{twice}] is {batch.remote[twice]}, which "
-            "the list names twice; each remote block is written once"
-        )
-    return 0
-
-
-cdef bint _take_back(Core *core, Batch *batch) noexcept nogil:
-    """Take a submission's operations, all ended, off the finished ones.
-
-    False, and nothing is taken, if one of them did not end well.
-    """
-    cdef:
-        uint32_t i
-        Op **place = &core.finished
-    for i in range(batch.n_ops):
-        if batch.ops[i].status:
-            return False
-    while place[0] is not NULL:
-        if place[0].batch is batch:
-            place[0] = place[0].next
-            release_batch(batch)
-        else:
-            place = &place[0].next
-    core.finished_tail = place
-    return True
-
-
-cdef tuple _summary(Batch *batch):
-    """Bytes, WRs and seconds of a submission that has ended."""
-    cdef:
-        uint64_t n_bytes = 0
-        uint64_t n_wrs = 0
-        uint64_t died_ns = 0
-        uint32_t i
-    for i in range(batch.n_ops):
-        n_bytes += batch.ops[i].cursor.n_bytes
-        n_wrs += batch.ops[i].n_wrs
-        died_ns = max(died_ns, batch.ops[i].died_ns)
-    return (n_bytes, n_wrs, (died_ns - batch.born_ns) * 1e-9)
-
-
-cdef list _take_arrivals(Arrival *arrival):
-    """Turn arrivals into Python records and free them."""
-    cdef:
-        list result = []
-        Arrival *following
-    while arrival is not NULL:
-        following = arrival.next
-        result.append(RingArrival(
-            arrival.slot,
-            PyBytes_FromStringAndSize(arrival.record, arrival.length)
-            if arrival.record is not NULL else b"",
-            arrival.head,
-            _RING_ERRORS.get(arrival.error),
-        ))
-        free(arrival.record)
-        free(arrival)
-        arrival = following
-    return result
+            take_finished(self.core, finished), take_arrivals(arrivals),
+            take_failed(self.core) if unreported else [], more)

@@ -33,7 +33,8 @@ WANTED = [
     "kvxfer/kvbench/__init__.py",
     "rdma_comm.py",
 ]
-EXTENSIONS = ["kvxfer/_core.", "kvxfer/_engine.", "kvxfer/_verbs."]
+EXTENSIONS = ["kvxfer/_core.", "kvxfer/_queues.", "kvxfer/_submission."]
+EXTENSIONS += ["kvxfer/_engine.", "kvxfer/_verbs."]
 EXTENSIONS += ["kvxfer/bench/_limits."]
 UNWANTED = (".c", ".h", ".pyx", ".o", ".pyc")
 TOP_LEVEL = {"kvxfer", "rdma_comm.py"}

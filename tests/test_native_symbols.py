@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 EXTENSIONS = [
-    f"kvxfer.{name}" for name in ("_core", "_engine", "_post", "_progress", "_verbs")
+    f"kvxfer.{name}"
+    for name in (
+        "_core",
+        "_driver",
+        "_engine",
+        "_post",
+        "_progress",
+        "_queues",
+        "_submission",
+        "_verbs",
+    )
 ]
 
 
