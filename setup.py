@@ -81,13 +81,18 @@ def extension(name: str, sources: list[str], *flags: str) -> Extension:
     )
 
 
-# The software device is linked into _verbs alone; _engine reaches it by table.
-verbs_c = ["kvxfer/native/verbs_dynamic.c", *sorted(glob("kvxfer/softdev/*.c"))]
+# The software device is linked into _providers alone; the others reach it by table.
+providers_c = ["kvxfer/native/verbs_dynamic.c", *sorted(glob("kvxfer/softdev/*.c"))]
 setup(
     license="Apache-2.0",
     cmdclass={"build_ext": BuildExt},
     ext_modules=[
-        extension("_verbs", verbs_c),
+        extension("_handles", []),
+        extension("_providers", providers_c),
+        extension("_structs", []),
+        extension("_device", []),
+        extension("_memory", []),
+        extension("_verbs", []),
         extension("_core", []),
         extension("_post", [], "-O3"),
         extension("_progress", []),

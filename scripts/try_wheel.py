@@ -33,14 +33,15 @@ WANTED = [
     "kvxfer/kvbench/__init__.py",
     "rdma_comm.py",
 ]
-EXTENSIONS = ["kvxfer/_core.", "kvxfer/_queues.", "kvxfer/_submission."]
-EXTENSIONS += ["kvxfer/_engine.", "kvxfer/_verbs."]
-EXTENSIONS += ["kvxfer/bench/_limits."]
+VERBS = ["_handles", "_providers", "_structs", "_device", "_memory", "_verbs"]
+ENGINE = ["_core", "_post", "_progress", "_driver", "_queues", "_submission"]
+ENGINE += ["_engine"]
+EXTENSIONS = [f"kvxfer/{name}." for name in [*VERBS, *ENGINE, "bench/_limits"]]
 UNWANTED = (".c", ".h", ".pyx", ".o", ".pyc")
 TOP_LEVEL = {"kvxfer", "rdma_comm.py"}
 # Of the source distribution: sources and scripts, and nothing made from them.
 SOURCES = ["kvxfer/_verbs.pyx", "kvxfer/softdev/softdev.h", "scripts/setup"]
-MADE = ("/_verbs.c", "/_engine.c", ".so")
+MADE = (".so", *(f"/{extension}c" for extension in EXTENSIONS))
 
 # The loader asks la_objsearch for every library; 0 means "not here".
 AUDITOR = r"""
