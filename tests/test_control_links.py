@@ -124,7 +124,9 @@ async def test_what_was_said_before_the_end_is_heard_before_it() -> None:
         assert dealer is not None
 
         def has_come() -> bool:
-            return bool(dealer.get(zmq.EVENTS) & zmq.POLLIN)
+            events = dealer.get(zmq.EVENTS)
+            assert isinstance(events, int)
+            return bool(events & zmq.POLLIN)
 
         def end() -> None:
             server.drop(conn_id, "that is all")
