@@ -81,6 +81,37 @@ def test_it_says_nothing_of_the_queue_that_has_the_slot_now(
         assert (target.memory[:seen] == wanted[:seen]).all()
 
 
+def test_it_says_nothing_of_a_queue_that_is_forgotten() -> None:
+    """Nothing of it is in flight, and it is not counted out once more."""
+    limits = QPLimits(max_send_wr=DEPTH, max_send_sge=8)
+    with Rig(depth=DEPTH, notify=False) as rig:
+        source, target, engine = rig.source, rig.target, rig.source.engine
+        gone = rig.slot
+        rig.let_go()
+        engine.abort(gone)
+        source.qp.close()
+        engine.forget(gone)
+        by, to = source.new_qp(limits), target.new_qp(limits)
+        source.connect(by, target, to)
+        target.connect(to, source, by)
+        rig.slot = engine.add_initiator(by, rig.rows())
+        assert rig.slot != gone
+        rig.finish(rig.submit([1], [2]))
+        local, _, remote, _, length, lkey, rkey = rig.pair(0)
+        assert isinstance(lkey, int) and isinstance(rkey, int)
+        # As the first WR of the rig's first queue would have had it.
+        late = SendWR(
+            wr_id=gone << 52 | 1 << 38,
+            sges=(SGE(local, length, lkey),),
+            remote_addr=remote,
+            rkey=rkey,
+        )
+        by.post_send([late])
+        for i in range(3):
+            assert rig.finish(rig.submit([i], [i]))[-1].status == SUCCESS
+        engine.remove(gone)
+
+
 def test_a_new_queue_carries_nothing_of_one_that_is_gone() -> None:
     """Its table may lie where that of the old one lay in memory."""
     # A table longer than malloc keeps aside, so that it gives out its place again.

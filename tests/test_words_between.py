@@ -1,0 +1,120 @@
+"""What is said while a connection begins to end, or while nobody can be reached."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from kvxfer import Client, Server, control_io, wire
+from kvxfer.control import InviteListener
+from kvxfer.control_invite import Inviter
+from kvxfer.errors import RequestAbortedError
+from kvxfer.offers import Offers
+from kvxfer.remotes import Remotes
+from kvxfer.requests import End, EndCode, RequestState, TicketState
+from kvxfer.ticket import Ticket
+from tests import control_messages as make
+from tests.endpoints import SOON, arena, until
+from tests.streaming import HASTY, streamed
+
+
+async def test_complete_is_heard_of_a_connection_that_has_begun_to_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What has landed has landed: the request of a ticket that is done is done."""
+    say = Offers._say_complete
+    async with streamed() as pair:
+
+        def late(offers: Offers, ticket: Ticket) -> None:
+            assert pair.client._streams is not None
+            (peer,) = pair.client._streams.remotes.peers()
+            peer.break_("a test")
+            # Its end is told in the loop's next turn; the word comes after that.
+            say(offers, ticket)
+
+        monkeypatch.setattr(Offers, "_say_complete", late)
+        ticket = pair.server.offer(pair.prefill, "r", {"main": [3, 4]})
+        request = pair.client.open("r")
+        request.ready(None, [1, 2])
+        request.finish()
+        await asyncio.wait_for(ticket.wait(), SOON)
+        await asyncio.wait_for(request.sent(), SOON)
+        assert ticket.state is TicketState.DONE
+        assert request.state is RequestState.DONE
+
+
+async def test_an_offer_that_is_extended_when_it_ends_invites_nobody() -> None:
+    async with streamed() as pair:
+        ticket = pair.server.offer("127.0.0.1:1", "r", {"main": [3]}, sources=2)
+        await until(lambda: ticket._lease is not None)
+        again = pair.server.offer(pair.prefill, "r", {"main": [3]}, sources=2)
+        assert again is ticket
+        offers = pair.server._offers
+        assert offers is not None
+        offers.stop(ticket, End(EndCode.ABORTED, "a test"))
+        assert ticket.state is TicketState.ABORTED
+        # What the offer has left for the loop to do comes before what is left now.
+        await asyncio.wait_for(pair.server.fence("another"), SOON)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not offers.writers._by_address
+
+
+async def test_an_inviter_survives_a_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too few descriptors now are no reason to invite nobody ever after."""
+    taken: list[wire.Invite] = []
+    listener = InviteListener("127.0.0.1:0", lambda invite, _: taken.append(invite), 99)
+    await listener.open()
+    monkeypatch.setattr(control_io, "shortage", lambda: "a test leaves none")
+    inviter = Inviter(str(listener.endpoint), 0.01)
+    try:
+        inviter.start(make.invite())
+        sending = inviter._sending
+        assert sending is not None
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not sending.done()
+        monkeypatch.undo()
+        await until(lambda: taken)
+    finally:
+        ended = inviter.stop()
+        assert ended is not None
+        await asyncio.wait({ended})
+        await listener.close()
+
+
+async def test_a_writer_that_comes_back_hears_of_an_offer_that_is_ending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It does not wait for another writer, which has not stopped yet."""
+    options = {**HASTY, "fence_timeout": SOON}
+    with arena(seed=2) as target, arena(seed=1) as one, arena(seed=3) as two:
+        async with (
+            Server(target.cache, host="127.0.0.1", port=0, **options) as server,
+            Client(one.cache, listen="127.0.0.1:0", **options) as first,
+            Client(two.cache, listen="127.0.0.1:0", **options) as second,
+        ):
+            addresses = [first.listening or "", second.listening or ""]
+            ticket = server.offer(addresses, "r", {"main": [5]}, sources=2)
+            requests = [client.open("r") for client in (first, second)]
+            await until(lambda: all(r.state.value == "streaming" for r in requests))
+            # The second does not hear that it is to stop.
+            on_abort = Remotes._on_abort
+            assert first._streams is not None and second._streams is not None
+            deaf, other = second._streams.remotes, first._streams.remotes
+
+            def hear(remotes: Remotes, *arguments: object) -> None:
+                if remotes is not deaf:
+                    on_abort(remotes, *arguments)  # type: ignore[arg-type]
+
+            monkeypatch.setattr(Remotes, "_on_abort", hear)
+            (peer,) = other.peers()
+            peer.break_("a test")
+            await until(lambda: not other.peers())
+            aborting = asyncio.ensure_future(ticket.abort())
+            with pytest.raises(RequestAbortedError):
+                await asyncio.wait_for(requests[0].sent(), SOON / 2)
+            assert ticket.state is TicketState.OFFERED or not ticket._core.is_over
+            await requests[1].abort()
+            await asyncio.wait_for(aborting, SOON)
