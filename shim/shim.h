@@ -9,7 +9,10 @@
 #ifndef KVX_SHIM_H
 #define KVX_SHIM_H
 
+#include "../kvxfer/softdev/context.h"
+#include "../kvxfer/softdev/cq.h"
 #include "../kvxfer/softdev/datagram.h"
+#include "../kvxfer/softdev/qp.h"
 
 /* The header turns these into inline calls or other names. */
 #undef ibv_query_port
