@@ -108,7 +108,7 @@ class KVCache:
             _refuse_overlap(group)
         self._geometry = describe(self._groups)
         self._spans = dict(_spans or {})
-        if not all(span.on_host for span in self._spans.values()):
+        if not self.on_host:
             check_gpu_memory()
         self._regions = self._merged()
         self._lock = threading.Lock()
@@ -374,6 +374,11 @@ class KVCache:
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._closed
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the processor can read all of it; it need not be open."""
+        return all(span.on_host for span in self._spans.values())
 
     @property
     def regions(self) -> list[Region]:

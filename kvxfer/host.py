@@ -119,7 +119,7 @@ class Host:
             for verdict in verdicts:
                 _log.info("%s: %s", verdict.spec.label, verdict.reason)
             self._usable = [verdict for verdict in verdicts if verdict.usable]
-            if not all(region.on_host for region in self.cache.regions):
+            if not self.cache.on_host:
                 self._usable = _for_gpu_memory(self._usable)
             for i, verdict in enumerate(self._usable):
                 if i == 0 or verdict.is_software:

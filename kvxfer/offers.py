@@ -113,6 +113,11 @@ class Offers:
                 "its own address"
             )
         windows = self._windows(blocks, first_block)
+        if checksum and not self._host.cache.on_host:
+            raise UsageError(
+                "checksum=True is for caches in host memory: the processor computes "
+                "the digests, and this cache lies on a GPU"
+            )
         with self._lock:
             if self._closed:
                 raise UsageError("the server is closing")

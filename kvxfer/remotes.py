@@ -303,6 +303,11 @@ class Remotes:
         remote.requests[offer.generation] = request
         self._owner.attach(request, remote, offer)
 
+    def refuse(self, remote: Remote, offer: wire.OfferBlocks, end: End) -> None:
+        """An offer cannot be taken: say so, and know it no longer."""
+        remote.requests.pop(offer.generation, None)
+        self._say_ended(remote, offer.generation, end)
+
     def ended(self, request: Stream, remote: Remote) -> None:
         """A request is over; its decode side is told, unless all is well."""
         offer, end = request._core.offer, request._core.end

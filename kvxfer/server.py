@@ -392,7 +392,8 @@ class Server:
 
         Raises:
           LayoutError: The cache has no such group or block, or one is named twice.
-          UsageError: A block, or the request, is offered already; an address is none.
+          UsageError: A block, or the request, is offered already; an address is none;
+            a digest of GPU memory is asked for.
           ClosedResourceError: The server is not open.
         """
         if self._draining:

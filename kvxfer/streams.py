@@ -281,6 +281,10 @@ class Streams:
         request.remote = remote
         request.checksum = offer.checksum
         self._set_lease(request, offer.lease)
+        if offer.checksum and not self._host.cache.on_host:
+            reason = "digests are asked for, and the writer's cache lies on a GPU"
+            self._refuse(request, remote, offer, End(EndCode.FAILED, reason))
+            return
         windows: dict[str, Blocks] = {}
         announced = set()
         try:
@@ -295,9 +299,17 @@ class Streams:
                 announced |= {(group.group, layer) for layer in group.announced}
         except (LayoutError, ValueError) as error:
             reason = f"the offer makes no sense: {error}"
-            self.stop(request, End(EndCode.RULES, reason, cause=error))
+            end = End(EndCode.RULES, reason, cause=error)
+            self._refuse(request, remote, offer, end)
             return
         self._attach(request, remote, offer.generation, windows, frozenset(announced))
+
+    def _refuse(
+        self, request: Stream, remote: Remote, offer: wire.OfferBlocks, end: End
+    ) -> None:
+        """End a request whose offer cannot be taken; its core has not seen it."""
+        self.remotes.refuse(remote, offer, end)
+        self.stop(request, end)
 
     def _attach(
         self,

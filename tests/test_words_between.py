@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from kvxfer import Client, Server, control_io, wire
+from kvxfer import Client, KVCache, Server, control_io, wire
 from kvxfer.control import InviteListener
 from kvxfer.control_invite import Inviter
-from kvxfer.errors import RequestAbortedError
+from kvxfer.errors import KVXferError, RequestAbortedError, UsageError
 from kvxfer.offers import Offers
 from kvxfer.remotes import Remotes
 from kvxfer.requests import End, EndCode, RequestState, TicketState
@@ -118,3 +118,23 @@ async def test_a_writer_that_comes_back_hears_of_an_offer_that_is_ending(
             assert ticket.state is TicketState.OFFERED or not ticket._core.is_over
             await requests[1].abort()
             await asyncio.wait_for(aborting, SOON)
+
+
+async def test_digests_are_not_for_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor computes them. Nobody waits for the lease to learn that."""
+    async with streamed() as pair:
+        far = pair.target.cache
+        monkeypatch.setattr(
+            KVCache, "on_host", property(lambda cache: cache is not far)
+        )
+        with pytest.raises(UsageError, match="checksum=True is for caches in host"):
+            pair.server.offer(pair.prefill, "r", {"main": [3]}, checksum=True)
+        pair.server.offer(pair.prefill, "other", {"main": [3]})
+        far = pair.source.cache
+        ticket = pair.server.offer(pair.prefill, "r", {"main": [4]}, checksum=True)
+        request = pair.client.open("r")
+        request.ready(None, [1])
+        request.finish()
+        for end in (ticket.wait(), request.sent()):
+            with pytest.raises(KVXferError, match="cache lies on a GPU"):
+                await asyncio.wait_for(end, SOON / 2)
