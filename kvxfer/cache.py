@@ -377,7 +377,7 @@ class KVCache:
 
     @property
     def on_host(self) -> bool:
-        """Whether the processor can read all of it; it need not be open."""
+        """Whether the processor can read all of it, while it is open."""
         return all(span.on_host for span in self._spans.values())
 
     @property

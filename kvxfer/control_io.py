@@ -148,7 +148,8 @@ async def resolve(address: Address) -> Address:
         return Address(host="0.0.0.0", port=address.port)
     try:
         return await in_thread(_resolve, address)
-    except (OSError, UnicodeError) as exc:
+    except (OSError, UnicodeError, RuntimeError) as exc:
+        # The last: no thread could be started.
         raise ControlError(
             f"cannot resolve the host of {address}: {exc}",
             hint="Check the name, or give an IP address.",
@@ -187,11 +188,7 @@ async def in_thread(func: Callable[..., T], *args: object) -> T:
             return  # the loop is closed: nobody waits any more
 
     thread = threading.Thread(target=run, name="kvxfer-control", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        # At its end Python 3.12 starts no thread any more. Nobody else needs the loop.
-        return func(*args)
+    thread.start()
     try:
         return await future
     finally:
@@ -315,7 +312,10 @@ class Sockets:
         last = context if self._private else _shared.release(context)
         if last is not None:
             # term() waits for the farewells, up to the sockets' linger.
-            await in_thread(last.term)
+            try:
+                await in_thread(last.term)
+            except RuntimeError:
+                last.term()  # at its end Python 3.12 starts no thread any more
 
 
 def set_up(
@@ -444,7 +444,7 @@ def try_receive(socket: zmq.asyncio.Socket) -> list[bytes] | None:
     received: asyncio.Future[Any] = asyncio.ensure_future(
         socket.recv_multipart(flags=zmq.NOBLOCK)
     )
-    frames: list[bytes] | None = (
-        received.result() if received.exception() is None else None
-    )
+    if isinstance(received.exception(), zmq.ZMQError):
+        return None
+    frames: list[bytes] = received.result()
     return frames

@@ -20,7 +20,10 @@ def fixed_port(port: int) -> Iterator[None]:
     would find each other.
     """
     path = Path(tempfile.gettempdir()) / f"kvxfer-test-port-{port}"
-    with path.open("w") as lock:
+    # It may be another user's, to be read by us: that will do for a lock.
+    if not path.exists():
+        path.touch()
+    with path.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with socket.socket() as probe:
             taken = probe.connect_ex(("127.0.0.1", port)) == 0
