@@ -170,10 +170,11 @@ class Adapter:
                 " and ".join(sorted(self.ways)),
                 cache.page_bytes,
             )
+        n_qps = options.max_connections * options.qps_per_connection
         self._engine = Engine(
             device,
             cq_depth=min(
-                max(_CQ_DEPTH, options.max_connections * (options.notify_receives + 8)),
+                max(_CQ_DEPTH, n_qps * (options.notify_receives + 8)),
                 limits.max_cqe,
             ),
             chain=options.chain,

@@ -188,3 +188,11 @@ async def test_a_qp_that_fails_breaks_the_connection(index: int) -> None:
         )
         assert isinstance(error, BrokenPeerError | CompletionError)
         await check_reconnects(pair)
+
+
+async def test_the_cq_has_room_for_the_receives_of_every_connection() -> None:
+    options = {"max_connections": 300, "qps_per_connection": 4, "notify_receives": 100}
+    async with connected(server_options=options) as pair:
+        (adapter,) = pair.server._host.adapters
+        assert adapter.engine.cq.depth >= 300 * 4 * 100
+        await pair.check_write([1], [2])
