@@ -231,7 +231,8 @@ async def test_an_abort_is_learned_on_both_sides_and_leaves_nothing(side: str) -
         ids = list(range(64))
         ticket = pair.server.offer(pair.prefill, "r", {"main": ids})
         request = pair.client.open("r")
-        request.ready(None, ids)
+        for layer in range(7):  # of 8: however fast it is, it is not all
+            request.ready(layer, ids)
         await until(lambda: ticket.bytes_done > 0)
         if side == "prefill":
             await request.abort("enough of it")
@@ -244,7 +245,7 @@ async def test_an_abort_is_learned_on_both_sides_and_leaves_nothing(side: str) -
         for error in (request.error, ticket.error):
             assert isinstance(error, RequestAbortedError)
             assert "enough of it" in str(error) and error.request_id == "r"
-            assert 0 <= (error.bytes_done or 0) < 32 << 20
+            assert 0 <= (error.bytes_done or 0) <= 28 << 20
         assert pair.client._host.adapters[0].engine.in_flight == 0
         # The blocks are free at once, and another request has them to itself.
         again = pair.server.offer(pair.prefill, "r2", {"main": ids[:4]})
