@@ -17,8 +17,9 @@ from kvxfer.errors import (
     VerbsError,
 )
 from kvxfer.link import Link
+from kvxfer.requests import LayerState
 from kvxfer.testing import set_faults
-from tests.endpoints import SOON, big, expected, until
+from tests.endpoints import SOON, big, connected, expected, until
 from tests.patience import patient
 from tests.streaming import Streamed, streamed
 
@@ -207,3 +208,25 @@ async def test_blocks_that_may_still_be_written_to_are_not_offered_again() -> No
 
 async def _end(request: Any) -> None:
     await request.abort()
+
+
+async def test_every_request_on_a_qp_that_does_not_let_go_says_so() -> None:
+    """Those without an offer too, though none of their WRs has failed."""
+    blocks = {"r": 1, "s": 2}
+    with pytest.raises(VerbsError, match="ibv_destroy_qp"):  # the close says it
+        async with connected(drain_timeout=patient(0.1)) as pair:
+            requests = [
+                pair.client.request(pair.peer, name, [block])
+                for name, block in blocks.items()
+            ]
+            set_faults(pair.client, HELD)
+            for request in requests:
+                request.ready(0, [3])
+            posted = LayerState.POSTED
+            await until(lambda: all(r.layer_state(0) is posted for r in requests))
+            async with stuck(pair.peer.link):
+                with pytest.raises(VerbsError, match="ibv_destroy_qp"):
+                    await asyncio.wait_for(pair.peer.close(), SOON)
+                for request in requests:
+                    with pytest.raises(NotQuiescentError, match="may still read"):
+                        await asyncio.wait_for(request.sent(), SOON)
