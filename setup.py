@@ -101,6 +101,8 @@ setup(
         # Its loops over block ids become vectors.
         extension("_submission", [], "-O3"),
         extension("_engine", []),
+        extension("_records", [], "-O3"),
+        extension("_counters", []),
         extension("bench._limits", []),
     ],
 )

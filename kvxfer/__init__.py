@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from kvxfer.cache import KVCache
     from kvxfer.client import Client
     from kvxfer.errors import KVXferError
+    from kvxfer.inbox import Arrival, Failure
     from kvxfer.options import Options
     from kvxfer.peer import Peer, WriteResult
     from kvxfer.request import Request
     from kvxfer.requests import LayerState, RequestState, TicketState
-    from kvxfer.server import Arrival, Failure, Server
+    from kvxfer.server import Server
     from kvxfer.ticket import Ticket
 
 __all__ = [
@@ -46,9 +47,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Arrival": "kvxfer.server",
+    "Arrival": "kvxfer.inbox",
     "Client": "kvxfer.client",
-    "Failure": "kvxfer.server",
+    "Failure": "kvxfer.inbox",
     "KVCache": "kvxfer.cache",
     "KVXferError": "kvxfer.errors",
     "LayerState": "kvxfer.requests",

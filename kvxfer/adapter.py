@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 from kvxfer import agreement, devices, gids, ports, registration
@@ -33,6 +34,9 @@ from kvxfer.verbs_types import Access, AsyncEvent, EventType, PortState
 from kvxfer.wire import DeviceCandidate
 
 _log = logging.getLogger("kvxfer.adapter")
+
+OnArrival = Callable[["Adapter", RingArrival], None]
+OnFailed = Callable[["Adapter", int], None]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -67,16 +71,12 @@ class Adapter:
         self,
         spec: devices.DeviceSpec,
         options: Options,
-        on_arrival: Callable[[RingArrival], None],
-        on_failed: Callable[[int], None],
         on_broken: Callable[[int | None, str], None],
     ) -> None:
         self.spec = spec
         self.name = spec.label
         """Name of the device and port, as peers are told it."""
         self.options = options
-        self._on_arrival = on_arrival
-        self._on_failed = on_failed
         self._on_broken = on_broken
         self.trouble = ""
         """Why new connections had better go by another device; empty if not."""
@@ -103,8 +103,8 @@ class Adapter:
         options: Options,
         *,
         address: str | None,
-        on_arrival: Callable[[RingArrival], None],
-        on_failed: Callable[[int], None],
+        on_arrival: OnArrival,
+        on_failed: OnFailed,
         on_broken: Callable[[int | None, str], None],
     ) -> Adapter:
         """Open a device and register the cache on it.
@@ -112,20 +112,25 @@ class Adapter:
         Args:
           access: What peers may do with the cache.
           address: Numeric address that peers reach this host at.
+          on_arrival: Called with this and each notification that a peer has written.
+          on_failed: Called with this and the slot of each queue that fails.
           on_broken: Called with the number of a QP, or None for all that the device
             has, and why: it is in ERR, or might as well be.
 
         Raises:
           DeviceUnavailableError, VerbsError: Nothing is left open.
         """
-        self = cls(spec, options, on_arrival, on_failed, on_broken)
+        self = cls(spec, options, on_broken)
         try:
             await self.call(self._open, cache, access, address)
         except BaseException:
             await self.close()
             raise
         self.completions = Completions(
-            self.engine, on_arrival, on_failed, self._on_event
+            self.engine,
+            partial(on_arrival, self),
+            partial(on_failed, self),
+            self._on_event,
         )
         self.completions.start()
         self._scheduler = Scheduler(

@@ -43,12 +43,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 from kvxfer.cache import KVCache
 from kvxfer.client import Client as AsyncClient
 from kvxfer.errors import ClosedResourceError, UsageError
+from kvxfer.inbox import Arrival, Failure
 from kvxfer.loop_thread import Expired, LoopThread, entered
 from kvxfer.options import Options
 from kvxfer.peer import Peer as AsyncPeer
 from kvxfer.peer import WriteResult
 from kvxfer.request import Request
-from kvxfer.server import Arrival, Failure
 from kvxfer.server import Server as AsyncServer
 from kvxfer.sharding import Shard
 from kvxfer.stream_statistics import ClientStatistics

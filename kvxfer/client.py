@@ -486,7 +486,7 @@ class Client:
         )
         if not isinstance(ended, WriteResult):
             return await ended
-        if peer.link.adapter.scheduler.owes_a_turn:
+        if peer.scheduler.owes_a_turn:
             await asyncio.sleep(0)
         return ended
 
@@ -507,7 +507,12 @@ class Client:
             raise UsageError(f"peer is {peer!r}, not what connect() returned")
         if peer.host is not self._host:
             raise UsageError(f"{peer!r} is a peer of another client")
-        seconds = self._timeout(timeout, "write_timeout")
+        options = self.options
+        seconds = (
+            options.write_timeout
+            if timeout is None
+            else seconds_of(timeout, options.write_timeout, "timeout")
+        )
         request = b"" if request_id is None else request_bytes(request_id)
         local_ids = engine_ids(local_block_ids, "local_block_ids")
         remote_ids = engine_ids(remote_block_ids, "remote_block_ids")

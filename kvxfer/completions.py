@@ -98,7 +98,11 @@ class Completions:
             if on_finished is not None:
                 self._deliver(on_finished, finished)
         for arrival in progress.arrivals:
-            self._deliver(self._on_arrival, arrival)
+            # As _deliver(), without a frame of its own.
+            try:
+                self._on_arrival(arrival)
+            except Exception as error:  # noqa: BLE001 - goes to the loop's handler
+                self._complain(arrival, error)
         for slot in progress.failed:
             self._deliver(self._on_failed, slot)
         return progress.more
@@ -116,10 +120,13 @@ class Completions:
         try:
             callback(news)
         except Exception as error:  # noqa: BLE001 - goes to the loop's handler
-            assert self._loop is not None
-            self._loop.call_exception_handler(
-                {"message": f"a callback failed on {news!r}", "exception": error}
-            )
+            self._complain(news, error)
+
+    def _complain(self, news: object, error: Exception) -> None:
+        assert self._loop is not None
+        self._loop.call_exception_handler(
+            {"message": f"a callback failed on {news!r}", "exception": error}
+        )
 
     def close(self) -> None:
         """Stop listening. Twice is fine."""

@@ -11,6 +11,7 @@ import logging
 from typing import Protocol
 
 from kvxfer import wire
+from kvxfer._records import RecordReader
 from kvxfer.adapter import Adapter
 from kvxfer.control import CloseReason, ControlServer, OfferParts
 from kvxfer.errors import (
@@ -24,7 +25,6 @@ from kvxfer.host import Host
 from kvxfer.layout import check_fit
 from kvxfer.link import Link
 from kvxfer.logs import Bound, bind
-from kvxfer.notify import RecordReader
 from kvxfer.offers import Offers
 from kvxfer.route import (
     check_whole,
@@ -52,7 +52,10 @@ class Losses(Protocol):
 class Incoming:
     """One writer's connection: its link and what of its ring is consumed."""
 
-    def __init__(self, peer: str, link: Link, records: RecordReader) -> None:
+    def __init__(
+        self, conn_id: int, peer: str, link: Link, records: RecordReader
+    ) -> None:
+        self.conn_id = conn_id
         self.peer = peer
         self.link = link
         self.queue = (link.adapter, link.slot)
@@ -63,6 +66,8 @@ class Incoming:
         self.told_bytes = 0
         self.told_records = 0
         self.gone = asyncio.get_running_loop().create_future()
+        self.is_gone = False
+        """Released: nothing of it is heard of any more."""
         self.released = asyncio.Event()
         self.drained = asyncio.Event()
         self.flusher: Flusher | None = None
@@ -90,9 +95,11 @@ class Connections:
 
     def __init__(self, host: Host, losses: Losses) -> None:
         self.incoming: dict[int, Incoming] = {}
-        self._by_queue: dict[tuple[Adapter, int], int] = {}
+        self._by_queue: dict[tuple[Adapter, int], Incoming] = {}
         self._host = host
         self._options = host.options
+        self._portion_bytes = host.options.notify_ring_bytes // 4
+        self._portion_records = max(1, host.options.notify_receives // 4)
         self._losses = losses
         self._flushers: dict[Adapter, Flusher] = {}
         self._broken_flushers: list[Flusher] = []
@@ -100,32 +107,26 @@ class Connections:
 
     # -- for the server ----------------------------------------------------------
 
-    def find(self, adapter: Adapter, slot: int) -> tuple[int, Incoming] | None:
+    def find(self, adapter: Adapter, slot: int) -> Incoming | None:
         """Find the connection that has a queue of an engine."""
-        conn_id = self._by_queue.get((adapter, slot))
-        if conn_id is None:
-            return None
-        return conn_id, self.incoming[conn_id]
+        return self._by_queue.get((adapter, slot))
 
-    def consumed(self, conn_id: int, head: int) -> None:
+    def consumed(self, incoming: Incoming, head: int) -> None:
         """Give credit for the ring back, in portions of a quarter."""
-        incoming = self.incoming.get(conn_id)
-        if incoming is None:
+        if incoming.is_gone:
             return
         # Arrivals that waited for a consumer may come behind younger ones here.
         incoming.consumed_bytes = max(incoming.consumed_bytes, head)
         incoming.consumed_records += 1
-        options = self._options
         if (
-            incoming.consumed_bytes - incoming.told_bytes
-            >= options.notify_ring_bytes // 4
+            incoming.consumed_bytes - incoming.told_bytes >= self._portion_bytes
             or incoming.consumed_records - incoming.told_records
-            >= max(1, options.notify_receives // 4)
+            >= self._portion_records
         ):
             incoming.told_bytes = incoming.consumed_bytes
             incoming.told_records = incoming.consumed_records
             self.control.send_credit(
-                conn_id, incoming.told_bytes, incoming.told_records
+                incoming.conn_id, incoming.told_bytes, incoming.told_records
             )
 
     def send_request(self, conn_id: int, message: wire.RequestMessage) -> bool:
@@ -221,10 +222,10 @@ class Connections:
             await link.close()
             raise
         records = RecordReader(host.cache.groups, shards)
-        incoming = Incoming(peer_address or "local", link, records)
+        incoming = Incoming(conn_id, peer_address or "local", link, records)
         incoming.flusher = flusher
         self.incoming[conn_id] = incoming
-        self._by_queue[incoming.queue] = conn_id
+        self._by_queue[incoming.queue] = incoming
         return parts
 
     async def _flusher_on(self, adapter: Adapter) -> Flusher:
@@ -348,8 +349,9 @@ class Connections:
             incoming.log.exception("the QP of %s could not be destroyed", incoming.peer)
         finally:
             del self.incoming[conn_id]
+            incoming.is_gone = True
             # Its queue may have become another connection's while it was waited.
-            if self._by_queue.get(incoming.queue) == conn_id:
+            if self._by_queue.get(incoming.queue) is incoming:
                 del self._by_queue[incoming.queue]
             self.offers.writers.closed(conn_id, reason, quiet=quiet)
             incoming.released.set()

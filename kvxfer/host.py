@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvxfer import agreement, cuda, devices, wire
-from kvxfer._engine import RingArrival
-from kvxfer.adapter import Adapter
+from kvxfer.adapter import Adapter, OnArrival, OnFailed
 from kvxfer.cache import KVCache
 from kvxfer.counters import Counters
 from kvxfer.errors import (
@@ -27,8 +26,6 @@ from kvxfer.verbs_types import Access
 
 _log = logging.getLogger("kvxfer.host")
 
-OnArrival = Callable[[Adapter, RingArrival], None]
-OnFailed = Callable[[Adapter, int], None]
 #: A device, the number of its QP or None for all, and what is wrong.
 OnBroken = Callable[[Adapter, int | None, str], None]
 # As the messages have it.
@@ -137,8 +134,8 @@ class Host:
             self._access,
             self.options,
             address=self._address,
-            on_arrival=lambda arrival: self._on_arrival(adapter, arrival),
-            on_failed=lambda slot: self._on_failed(adapter, slot),
+            on_arrival=self._on_arrival,
+            on_failed=self._on_failed,
             on_broken=lambda qp_num, why: self._broken(adapter, qp_num, why),
         )
         self.adapters.append(adapter)

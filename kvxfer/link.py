@@ -18,6 +18,7 @@ import socket
 from collections.abc import Sequence
 
 from kvxfer import _engine, ports
+from kvxfer._records import max_ids
 from kvxfer._verbs import CompletionQueue, MemoryRegion, QueuePair
 from kvxfer.adapter import Adapter, finish
 from kvxfer.agreement import is_global
@@ -25,7 +26,6 @@ from kvxfer.errors import ControlError, InternalError, KVXferError, ProtocolErro
 from kvxfer.gids import GID
 from kvxfer.logs import bind
 from kvxfer.memory import map_memory
-from kvxfer.notify import max_ids
 from kvxfer.regions import Span
 from kvxfer.verbs_types import Access, PeerHint, QPLimits, QPPath
 from kvxfer.wire import NotifyRing, QPInfo

@@ -41,7 +41,7 @@ from kvxfer.host import Host
 from kvxfer.link import Link
 from kvxfer.logs import Bound, bind
 from kvxfer.route import Route, build, geometry_from_wire, shards_to_wire
-from kvxfer.scheduler import Outcome, Plan, Transfer, make_key
+from kvxfer.scheduler import Outcome, Plan, Scheduler, Transfer, make_key
 from kvxfer.sharding import Shard
 from kvxfer.verbs_types import Access
 
@@ -104,6 +104,8 @@ class Peer:
         self.host = host
         self._control = ControlClient(self, options=host.options, keys=keys)
         self._link: Link | None = None
+        self.scheduler: Scheduler
+        """Of the device that reaches this peer; there once it is connected."""
         self._route = Route([], {})
         self._invite = invite
         self._on_request = on_request
@@ -238,6 +240,7 @@ class Peer:
             await link.close()
             raise
         self._link = link
+        self.scheduler = adapter.scheduler
         return messages.Accept(
             conn_id=offer.conn_id, endpoint=messages.Endpoint(qps=link.infos)
         )
@@ -271,10 +274,10 @@ class Peer:
                 f"{self.draining}",
                 hint="Connect to another server.",
             )
-        link = self.link
+        assert self._link is not None
         try:
-            ended = link.adapter.scheduler.write(
-                link.slot, plan, local_ids, remote_ids, request
+            ended = self.scheduler.write(
+                self._link.slot, plan, local_ids, remote_ids, request
             )
         except ClosedResourceError as error:
             raise self._failed_meanwhile() from error
@@ -293,7 +296,8 @@ class Peer:
         n_wrs: int,
         seconds: float,
     ) -> WriteResult:
-        link = self.link
+        link = self._link
+        assert link is not None
         self.host.counters.wrote(n_bytes, n_blocks, n_wrs, seconds)
         return WriteResult(
             n_bytes, n_wrs, seconds, link.adapter.name, link.wire, layers
@@ -308,7 +312,7 @@ class Peer:
         """
         loop = asyncio.get_running_loop()
         start = loop.time()
-        scheduler = self.link.adapter.scheduler
+        scheduler = self.scheduler
         try:
             outcome = await scheduler.run(
                 transfer, timeout, lambda: self.break_("a write could not be drained")
@@ -361,7 +365,7 @@ class Peer:
           LayoutError, BrokenPeerError, ClosedResourceError: Nothing was posted.
         """
         self._ensure_connected()
-        scheduler = self.link.adapter.scheduler
+        scheduler = self.scheduler
         try:
             transfer = scheduler.submit(
                 self.link.slot,
@@ -387,7 +391,7 @@ class Peer:
 
     def stop(self, transfer: Transfer) -> None:
         """Post nothing further of what :meth:`start` began; it ends soon."""
-        self.link.adapter.scheduler.stop(
+        self.scheduler.stop(
             transfer, lambda: self.break_("a write could not be drained")
         )
 

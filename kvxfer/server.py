@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import dataclasses
 import logging
-import time
 from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
-
-import msgspec
 
 from kvxfer._engine import RingArrival
 from kvxfer.adapter import Adapter, finish
 from kvxfer.arguments import request_name, seconds_of
-from kvxfer.blocks import Ids
 from kvxfer.cache import KVCache
 from kvxfer.connections import Connections, Incoming
 from kvxfer.control import ControlServer
@@ -29,6 +23,7 @@ from kvxfer.errors import (
     UsageError,
 )
 from kvxfer.host import DeviceState, Host
+from kvxfer.inbox import Arrival, Failure, Inbox
 from kvxfer.interfaces import address_of
 from kvxfer.link import numeric_address
 from kvxfer.logs import bind
@@ -41,58 +36,6 @@ from kvxfer.ticket import Ticket
 from kvxfer.verbs_types import Access
 
 _log = logging.getLogger("kvxfer.server")
-
-# Arrivals kept for a consumer that is behind, before writers are held back.
-_MAX_WAITING = 65536
-
-
-# These two are made for each notification; a frozen dataclass would set each field by a
-# call of its own.
-class Arrival(msgspec.Struct, frozen=True, eq=False):
-    """Blocks of one layer that have landed, every byte of them.
-
-    Attributes:
-      peer: Address of the writer.
-      request_id: As the writer gave it, or None.
-      layer: Model layer.
-      block_ids: Blocks of this cache, in the writer's order.
-      group: Whose block ids these are.
-      bytes: Bytes written, all planes together.
-    """
-
-    peer: str
-    request_id: str | None
-    layer: int
-    block_ids: Ids
-    group: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Layers of a request that a writer gave up: they will not arrive.
-
-    Attributes:
-      peer: Address of the writer.
-      request_id: As the writer gave it, or None.
-      layers: The layers concerned; what landed of them is undefined.
-      reason: The writer's words.
-    """
-
-    peer: str
-    request_id: str | None
-    layers: tuple[int, ...]
-    reason: str
-
-
-class _Waiting(msgspec.Struct, frozen=True, eq=False):
-    """An arrival in the queue; credit for it may still be owed."""
-
-    arrival: Arrival
-    conn_id: int
-    head: int
-    credited: bool
-    since: float
 
 
 class Server:
@@ -125,9 +68,7 @@ class Server:
         self._control: ControlServer | None = None
         self._connections = Connections(self._host, self)
         self._offers: Offers | None = None
-        self._waiting: collections.deque[_Waiting] = collections.deque()
-        self._failures: collections.deque[Failure] = collections.deque(maxlen=4096)
-        self._news: set[asyncio.Future[None]] = set()
+        self._inbox = Inbox(self._host.counters.stages["arrival_queue"])
         self._opening: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._draining = False
@@ -252,7 +193,7 @@ class Server:
             self._state = "closing"
             assert self._offers is not None
             self._offers.begin_close()
-            self._wake()
+            self._inbox.end()
             self._closing = asyncio.get_running_loop().create_task(self._close())
         if self._closing is None:
             self._state = "closed"
@@ -315,7 +256,7 @@ class Server:
     @property
     def n_waiting(self) -> int:
         """Arrivals that nobody has taken yet."""
-        return len(self._waiting)
+        return len(self._inbox)
 
     def device_states(self) -> list[DeviceState]:
         """Describe the open devices; from any thread."""
@@ -445,7 +386,7 @@ class Server:
 
     # -- what landed -----------------------------------------------------------
 
-    async def arrivals(self) -> AsyncIterator[Arrival]:
+    def arrivals(self) -> AsyncIterator[Arrival]:
         """Yield what has landed, in the order of its arrival, until the close.
 
         Each arrival goes to one consumer. Up to 65536 wait for a consumer that is
@@ -454,65 +395,33 @@ class Server:
         Raises:
           ClosedResourceError: The server was never open, or not in this process.
         """
-        self._ensure_usable()
-        while True:
-            while self._waiting:
-                waiting = self._waiting.popleft()
-                self._host.counters.stages["arrival_queue"].observe(
-                    time.monotonic() - waiting.since
-                )
-                if not waiting.credited:
-                    self._connections.consumed(waiting.conn_id, waiting.head)
-                yield waiting.arrival
-            if self._state != "open":
-                return
-            await self._next_news()
+        return self._inbox.arrivals(self._ensure_usable)
 
-    async def failures(self) -> AsyncIterator[Failure]:
+    def failures(self) -> AsyncIterator[Failure]:
         """Yield what writers gave up, until the close; the last 4096 are kept.
 
         Raises:
           ClosedResourceError: The server was never open, or not in this process.
         """
-        self._ensure_usable()
-        while True:
-            while self._failures:
-                yield self._failures.popleft()
-            if self._state != "open":
-                return
-            await self._next_news()
-
-    async def _next_news(self) -> None:
-        news = asyncio.get_running_loop().create_future()
-        self._news.add(news)
-        try:
-            await news
-        finally:
-            self._news.discard(news)
-
-    def _wake(self) -> None:
-        for news in self._news:
-            if not news.done():
-                news.set_result(None)
+        return self._inbox.failures(self._ensure_usable)
 
     def _on_arrival(self, adapter: Adapter, arrival: RingArrival) -> None:
-        found = self._connections.find(adapter, arrival.slot)
-        if found is None:
+        incoming = self._connections.find(adapter, arrival.slot)
+        if incoming is None:
             return
-        conn_id, incoming = found
         try:
             if arrival.error is not None:
                 raise ProtocolError(arrival.error)
             record = incoming.records.read(arrival.record)
         except ProtocolError as error:
-            self._broke_rules(conn_id, incoming.peer, str(error))
+            self._broke_rules(incoming, str(error))
             return
         if incoming.flusher is None:
-            self._landed(conn_id, incoming, record, arrival.head)
+            self._landed(incoming, record, arrival.head)
         else:
             incoming.flusher.after(
                 self._regions_of(incoming.link.adapter, record),
-                lambda: self._landed(conn_id, incoming, record, arrival.head),
+                lambda: self._landed(incoming, record, arrival.head),
             )
 
     def _regions_of(self, adapter: Adapter, record: Record) -> set[int]:
@@ -521,49 +430,41 @@ class Server:
         slices = (find_slices(adapter.regions, place) for _, place in rows)
         return set().union(*(part.holding(record.block_ids) for part in slices))
 
-    def _landed(
-        self, conn_id: int, incoming: Incoming, record: Record, head: int
-    ) -> None:
+    def _landed(self, incoming: Incoming, record: Record, head: int) -> None:
         """Tell of what is in place."""
-        if self._connections.incoming.get(conn_id) is not incoming:
+        if incoming.is_gone:
             return
+        self._host.counters.arrived(len(record.block_ids), record.n_bytes)
         try:
-            self._host.counters.arrived(len(record.block_ids), record.n_bytes)
             if record.generation:
-                self._connections.consumed(conn_id, head)
-                self._offers_now().record(conn_id, record)
+                self._connections.consumed(incoming, head)
+                self._offers_now().record(incoming.conn_id, record)
                 return
             self._offers_now().check_direct(record)
         except ProtocolError as error:
-            self._broke_rules(conn_id, incoming.peer, str(error))
+            self._broke_rules(incoming, str(error))
             return
-        credited = len(self._waiting) < _MAX_WAITING
-        if credited:
-            self._connections.consumed(conn_id, head)
-        self._waiting.append(
-            _Waiting(
-                Arrival(
-                    incoming.peer,
-                    record.request_id,
-                    record.layer,
-                    record.block_ids,
-                    record.group,
-                    record.n_bytes,
-                ),
-                conn_id,
-                head,
-                credited,
-                time.monotonic(),
-            )
+        arrival = Arrival(
+            incoming.peer,
+            record.request_id,
+            record.layer,
+            record.block_ids,
+            record.group,
+            record.n_bytes,
         )
-        self._wake()
+        if self._inbox.is_full:
+            self._inbox.land(
+                arrival, lambda: self._connections.consumed(incoming, head)
+            )
+        else:
+            self._connections.consumed(incoming, head)
+            self._inbox.land(arrival)
 
-    def _broke_rules(self, conn_id: int, peer: str, reason: str) -> None:
+    def _broke_rules(self, incoming: Incoming, reason: str) -> None:
         """Drop a writer that has written, or may have, where it must not."""
         reason = f"broke the rules of the notify ring: {reason}"
-        self._failures.append(Failure(peer, None, (), reason))
-        self._wake()
-        self._connections.drop_peer(conn_id, reason)
+        self._inbox.lose(Failure(incoming.peer, None, (), reason))
+        self._connections.drop_peer(incoming.conn_id, reason)
 
     def gave_up(
         self, peer: str, request_id: bytes, layers: list[int], reason: str
@@ -583,8 +484,7 @@ class Server:
             list(failure.layers),
             failure.reason,
         )
-        self._failures.append(failure)
-        self._wake()
+        self._inbox.lose(failure)
 
     async def disconnect(self, peer: str, reason: str) -> int:
         """Fence and disconnect a writer; returns when nothing of it can land.
@@ -608,9 +508,9 @@ class Server:
         return len(found)
 
     def _on_failed(self, adapter: Adapter, slot: int) -> None:
-        found = self._connections.find(adapter, slot)
-        if found is not None and not found[1].gone.done():
-            self._connections.drop_peer(found[0], "its QP failed")
+        incoming = self._connections.find(adapter, slot)
+        if incoming is not None and not incoming.gone.done():
+            self._connections.drop_peer(incoming.conn_id, "its QP failed")
 
     def _on_broken(self, adapter: Adapter, qp_num: int | None, why: str) -> None:
         for conn_id, incoming in list(self._connections.incoming.items()):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import random
+import struct
 
 import numpy as np
 import pytest
 
-from kvxfer import notify
 from kvxfer._engine import CANCELLED_STATUS, RingArrival
+from kvxfer._records import RecordReader
 from kvxfer.errors import ProtocolError
 from kvxfer.layout import Group, Plane, PlaneLayer
+from kvxfer.notify import Record
 from kvxfer.verbs_types import SGE, Opcode, SendWR
 from tests.engine_rig import Rig, as_array
 
 SUCCESS = 0
+# Of native/notify.h: magic, length, sequence, n_bytes, layer, n_ids, group, n_qps,
+# request_bytes, flags, digest, generation, total.
+HEADER = struct.Struct("<IIQQIIHHHHQQQ")
 
 
 def arrivals_of(rig: Rig, n: int) -> list[RingArrival]:
@@ -25,11 +30,11 @@ def arrivals_of(rig: Rig, n: int) -> list[RingArrival]:
     return taken
 
 
-def decode(rig: Rig, arrival: RingArrival) -> notify.Record:
+def decode(rig: Rig, arrival: RingArrival) -> Record:
     """Decode an arrival's record for the rig's planes."""
     place = PlaneLayer(1 << 20, 64, 64, 96, "u8")
     planes = [Plane(name, {10 + i: place for i in range(3)}) for name in ("a", "b")]
-    return notify.RecordReader((Group("main", tuple(planes)),)).read(arrival.record)
+    return RecordReader((Group("main", tuple(planes)),)).read(arrival.record)
 
 
 def test_records_follow_their_data_and_wrap_at_the_rings_end() -> None:
@@ -148,7 +153,7 @@ def test_a_peer_that_breaks_the_rules_of_the_ring(
 ) -> None:
     with Rig(notify=False) as rig:
         rig.let_go()
-        record = notify._HEADER.pack(*header) + b"\5\0\0\0" + bytes(4)
+        record = HEADER.pack(*header) + b"\5\0\0\0" + bytes(4)
         source = rig.source
         for offset in range(0, 4096, 64):
             source.ring[offset : offset + 64] = 0

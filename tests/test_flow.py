@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvxfer import Client, Server
-from kvxfer import server as server_module
+from kvxfer import inbox as inbox_module
 from kvxfer.errors import UsageError
 from tests.endpoints import (
     QUICK,
@@ -86,7 +86,7 @@ async def test_an_absent_consumer_holds_writers_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Only when the server keeps all it may keep; then all flows again."""
-    monkeypatch.setattr(server_module, "_MAX_WAITING", 10)
+    monkeypatch.setattr(inbox_module, "_MAX_WAITING", 10)
     async with connected(
         arena(layers=1, seed=1), arena(layers=1, seed=2), notify_receives=8
     ) as pair:

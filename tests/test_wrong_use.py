@@ -46,7 +46,7 @@ async def check_refused(
     # Nothing of the refused write was announced either.
     for layer in pair.target.cache.layers:
         assert (await take(pair.server, 1))[0].layer == layer
-    assert not pair.server._waiting
+    assert pair.server.n_waiting == 0
 
 
 @pytest.mark.parametrize(

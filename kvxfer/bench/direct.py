@@ -65,11 +65,11 @@ class Ends:
         remote = self.access & (Access.REMOTE_WRITE | Access.REMOTE_READ)
         self.link = await Link.open(self.adapter, remote, _RECEIVES)
 
-    def _consume(self, arrival: RingArrival) -> None:
+    def _consume(self, adapter: Adapter, arrival: RingArrival) -> None:
         self.consumed[0] = arrival.head
         self.consumed[1] += 1
 
-    def _failed(self, slot: int) -> None:
+    def _failed(self, adapter: Adapter, slot: int) -> None:
         raise InternalError(f"queue {slot} failed")
 
     def _broken(self, qp_num: int | None, reason: str) -> None:
