@@ -1,6 +1,7 @@
 """The engine's core: its structs, and what the other rooms of it call."""
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from posix.time cimport itimerspec
 
 from kvxfer._ibverbs cimport (
     ibv_comp_channel,
@@ -31,6 +32,13 @@ cdef extern from "sys/eventfd.h" nogil:
     int eventfd(unsigned int, int)
     int eventfd_write(int, uint64_t)
     int eventfd_read(int, uint64_t *)
+
+cdef extern from "sys/timerfd.h" nogil:
+    enum:
+        TFD_CLOEXEC
+        TFD_NONBLOCK
+    int timerfd_create(int, int)
+    int timerfd_settime(int, int, const itimerspec *, itimerspec *)
 
 cdef extern from "sys/epoll.h" nogil:
     enum:
@@ -308,8 +316,11 @@ cdef struct Core:               # all that an engine has but its Python objects
     bint thread_sleeps          # and is to be woken by wake_fd
     bint stopping               # it is to end
     int wake_fd                 # eventfd: there is something for the thread
-    int loop_fd                 # epoll: news_fd; the channel while Python drives
+    int loop_fd                 # epoll: these two; the channel while Python drives
     int news_fd                 # eventfd: there is something for Python
+    int rest_fd                 # timerfd: Python has rested from arrivals
+    bint rests                  # the timer runs, or Python has not seen its end
+    uint64_t took_ns            # when Python last took arrivals
     bint waits                  # Python wants to be told; it has taken all there was
     bint armed                  # the next completion makes an event, or has made one
     bint behind                 # CQEs are left of which no event may tell Python

@@ -92,17 +92,19 @@ cdef int core_init(Core *core) noexcept nogil:
     cdef epoll_event event
     core.finished_tail = &core.finished
     core.arrivals_tail = &core.arrivals
-    core.wake_fd = core.loop_fd = -1
+    core.wake_fd = core.loop_fd = core.rest_fd = -1
     core.news_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
     if core.news_fd < 0:
         return errno
     core.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
     core.loop_fd = epoll_create1(EPOLL_CLOEXEC)
-    if core.wake_fd < 0 or core.loop_fd < 0:
+    core.rest_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
+    if core.wake_fd < 0 or core.loop_fd < 0 or core.rest_fd < 0:
         return errno
     memset(&event, 0, sizeof(event))
     event.events = EPOLLIN
     if (epoll_ctl(core.loop_fd, EPOLL_CTL_ADD, core.news_fd, &event)
+            or epoll_ctl(core.loop_fd, EPOLL_CTL_ADD, core.rest_fd, &event)
             or epoll_ctl(core.loop_fd, EPOLL_CTL_ADD, core.channel.fd, &event)):
         return errno
     core.waits = True
@@ -150,7 +152,9 @@ cdef void core_close(Core *core) noexcept nogil:
         close(core.wake_fd)
     if core.loop_fd >= 0:
         close(core.loop_fd)
-    core.news_fd = core.wake_fd = core.loop_fd = -1
+    if core.rest_fd >= 0:
+        close(core.rest_fd)
+    core.news_fd = core.wake_fd = core.loop_fd = core.rest_fd = -1
 
 
 cdef Batch *new_batch(uint32_t n_ops, uint32_t n_ids) noexcept nogil:

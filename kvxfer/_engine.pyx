@@ -19,7 +19,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvxfer._core cimport *
 from kvxfer._driver cimport Driver
 from kvxfer._post cimport flush, relist
-from kvxfer._progress cimport cancel, forget, settle, stop, take_events
+from kvxfer._progress cimport cancel, forget, settle, settle_all, stop, take_events
 from kvxfer._queues cimport (
     drop_queue,
     fill_ring,
@@ -382,7 +382,7 @@ cdef class Engine:
             if not self.core.thread_drives:
                 # Else the event is the thread's: taken here, it would sleep on.
                 take_events(self.core)
-            more = settle(self.core, BUDGET)
+            more = settle_all(self.core, BUDGET)
             finished = self.core.finished
             self.core.finished = NULL
             self.core.finished_tail = &self.core.finished

@@ -5,6 +5,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvxfer._core cimport Core, Queue
 
 cdef bint settle(Core *core, uint32_t budget) noexcept nogil
+cdef bint settle_all(Core *core, uint32_t budget) noexcept nogil
 cdef bint drain(Core *core, uint32_t budget) noexcept nogil
 cdef bint listen(Core *core, uint32_t budget) noexcept nogil
 cdef void take_events(Core *core) noexcept nogil

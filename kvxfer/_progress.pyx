@@ -9,6 +9,7 @@ from libc.errno cimport ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
+from posix.time cimport itimerspec
 
 from kvxfer._core cimport *
 from kvxfer._ibverbs cimport *
@@ -17,6 +18,7 @@ from kvxfer._verbs cimport take_cq_events
 
 cdef enum:
     POLL_BATCH = 32
+    REST_NS = 200000    # between wake-ups for arrivals, where they come more densely
 
 cdef uint64_t RECEIVE_BIT = <uint64_t>1 << 37
 cdef uint64_t SEQUENCE_MASK = (<uint64_t>1 << 37) - 1
@@ -30,6 +32,39 @@ cdef bint settle(Core *core, uint32_t budget) noexcept nogil:
     True means that the budget of CQEs was used up: no event may come for what is left,
     so it is news by itself until Python has called again, unless the thread drives.
     """
+    cdef bint more = _advance(core, budget)
+    if core.thread_drives:
+        return more
+    core.behind = more or listen(core, budget)
+    return core.behind
+
+
+cdef bint settle_all(Core *core, uint32_t budget) noexcept nogil:
+    """As ``settle``, for who takes all that there is right after.
+
+    Where arrivals come densely he rests, and hears of the next ones together: a timer
+    wakes him, and the CQ stays as it is. A wake-up costs many times what an arrival
+    does, and a device with an event to make has to be awake for it.
+    """
+    cdef:
+        bint rested = False
+        bint more
+        uint64_t count
+    if core.rests and eventfd_read(core.rest_fd, &count) == 0:
+        core.rests = False
+        rested = True
+    more = _advance(core, budget)
+    if core.thread_drives:
+        return more
+    if not more and core.arrivals is not NULL and _rest(core, rested):
+        core.behind = False
+        return False
+    core.behind = more or listen(core, budget)
+    return core.behind
+
+
+cdef bint _advance(Core *core, uint32_t budget) noexcept nogil:
+    """Do what ``settle`` does but to listen, unless it is the thread that listens."""
     cdef bint more
     pump(core)
     more = drain(core, budget)
@@ -42,9 +77,25 @@ cdef bint settle(Core *core, uint32_t budget) noexcept nogil:
             if core.outstanding and not core.armed:
                 wake_thread(core)
             core.behind = False
-            return more
-    core.behind = more or listen(core, budget)
-    return core.behind
+    return more
+
+
+cdef bint _rest(Core *core, bint rested) noexcept nogil:
+    """Start the timer if arrivals come densely and nothing else may end meanwhile."""
+    cdef:
+        uint64_t now = now_ns()
+        bint dense = core.arrivals.next is not NULL
+        itimerspec when
+    if not rested and now - core.took_ns < REST_NS:
+        dense = True
+    core.took_ns = now
+    if not dense or core.n_ops or core.armed:
+        return False
+    if not core.rests:    # or he was woken by something else, and it still runs
+        memset(&when, 0, sizeof(when))
+        when.it_value.tv_nsec = REST_NS
+        core.rests = timerfd_settime(core.rest_fd, 0, &when, NULL) == 0
+    return core.rests
 
 
 cdef bint listen(Core *core, uint32_t budget) noexcept nogil:
