@@ -2,17 +2,20 @@
 
 ZMQ tells it by descriptors, which are used again. All is said by one thread, and a
 link's coming before any message of it; so whoever has taken all that was said before
-a link's first message knows whose descriptor it is.
+a link's first message knows whose descriptor it is. What a link that is gone has said
+may be unread at that time; it is lost when that has been heard.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from kvxfer.control_io import RECEIVE_QUEUE
 from kvxfer.control_link import Link
 
 __all__ = ["MONITORED", "LinkWatch"]
@@ -41,6 +44,8 @@ class LinkWatch:
         self.accepted = self.ready = self.closed = 0
         self._by_fd: dict[int, set[Link]] = {}
         self._fd_of: dict[Link, int] = {}
+        self._gone: dict[Link, int] = {}
+        """With how many messages will have been heard when its last surely has."""
         self._next_log = 0.0
 
     def add(self, fd: int | str | bytes, link: Link) -> None:
@@ -51,6 +56,7 @@ class LinkWatch:
 
     def remove(self, link: Link) -> None:
         """Forget a link. Twice is fine."""
+        self._gone.pop(link, None)
         fd = self._fd_of.pop(link, None)
         if fd is not None:
             links = self._by_fd[fd]
@@ -58,8 +64,13 @@ class LinkWatch:
             if not links:
                 del self._by_fd[fd]
 
-    def take(self, frames: list[bytes]) -> list[Link]:
-        """Take one message of the monitor; return the links that are gone by it."""
+    def take(self, frames: list[bytes], heard: int) -> None:
+        """Take one message of the monitor.
+
+        Args:
+          frames: The message.
+          heard: How many messages of all links have been heard so far.
+        """
         event = parse_monitor_message(frames)
         kind = int(event["event"])
         if kind == zmq.EVENT_ACCEPTED:
@@ -69,9 +80,22 @@ class LinkWatch:
         elif kind == zmq.EVENT_ACCEPT_FAILED:
             self.log_refused(zmq.strerror(int(event["value"])))
         elif kind == zmq.EVENT_DISCONNECTED:
+            # ZMQ gives messages of all links in turn, and has a queue of each.
+            due = heard + RECEIVE_QUEUE * (1 + self.accepted - self.closed)
             self.closed += 1
-            return list(self._by_fd.get(int(event["value"]), ()))
-        return []
+            for link in self._by_fd.get(int(event["value"]), ()):
+                self._gone.setdefault(link, due)
+
+    def lost(self, heard: float = math.inf) -> list[Link]:
+        """Return once the links that are gone, and of which all has been heard.
+
+        Args:
+          heard: As for :meth:`take`; infinite when none waits.
+        """
+        found = [link for link, due in self._gone.items() if due <= heard]
+        for link in found:
+            del self._gone[link]
+        return found
 
     def log_refused(self, why: str) -> None:
         """Log why a connection could not be taken, every ten seconds at most."""

@@ -14,10 +14,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import zmq
 
 from kvxfer import wire
-from kvxfer.control import ControlServer
+from kvxfer.control import CloseCause, ControlServer
+from kvxfer.control_io import try_send
+from kvxfer.control_link import FRAMES_A_TURN
 from tests import control_messages as make
 from tests.endpoints import SOON, until
 from tests.test_control import Listener, dialed, make_server
@@ -145,3 +148,44 @@ async def test_what_was_said_before_the_end_is_heard_before_it() -> None:
             "request",
             "closed",
         ]
+
+
+@pytest.mark.parametrize("answered", [False, True])
+async def test_the_last_words_of_a_dialer_are_heard_before_its_end(
+    answered: bool,
+) -> None:
+    """However many there are, and though an answer to them cannot be sent."""
+    listener = Listener()
+    words = 3 * FRAMES_A_TURN
+    patience: dict[str, Any] = {"ping_interval": SOON, "ping_timeout": 3 * SOON}
+    async with make_server(listener, **patience) as server:
+        with dial(server) as link:
+            await until(lambda: listener.conn_ids)
+            (conn_id,) = listener.conn_ids
+            link.sendall(framed(make.accept(conn_id=conn_id)))
+            await until(lambda: "established" in listener.calls)
+            (fd,) = server._doors._by_fd
+            for generation in range(1, words + 1):
+                word = wire.Finish(conn_id=conn_id, generation=generation, total=0)
+                link.sendall(framed(word))
+            link.sendall(framed(wire.Bye(conn_id=conn_id, reason="that is all")))
+            link.shutdown(socket.SHUT_WR)
+            hold_until(lambda: not is_open(fd))
+        monitor = server._monitor
+        assert monitor is not None
+        hold_until(lambda: select.select([monitor.FD], [], [], 0)[0])
+        if answered:
+            hold_until(lambda: _is_unreachable(server, conn_id))
+            server.send_credit(conn_id, 1, 1)
+        await until(lambda: listener.reasons)
+        assert listener.calls.count("request") == words
+        assert listener.reasons[conn_id].cause is CloseCause.BYE
+        assert "that is all" in listener.reasons[conn_id].text
+
+
+def _is_unreachable(server: ControlServer, conn_id: int) -> bool:
+    """Whether ZMQ sends nothing to a dialer any more."""
+    assert server._router is not None
+    link = server._by_conn_id[conn_id]
+    frame = wire.encode(wire.Pong(seq=1))
+    return bool(try_send(server._router, [server._identities[link], frame]))
