@@ -91,7 +91,7 @@ class Dispatcher:
     def _post(self, chunk: Chunk) -> None:
         request, remote = self._owners.pop(chunk)
         peer = remote.peer
-        tag = request._core.posting(chunk) if peer is not None else None
+        tag = request._core.tag(chunk) if peer is not None else None
         if tag is None or peer is None:
             self._policy.done(chunk)
             return
@@ -110,7 +110,6 @@ class Dispatcher:
             )
         except KVXferError as error:
             self._policy.done(chunk)
-            request._core.written(chunk, ok=False)
             gone = isinstance(error, BrokenPeerError | ClosedResourceError)
             if remote.is_direct or not gone:
                 reason = f"layer {chunk.key[1]} cannot be written: {error}"
@@ -120,6 +119,7 @@ class Dispatcher:
             self._drive(request)
             return
         request.transfers[transfer] = peer
+        request._core.posted(chunk, tag)
         self._drive(request)
 
     def _digest(self, request: Stream, chunk: Chunk, tag: Tag) -> int:

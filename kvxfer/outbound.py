@@ -388,22 +388,29 @@ class Outbound:
         if self.is_live and self.state is not RequestState.OPEN:
             self._set_state(RequestState.OPEN)
 
-    def posting(self, chunk: Chunk) -> Tag | None:
+    def tag(self, chunk: Chunk) -> Tag | None:
         """Give the tag of a chunk that is about to be posted; None: drop it."""
         if chunk.epoch != self._epoch or not self.is_live or self.offer is None:
             return None
+        layer = self._layers[chunk.key]
+        final = (
+            layer.final
+            and all(piece.queued for piece in layer.pieces)
+            and sum(piece.unposted for piece in layer.pieces) == 1
+        )
+        return Tag(self.offer.generation, layer.records + 1 if final else 0, final)
+
+    def posted(self, chunk: Chunk, tag: Tag) -> None:
+        """A chunk has been posted: the other side may wait for its record."""
         layer = self._layers[chunk.key]
         layer.records += 1
         self._records += 1
         self.in_flight += 1
         chunk.piece.unposted -= 1
-        final = layer.final and layer.drained
         if layer.drained:
             layer.posted_at = self._now()
-        layer.closed = layer.closed or final
-        tag = Tag(self.offer.generation, layer.records if final else 0, final)
+        layer.closed = layer.closed or tag.final
         self._finish()
-        return tag
 
     def written(self, chunk: Chunk, *, ok: bool, stopped: bool = False) -> None:
         """A posted chunk has ended: the device is done with its blocks.

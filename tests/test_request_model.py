@@ -133,8 +133,9 @@ class World:
     def post(self) -> None:
         if self.queued and self.connected:
             chunk = self.queued.pop(self.rng.randrange(len(self.queued)))
-            tag = self.outbound.posting(chunk)
+            tag = self.outbound.tag(chunk)
             if tag is not None:
+                self.outbound.posted(chunk, tag)
                 layer = chunk.key[1]
                 read = [self.source[layer, int(block)] for block in chunk.local_ids]
                 self.posted.append((chunk, tag, read, False))
@@ -452,6 +453,13 @@ def chunks(outbound: Outbound) -> list[Chunk]:
     return [a.chunk for a in outbound.take() if isinstance(a, Write)]
 
 
+def post(outbound: Outbound, chunk: Chunk) -> Tag:
+    tag = outbound.tag(chunk)
+    assert tag is not None
+    outbound.posted(chunk, tag)
+    return tag
+
+
 def test_blocks_beyond_the_offer_are_not_written() -> None:
     outbound, offered = writer()
     outbound.attach(offered)
@@ -481,7 +489,7 @@ def test_the_last_event_may_be_that_of_blocks_that_are_not_offered() -> None:
     outbound.ready((GROUP, 0), 2, ids([5]), final=True, is_open=True)
     outbound.finish(b"aux")
     (chunk,) = chunks(outbound)
-    assert outbound.posting(chunk) == Tag(1, 0, False)
+    assert post(outbound, chunk) == Tag(1, 0, False)
     outbound.written(chunk, ok=True)
     assert outbound.take() == []
     outbound.opened(piece)
@@ -518,7 +526,7 @@ def test_the_three_states_of_a_layer() -> None:
     outbound.attach(offered)
     (chunk,) = chunks(outbound)
     assert outbound.layer_state(key) is LayerState.WAITING
-    tag = outbound.posting(chunk)
+    tag = post(outbound, chunk)
     assert tag == Tag(1, 1, True)
     assert outbound.layer_state(key) is LayerState.POSTED
     outbound.written(chunk, ok=True)
@@ -532,7 +540,7 @@ def test_what_was_stopped_in_its_middle_is_flushed_before_the_end() -> None:
     outbound.attach(offered)
     outbound.ready((GROUP, 0), 2, ids([1, 2, 3]), final=False, is_open=True)
     (chunk,) = chunks(outbound)
-    outbound.posting(chunk)
+    post(outbound, chunk)
     outbound.stop(End(EndCode.ABORTED, "enough"))
     assert outbound.take() == [Stop()]
     outbound.written(chunk, ok=False, stopped=True)
@@ -541,6 +549,18 @@ def test_what_was_stopped_in_its_middle_is_flushed_before_the_end() -> None:
     outbound.flushed(chunk, ok=True)
     assert outbound.take() == [Over()]
     assert outbound.records == 1
+
+
+def test_what_could_not_be_posted_is_not_counted() -> None:
+    outbound, offered = writer()
+    outbound.attach(offered)
+    outbound.ready((GROUP, 0), 2, ids([1]), final=True, is_open=True)
+    outbound.finish(b"aux")
+    (chunk,) = chunks(outbound)
+    assert outbound.tag(chunk) == Tag(1, 1, True)
+    outbound.stop(End(EndCode.FAILED, "it is refused"))
+    assert outbound.take() == [Stop(), Over()]
+    assert outbound.records == 0
 
 
 def test_a_source_is_quiet_when_its_records_are_here() -> None:

@@ -430,6 +430,24 @@ async def test_the_client_refuses_blocks_that_are_not_offered() -> None:
         assert (pair.target.memory == before).all()
 
 
+async def test_a_chunk_that_cannot_be_posted_is_not_waited_for() -> None:
+    """The decode side is told how many records it has to hear of before the end."""
+    async with streamed(fence_timeout=SOON) as pair:
+        ticket = pair.server.offer(pair.prefill, "r", {"main": [3, 4]})
+        request = pair.client.open("r")
+        request.ready(0, [1])
+        await until(lambda: request.layer_state(0) is LayerState.ACKNOWLEDGED)
+        streams = pair.client._streams_now()
+        (peer,) = streams.remotes.peers()
+        # No call lets a block in that the cache does not have.
+        request._core.ready(("main", 1), 0, np.array([99]), final=True, is_open=True)
+        streams.post(lambda: streams.finish(streams._requests["r"], b""))
+        await asyncio.wait_for(over(request, ticket), SOON / 2)
+        assert isinstance(request.error, LayoutError)
+        assert "layer 1 cannot be written" in str(ticket.error)
+        assert peer.connected
+
+
 async def test_a_record_of_foreign_blocks_is_refused_and_reported() -> None:
     async with streamed() as pair:
         ticket = pair.server.offer(pair.prefill, "r", {"main": [3, 4]})
