@@ -344,14 +344,11 @@ class Offers:
     def _say_complete(self, ticket: Ticket) -> None:
         for writer in self._present(ticket):
             assert writer.conn_id is not None
-            self._send(
-                writer,
-                wire.Announced(
-                    conn_id=writer.conn_id,
-                    generation=ticket._generation,
-                    complete=True,
-                ),
+            message = wire.Announced(
+                conn_id=writer.conn_id, generation=ticket._generation, complete=True
             )
+            if not self._send(writer, message):
+                writer.missed = True
 
     def _present(self, ticket: Ticket) -> list[Writer]:
         return [
@@ -413,7 +410,7 @@ class Offers:
         self._ended[ticket._generation] = core.end
         while len(self._ended) > _MAX_ENDED:
             self._ended.popitem(last=False)
-        self.writers.over(ticket)
+        self.writers.over(ticket, well=core.end is None)
         with self._lock:
             self._live.pop(ticket.request_id, None)
             if not ticket._quarantined:

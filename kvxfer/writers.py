@@ -2,12 +2,14 @@
 
 A writer is known by the address that it listens on and by the invitation that it was
 sent; its connection names that invitation. While it is not connected and something
-stands for it, it is invited, again and again.
+stands for it, it is invited, again and again. So it is for a while if it may not have
+heard that all it wrote is in place: it asks when it is here again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -49,6 +51,12 @@ class Writer:
         self.told: set[Ticket] = set()
         """Tickets that the present or the last incarnation knows of."""
         self.losing: asyncio.TimerHandle | None = None
+        self.done_at = -math.inf
+        """When a ticket that it knows of last ended well."""
+        self.missed = False
+        """It could not be told so."""
+        self.owing: asyncio.TimerHandle | None = None
+        """It is invited to hear of it."""
 
 
 class Writers:
@@ -93,12 +101,34 @@ class Writers:
         else:
             self._ask(writer)
 
-    def over(self, ticket: Ticket) -> None:
+    def over(self, ticket: Ticket, *, well: bool) -> None:
         """A ticket is over: it stands for nobody any more."""
         for writer in list(self._by_address.values()):
+            if well and ticket in writer.told:
+                writer.done_at = asyncio.get_running_loop().time()
+                if writer.conn_id is None:
+                    self._owe(writer)
             writer.tickets.discard(ticket)
             writer.told.discard(ticket)
             self._let_go(writer)
+
+    def _owe(self, writer: Writer) -> None:
+        """Let a writer be invited for as long as it waits for that."""
+        self._settle(writer)
+        if not self._closed:
+            writer.owing = asyncio.get_running_loop().call_later(
+                self._options.ping_timeout, self._give_up, writer
+            )
+
+    def _settle(self, writer: Writer) -> None:
+        writer.missed = False
+        if writer.owing is not None:
+            writer.owing.cancel()
+            writer.owing = None
+
+    def _give_up(self, writer: Writer) -> None:
+        self._settle(writer)
+        self._let_go(writer)
 
     def _ask(self, writer: Writer) -> None:
         host, port, path = self._where()
@@ -121,7 +151,7 @@ class Writers:
 
     def _let_go(self, writer: Writer) -> None:
         """Forget a writer that nothing is offered to and that is not there."""
-        if writer.tickets:
+        if writer.tickets or writer.owing is not None:
             return
         self._stop_asking(writer)
         if writer.conn_id is None:
@@ -185,6 +215,7 @@ class Writers:
         writer.conn_id = conn_id
         self._by_conn[conn_id] = writer
         self._stop_asking(writer)
+        self._settle(writer)
         for ticket in list(writer.tickets):
             self._owner.tell(writer, ticket)
 
@@ -207,7 +238,12 @@ class Writers:
                 writer,
                 f"{writer.address} did not come back: {reason}",
             )
-        if writer.tickets and not self._closed:
+        # A link that broke so long after was not broken then.
+        since = asyncio.get_running_loop().time() - writer.done_at
+        broke = reason.cause is CloseCause.LOST and since < self._options.ping_timeout
+        if broke or writer.missed:
+            self._owe(writer)
+        if (writer.tickets or writer.owing is not None) and not self._closed:
             self._ask(writer)
         self._let_go(writer)
 
@@ -220,6 +256,8 @@ class Writers:
     def begin_close(self) -> None:
         """Invite nobody any more."""
         self._closed = True
+        for writer in list(self._by_address.values()):
+            self._give_up(writer)
 
     async def close(self) -> None:
         """Release what is left, when all connections are gone."""
