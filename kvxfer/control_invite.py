@@ -178,20 +178,16 @@ class Inviter:
             await asyncio.sleep(self._interval)
 
     async def _repeat(self, frame: bytes) -> None:
+        address = await resolve(self._parsed)  # before there are any sockets
         sockets = Sockets()
         try:
-            dealer = await self._dial(sockets)
+            dealer = sockets.socket(zmq.DEALER)
+            dealer.set(zmq.SNDHWM, 1)
+            set_up(dealer, address, None)
+            dealer.connect(address.endpoint)
             while True:
                 # One that still waits to leave will do.
                 try_send(dealer, [frame])
                 await asyncio.sleep(self._interval)
         finally:
             await sockets.close()
-
-    async def _dial(self, sockets: Sockets) -> zmq.asyncio.Socket:
-        address = await resolve(self._parsed)
-        dealer = sockets.socket(zmq.DEALER)
-        dealer.set(zmq.SNDHWM, 1)
-        set_up(dealer, address, None)
-        dealer.connect(address.endpoint)
-        return dealer

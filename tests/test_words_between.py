@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import zmq.asyncio
 
 from kvxfer import Client, KVCache, Server, control_io, wire
 from kvxfer.control import InviteListener
@@ -223,6 +224,29 @@ async def test_an_inviter_survives_a_shortage(monkeypatch: pytest.MonkeyPatch) -
         assert ended is not None
         await asyncio.wait({ended})
         await listener.close()
+
+
+async def test_a_name_that_is_not_known_costs_no_sockets(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However often it is tried."""
+    contexts: list[zmq.asyncio.Context] = []
+    make_context = control_io._new_context
+
+    def made() -> zmq.asyncio.Context:
+        contexts.append(make_context())
+        return contexts[-1]
+
+    monkeypatch.setattr(control_io, "_new_context", made)
+    inviter = Inviter("no..name:1", 0.001)
+    inviter.start(make.invite())
+    try:
+        await until(lambda: caplog.text.count("cannot be invited yet") > 2)
+        assert not contexts
+    finally:
+        ended = inviter.stop()
+        assert ended is not None
+        await asyncio.wait({ended})
 
 
 async def test_a_writer_that_comes_back_hears_of_an_offer_that_is_ending(
