@@ -80,11 +80,13 @@ class LinkWatch:
         elif kind == zmq.EVENT_ACCEPT_FAILED:
             self.log_refused(zmq.strerror(int(event["value"])))
         elif kind == zmq.EVENT_DISCONNECTED:
-            # ZMQ gives messages of all links in turn, and has a queue of each.
-            due = heard + RECEIVE_QUEUE * (1 + self.accepted - self.closed)
             self.closed += 1
-            for link in self._by_fd.get(int(event["value"]), ()):
-                self._gone.setdefault(link, due)
+            fd = int(event["value"])
+            links = self._by_fd.get(fd, set()) - self._gone.keys()
+            # ZMQ gives messages of all links in turn, and has a queue of each.
+            n_queues = self.accepted - self.closed + len(self._gone) + len(links)
+            for link in links:
+                self._gone[link] = heard + n_queues * RECEIVE_QUEUE
 
     def lost(self, heard: float = math.inf) -> list[Link]:
         """Return once the links that are gone, and of which all has been heard.

@@ -12,15 +12,16 @@ import struct
 import termios
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import zmq
 
 from kvxfer import wire
 from kvxfer.control import CloseCause, ControlServer
-from kvxfer.control_io import try_send
-from kvxfer.control_link import FRAMES_A_TURN
+from kvxfer.control_io import RECEIVE_QUEUE, try_send
+from kvxfer.control_link import FRAMES_A_TURN, Link
+from kvxfer.control_watch import LinkWatch
 from tests import control_messages as make
 from tests.endpoints import SOON, until
 from tests.test_control import Listener, dialed, make_server
@@ -189,3 +190,23 @@ def _is_unreachable(server: ControlServer, conn_id: int) -> bool:
     link = server._by_conn_id[conn_id]
     frame = wire.encode(wire.Pong(seq=1))
     return bool(try_send(server._router, [server._identities[link], frame]))
+
+
+def test_the_end_of_a_link_does_not_wait_for_ever() -> None:
+    """Others say so much that there is always something to hear."""
+
+    def event(kind: int, fd: int) -> list[bytes]:
+        return [struct.pack("=HI", kind, fd), b"tcp://127.0.0.1:1"]
+
+    watch = LinkWatch()
+    links = {fd: cast("Link", object()) for fd in (5, 6, 7)}
+    for fd, link in links.items():
+        watch.take(event(zmq.EVENT_ACCEPTED, fd), 0)
+        watch.add(fd, link)
+    watch.take(event(zmq.EVENT_DISCONNECTED, 5), 100)
+    watch.take(event(zmq.EVENT_DISCONNECTED, 6), 200)
+    full = 3 * RECEIVE_QUEUE
+    assert watch.lost(100 + full - 1) == []
+    assert watch.lost(100 + full) == [links[5]]
+    assert watch.lost(200 + full - 1) == []
+    assert watch.lost() == [links[6]] and watch.lost() == []
