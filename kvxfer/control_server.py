@@ -374,6 +374,7 @@ class ControlServer:
                 self._take(frames)
             except Exception:  # noqa: BLE001 - one peer must not stop the rest
                 _log.exception("control: a message could not be handled")
+        self._catch_up()  # who watches the links may be the one that reads here
         self._lose(self._doors.lost(self._heard))
         return False
 

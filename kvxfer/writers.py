@@ -238,10 +238,11 @@ class Writers:
                 writer,
                 f"{writer.address} did not come back: {reason}",
             )
-        # A link that broke so long after was not broken then.
+        # Silence is noticed after one such interval; its end here may take as long.
+        # A link that ends later than that was not broken when it was done.
         since = asyncio.get_running_loop().time() - writer.done_at
-        broke = reason.cause is CloseCause.LOST and since < self._options.ping_timeout
-        if broke or writer.missed:
+        recent = since < 2 * self._options.ping_timeout
+        if writer.missed or (recent and reason.cause is CloseCause.LOST):
             self._owe(writer)
         if (writer.tickets or writer.owing is not None) and not self._closed:
             self._ask(writer)
