@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvxfer._engine import CANCELLED_STATUS, Engine, Finished
@@ -75,28 +74,33 @@ class Plan(NamedTuple):
     """The layer of each."""
 
 
-@dataclass(eq=False)
 class Transfer:
-    """The operations of one call until the last of them has ended."""
+    """The operations of one call until the last of them has ended.
 
-    slot: int
-    layers: tuple[int, ...]
-    pending: dict[int, int] = field(default_factory=dict)
-    """Operation id -> layer, of those that have not ended."""
-    n_blocks: int = 0
+    Made for each write that has to be awaited: what most never have is of the class.
+    """
+
+    n_blocks = 0
     """What it is to move, once a layer; for the counts of whoever began it."""
-    n_bytes: int = 0
-    n_wrs: int = 0
-    expired: bool = False
-    failures: list[tuple[int, Finished]] = field(default_factory=list)
-    """Layer and record of the operations that failed."""
+    n_bytes = 0
+    n_wrs = 0
+    expired = False
     waiter: asyncio.Future[None] | None = None
     drain: asyncio.TimerHandle | None = None
     """Breaks the queue if what is posted does not complete in time."""
-    abandoned: bool = False
+    abandoned = False
     """Its QP could be neither drained nor destroyed."""
     on_end: Callable[[Transfer], None] | None = None
     """Called once, where nobody waits, when it has ended or is abandoned."""
+
+    def __init__(self, slot: int, layers: tuple[int, ...], op_ids: list[int]) -> None:
+        self.slot = slot
+        self.layers = layers
+        # None at all where there are no blocks to write.
+        self.pending = dict(zip(op_ids, layers, strict=False))
+        """Operation id -> layer, of those that have not ended."""
+        self.failures: list[tuple[int, Finished]] = []
+        """Layer and record of the operations that failed."""
 
     def note(self, finished: Finished) -> None:
         """Take the end of one operation; wake the waiter at the last one."""
@@ -125,9 +129,11 @@ class Transfer:
     @property
     def outcome(self) -> Outcome:
         """How it ended; to be asked once it has."""
+        if not self.failures:
+            return Outcome.DONE
         if any(f.status != CANCELLED_STATUS for _, f in self.failures):
             return Outcome.FAILED
-        return Outcome.EXPIRED if self.failures else Outcome.DONE
+        return Outcome.EXPIRED
 
     @property
     def layers_done(self) -> list[int]:
@@ -206,9 +212,7 @@ class Scheduler:
         )
 
     def _expect(self, slot: int, plan: Plan, op_ids: list[int]) -> Transfer:
-        transfer = Transfer(slot, plan.layers)
-        # None at all where there are no blocks to write.
-        transfer.pending.update(zip(op_ids, plan.layers, strict=False))
+        transfer = Transfer(slot, plan.layers, op_ids)
         self._completions.expect(op_ids, transfer.note)
         self._transfers.add(transfer)
         return transfer
