@@ -84,8 +84,8 @@ struct soft_context {
 	uint64_t timer_ns;  /* when somebody wants to be looked at, or NEVER */
 	uint64_t sleep_ns; /* until when the device thread sleeps, if it does */
 	uint64_t now_ns;   /* of this turn of the device thread */
-	uint64_t spin_until_ns, patient_until_ns;
-	size_t socket_buffer; /* bytes; 0: leave it to the kernel */
+	uint64_t awake_until_ns; /* it looks on, though it has nothing to do */
+	size_t socket_buffer;	 /* bytes; 0: leave it to the kernel */
 
 	_Atomic(struct soft_qp *) kicks;
 	atomic_bool asleep, poked;

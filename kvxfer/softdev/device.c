@@ -23,10 +23,10 @@
 #define MAX_EVENTS 64
 #define TURN_ITEMS 16 /* queues and connections served between two looks */
 /* Sleeping and being woken costs some microseconds; a queue that was busy a
- * moment ago will often be busy again in less. */
-#define SPIN_NS 20000u
-/* On sockets, where the peer is at work on what we wait for, and where between two
- * looks the processor is left to whoever wants it. */
+ * moment ago will often be busy again in less. Between two looks the processor is
+ * left to whoever wants it. */
+#define AWAKE_NS 60000u
+/* On sockets, where the peer is at work on what we wait for. */
 #define PATIENT_NS 150000u
 
 void soft_wake(struct soft_context *ctx)
@@ -122,6 +122,12 @@ static void run_timers(struct soft_context *ctx)
 	}
 }
 
+static void stay_awake(struct soft_context *ctx, uint64_t until_ns)
+{
+	if (ctx->awake_until_ns < until_ns)
+		ctx->awake_until_ns = until_ns;
+}
+
 /* What comes before the turns of QPs and connections. */
 static void look_around(struct soft_context *ctx)
 {
@@ -136,7 +142,7 @@ static void look_around(struct soft_context *ctx)
 	if (soft_faulty(ctx))
 		soft_inject_look(ctx);
 	if (soft_shm_poll(ctx))
-		ctx->spin_until_ns = ctx->now_ns + SPIN_NS;
+		stay_awake(ctx, ctx->now_ns + AWAKE_NS);
 	soft_unlock(ctx);
 }
 
@@ -144,7 +150,7 @@ static void look_around(struct soft_context *ctx)
  * between two pieces of a message takes longer to wake up than they to come. */
 static void look_on(struct soft_context *ctx)
 {
-	ctx->patient_until_ns = soft_now_ns() + PATIENT_NS;
+	stay_awake(ctx, soft_now_ns() + PATIENT_NS);
 }
 
 /* One turn each, the lock let go between them. True: somebody wants more. */
@@ -219,7 +225,7 @@ static void take_events(struct soft_context *ctx,
 		else
 			mark_ready(events[i].data.ptr, events[i].events);
 	}
-	ctx->spin_until_ns = ctx->now_ns + SPIN_NS;
+	stay_awake(ctx, ctx->now_ns + AWAKE_NS);
 	soft_unlock(ctx);
 }
 
@@ -240,7 +246,7 @@ static void wait_for_events(struct soft_context *ctx, bool more)
 {
 	struct epoll_event events[MAX_EVENTS];
 	int n, timeout;
-	bool patient = false;
+	bool idle;
 
 	soft_lock(ctx);
 	/* No event is in hand that could still point to one of them. */
@@ -249,17 +255,14 @@ static void wait_for_events(struct soft_context *ctx, bool more)
 		soft_copier_dismiss(ctx);
 	timeout = sleep_ms(ctx->now_ns, ctx->timer_ns);
 	ctx->sleep_ns = ctx->timer_ns;
-	if (more || ctx->now_ns < ctx->spin_until_ns) {
+	idle = !more && ctx->now_ns < ctx->awake_until_ns;
+	if (more || idle)
 		timeout = 0;
-	} else if (ctx->now_ns < ctx->patient_until_ns) {
-		timeout = 0;
-		patient = true;
-	}
 	if (timeout && !soft_shm_sleep(ctx))
 		timeout = 0;
 	soft_unlock(ctx);
 
-	if (patient)
+	if (idle)
 		sched_yield();
 	if (timeout)
 		atomic_store(&ctx->asleep, true);
