@@ -62,7 +62,7 @@ cdef extern from "poll.h" nogil:
 cdef enum:
     BUDGET = 64         # CQEs while the lock is held
     SPIN_NS = 20000     # that it looks on after the last completion, if it may
-    LINGER_NS = 50000   # that whoever submits looks for the end of a small write
+    LINGER_NS = 100000  # that whoever submits looks for the end of a small write
     LINGER_BYTES = 128 << 10    # what goes for small
 
 MODES = {"event": EVENT, "adaptive": ADAPTIVE, "spin": SPIN}
