@@ -17,6 +17,7 @@ import numpy as np  # noqa: F401
 import pytest
 
 from tests import nics, patience
+from tests.commands import shared
 from tests.leaks import leaked_since, pending_tasks, take_census
 from tests.machines import make
 from tests.turns import turn
@@ -143,6 +144,13 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def network(shim: Path, tmp_path: Path) -> nics.Network:
     """The network of machines whose NICs are the software device."""
     return nics.Network(shim, tmp_path / "network")
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[None]:
+    """Where the commands that tests.test_cli runs are forked from."""
+    with shared():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import signal
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,10 @@ import pytest
 
 from kvxfer import Client, __version__
 from kvxfer.command import CacheShape
+from tests.commands import Process, start
 from tests.endpoints import QUICK, SOON, until
+
+pytestmark = pytest.mark.usefixtures("commands")
 
 SHAPE = CacheShape(layers=2, blocks=64, block_bytes=512)
 GEOMETRY = ["--layers", "2", "--blocks", "64", "--block-bytes", "512"]
@@ -24,12 +26,11 @@ GEOMETRY = ["--layers", "2", "--blocks", "64", "--block-bytes", "512"]
 class Command:
     """A running command, its output line by line."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: Process) -> None:
         self.process = process
 
     async def line(self) -> str:
         """Wait for the next line on stdout."""
-        assert self.process.stdout is not None
         line = await asyncio.wait_for(self.process.stdout.readline(), SOON)
         return line.decode().rstrip("\n")
 
@@ -40,7 +41,6 @@ class Command:
 
     async def warned(self, text: str) -> None:
         """Wait for a line on stderr that contains ``text``."""
-        assert self.process.stderr is not None
         line = b"-"
         while line and text.encode() not in line:
             line = await asyncio.wait_for(self.process.stderr.readline(), SOON)
@@ -58,20 +58,9 @@ class Command:
 
 @contextlib.asynccontextmanager
 async def running(*arguments: str) -> AsyncIterator[Command]:
-    """Run ``python -m`` with these arguments."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        *arguments,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
+    """Run ``python -m`` with these arguments; the test uses the fixture commands."""
+    async with start(*arguments) as process:
         yield Command(process)
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
 
 
 async def result_of(*arguments: str) -> tuple[int, str, str]:

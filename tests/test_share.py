@@ -39,6 +39,8 @@ from tests.patience import patient
 from tests.streaming import HASTY
 from tests.test_cli import running
 
+pytestmark = pytest.mark.usefixtures("commands")
+
 SHAPE: dict[str, Any] = {"n_blocks": 16, "block_bytes": 256, "n_layers": 3}
 OURS, THEIRS = [3, 1, 9], [5, 2, 7]
 

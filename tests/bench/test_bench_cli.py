@@ -24,6 +24,8 @@ from tests.endpoints import SOON
 from tests.patience import patient
 from tests.test_cli import running, serving
 
+pytestmark = pytest.mark.usefixtures("commands")
+
 WIRES = sorted(
     {*next(option for option in OPTIONS if option.name == "soft_wire").choices}
     - {"auto"}
