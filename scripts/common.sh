@@ -24,6 +24,9 @@ need() {
 	if [ -f "$CACHE/env.sh" ]; then . "$CACHE/env.sh"; fi
 	PATH=$VENV/bin:$PATH
 	export PATH
+	# Images for containers often set it. Tests start hundreds of Pythons, and each
+	# would compile kvxfer anew, and each process of pytest all the tests.
+	unset PYTHONDONTWRITEBYTECODE
 }
 
 # pyverbs_tests DIRECTORY: put rdma-core's tests there, as Debian ships them. They are
