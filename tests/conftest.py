@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import os
 import shutil
@@ -48,6 +49,20 @@ def pytest_report_header() -> list[str]:
     if patience.FACTOR == 1:
         return []
     return [f"deadlines: {patience.FACTOR:g} times longer (KVXFER_TEST_PATIENCE)"]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keep the garbage collector from what collection makes: it is no garbage.
+
+    Thousands of items with their marks and parameters are nearly all that there is,
+    and whoever calls ``gc.collect()`` later would go through them for nothing.
+    """
+    gc.disable()
+    yield
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(

@@ -78,8 +78,9 @@ class Arena:
 
 def noise(length: int, seed: int) -> Bytes:
     """Return bytes that differ from those of any other seed."""
-    found: Bytes = np.random.default_rng(seed).integers(0, 256, length, np.uint8)
-    return found
+    # By words: twice as fast as by bytes, and some tests want 100 MB of it.
+    words = np.random.default_rng(seed).integers(0, 1 << 64, length // 8 + 1, np.uint64)
+    return words.view(np.uint8)[:length]
 
 
 def arena(
@@ -260,12 +261,18 @@ async def take(server: Server, n: int, seconds: float = SOON) -> list[Arrival]:
     return found
 
 
-async def until(condition: Callable[[], object], seconds: float = SOON) -> None:
-    """Wait until ``condition()`` is true, for what has no event of its own."""
+async def until(
+    condition: Callable[[], object], seconds: float = SOON, every: float = 0.001
+) -> None:
+    """Wait until ``condition()`` is true, for what has no event of its own.
+
+    Args:
+      every: Seconds from one look to the next, where a look costs something.
+    """
 
     async def look() -> None:
         while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(every)
 
     await asyncio.wait_for(look(), seconds)
 

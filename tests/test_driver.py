@@ -195,6 +195,8 @@ def test_a_mode_that_is_none() -> None:
 @pytest.mark.parametrize("progress", THREADED)
 def test_a_forked_child_has_no_thread_and_ends(progress: str) -> None:
     """Also with the lock held at the moment of the fork, as often as not."""
+    gc.collect()
+    gc.freeze()  # or every child copies all memory of the tests before, to collect it
     with Rig(depth=16, notify=False, progress=progress) as rig:
         rig.let_go()
         for _ in range(8):

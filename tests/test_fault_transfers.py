@@ -305,8 +305,8 @@ def has(found: list[Any], n: int) -> bool:
 
 
 @pytest.mark.parametrize("progress", ["event", "adaptive", "spin"])
-@pytest.mark.parametrize("seconds", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_no_wake_up_is_lost(wire: str, seconds: int, progress: str) -> None:
+@pytest.mark.parametrize("seconds", [0.5, pytest.param(10, marks=pytest.mark.slow)])
+def test_no_wake_up_is_lost(wire: str, seconds: float, progress: str) -> None:
     """Whoever drives the engines: ends that come as the sleeper falls asleep.
 
     Of one completion, and of a few that come close to each other: the last of them
@@ -337,8 +337,8 @@ def test_no_wake_up_is_lost(wire: str, seconds: int, progress: str) -> None:
     assert n > 50 * seconds
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_no_event_is_lost(wire: str, seconds: int) -> None:
+@pytest.mark.parametrize("seconds", [0.5, pytest.param(10, marks=pytest.mark.slow)])
+def test_no_event_is_lost(wire: str, seconds: float) -> None:
     """One completion at a time, each met by a sleeper who is just falling asleep."""
     rng = random.Random(5)
     n = 0

@@ -225,8 +225,18 @@ def module_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].split(".")[0]
 
 
-def imports_of(path: Path) -> Iterator[str]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def imports_of(path: Path) -> frozenset[str]:
     """Every dotted name that ``path`` imports, ``from a import b`` as a.b too."""
+    return frozenset(_imports_of(path))
+
+
+def _imports_of(path: Path) -> Iterator[str]:
     text = path.read_text()
     if path.suffix in (".pyx", ".pxd"):
         for module, names, plain in CIMPORT.findall(text):
@@ -236,7 +246,7 @@ def imports_of(path: Path) -> Iterator[str]:
                     yield f"{module}.{words[0]}" if module else words[0]
         return
     package = ("kvxfer", *path.relative_to(PACKAGE).parent.parts)
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -253,6 +263,7 @@ def inside(path: Path) -> set[str]:
     return {rest[0] if rest and exists(rest[0]) else "__init__" for rest in inner}
 
 
+@cache
 def exists(module: str) -> bool:
     return any(PACKAGE.glob(f"{module}.*")) or (PACKAGE / module).is_dir()
 
@@ -287,7 +298,7 @@ def test_only_completions_watches_descriptors_in_the_loop() -> None:
         ids(path)
         for path in CORE
         if path.suffix == ".py"
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Attribute) and node.attr in ("add_reader", "add_writer")
     }
     assert watchers <= {"completions.py"}

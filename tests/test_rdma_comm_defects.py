@@ -472,7 +472,7 @@ async def test_idle_nodes_take_no_processor_time() -> None:
         assert process.stdout is not None
         assert await asyncio.wait_for(process.stdout.readline(), SOON) == b"idle\n"
         before = wakes(process.pid)
-        await until(lambda: wakes(process.pid) >= before + WAKES)
+        await until(lambda: wakes(process.pid) >= before + WAKES, every=0.1)
         output, _ = await asyncio.wait_for(process.communicate(b"\n"), SOON)
     finally:
         if process.returncode is None:
