@@ -20,7 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -94,15 +94,18 @@ class Commands:
             )
 
     @contextlib.asynccontextmanager
-    async def start(self, module: str, *arguments: str) -> AsyncIterator[Process]:
-        """Run ``python -m module`` with these arguments, here and with our environ.
+    async def start(
+        self, module: str, *arguments: str, environ: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Process]:
+        """Run ``python -m module`` with these arguments, here; in the end kill it.
 
-        What still runs at the end is killed.
+        Args:
+          environ: All of its environment; None: as ours is now.
         """
         request = {
             "argv": [module, *arguments],
             "cwd": os.getcwd(),
-            "environ": dict(os.environ),
+            "environ": dict(os.environ if environ is None else environ),
         }
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as stack:
@@ -157,10 +160,12 @@ def shared() -> Iterator[None]:
         _shared.remove(commands)
 
 
-def start(module: str, *arguments: str) -> AbstractAsyncContextManager[Process]:
-    """Run a command in the process that the fixture ``commands`` has started."""
+def start(
+    module: str, *arguments: str, environ: Mapping[str, str] | None = None
+) -> AbstractAsyncContextManager[Process]:
+    """Run a command by the process that the fixture ``commands`` has started."""
     assert _shared, "the test does not use the fixture commands"
-    return _shared[0].start(module, *arguments)
+    return _shared[0].start(module, *arguments, environ=environ)
 
 
 # -- in the process that is forked ----------------------------------------------------

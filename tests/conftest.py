@@ -148,11 +148,11 @@ def nic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shim() -> Path:
     """The software device as a libibverbs."""
     if not shutil.which("make"):
         pytest.skip("make is not installed")
-    return nics.build(tmp_path_factory.mktemp("shim"))
+    return nics.build()
 
 
 @pytest.fixture

@@ -7,7 +7,11 @@ GID, its type and the LID lead, so a path that no network would carry fails here
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import ipaddress
+import json
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -21,14 +25,32 @@ ROOT = Path(__file__).parent.parent
 _PATH = re.compile(r"(\S+) port (\d+) gid (\d+): (\S+) to (\S+)")
 
 
-def build(directory: Path) -> Path:
-    """Compile the shim."""
-    subprocess.run(
-        ["make", "-s", "-C", str(ROOT / "shim"), f"OUT={directory}", "CFLAGS=-O1"],
-        check=True,
-        timeout=300,
-    )
-    return directory / "libkvxsoft.so"
+def build() -> Path:
+    """Compile the shim, unless there is one of these sources; return its path."""
+    directory = ROOT / ".cache" / "shim-of-tests"
+    library, made_of = directory / "libkvxsoft.so", directory / "made-of"
+    directory.mkdir(parents=True, exist_ok=True)
+    command = ["make", "-s", "-C", str(ROOT / "shim"), f"OUT={directory}", "CFLAGS=-O1"]
+    # Several processes of pytest may want it at once.
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sources = _sources(command)
+        if not made_of.exists() or made_of.read_text() != sources:
+            made_of.unlink(missing_ok=True)
+            library.unlink(missing_ok=True)  # some process may have it mapped
+            subprocess.run(command, check=True, timeout=300)
+            made_of.write_text(sources)
+    return library
+
+
+def _sources(command: list[str]) -> str:
+    """Return a hash of all that the shim is compiled of, and how."""
+    found = hashlib.sha256(json.dumps([command, os.environ.get("CC")]).encode())
+    for folder in ("shim", "kvxfer/softdev", "kvxfer/native"):
+        for path in sorted((ROOT / folder).iterdir()):
+            if path.suffix in (".c", ".h") or path.name == "Makefile":
+                found.update(f"{path.name}\0".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

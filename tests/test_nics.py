@@ -7,67 +7,35 @@ test_devices.py, and what it decides end to end in test_ports.py.
 
 from __future__ import annotations
 
+import asyncio
 import json
-import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import nics
+from tests.commands import start
 from tests.machines import Machine
 from tests.nics import Network
 from tests.patience import patient
 
+pytestmark = pytest.mark.usefixtures("commands")
+
 ROOT = Path(__file__).parent.parent
 
-PROGRAM = """
-import asyncio, json, logging, sys
-import kvxfer
-import kvxfer.link
 
-paths = []
-made = kvxfer.link.QPPath
-
-def look_at(**fields):
-    paths.append({name: fields[name] for name in ("lid", "is_global")})
-    return made(**fields)
-
-kvxfer.link.QPPath = look_at
-
-def cache():
-    return kvxfer.KVCache.allocate(n_layers=2, n_blocks=8, block_bytes=4096)
-
-async def main():
-    say = {}
-    options = json.loads(sys.argv[1])
-    with cache() as source, cache() as target:
-        source.view(1, "k")[3] = 77
-        async with (
-            kvxfer.Server(target, port=0, **options["server"]) as server,
-            kvxfer.Client(source, **options["client"]) as client,
-        ):
-            say["before"] = [s.name for s in client.device_states()]
-            peer = await client.connect("127.0.0.1", server.port)
-            result = await client.write_cache(peer, [3], [5])
-            say["device"] = result.device
-            say["wire"] = result.wire
-            say["after"] = [s.name for s in client.device_states()]
-            say["there"] = server.devices
-            say["paths"] = paths
-            say["layers"] = {s.name: s.link_layer for s in client.device_states()}
-        say["bytes"] = int(target.view(1, "k")[5][0])
-    print(json.dumps(say))
-
-try:
-    asyncio.run(main())
-except kvxfer.KVXferError as error:
-    print(json.dumps({"error": type(error).__name__, "text": str(error)}))
-"""
+async def output_of(environ: Mapping[str, str], *arguments: str) -> tuple[bytes, bytes]:
+    """Run a module to its end, with this environ and no other."""
+    environ = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **environ}
+    async with start(*arguments, environ=environ) as process:
+        found = await asyncio.wait_for(process.communicate(), patient(60))
+        assert process.returncode == 0, found
+        return found
 
 
-def run(
+async def run(
     network: Network,
     names: list[str],
     client: dict[str, Any],
@@ -77,29 +45,18 @@ def run(
     root = network.directory / "machine"
     nics.one_port_each(Machine(root), names, infiniband)
     (root / "empty").mkdir()
-    environ = network.environ(root)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", PROGRAM),
-            json.dumps({"client": client, "server": server}),
-        ],
-        stdout=subprocess.PIPE,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": str(ROOT),
-            **environ,
-            "KVXFER_SYSFS": str(root / "empty"),
-        },
-        check=True,
-        timeout=patient(60),
+    out, _ = await output_of(
+        {**network.environ(root), "KVXFER_SYSFS": str(root / "empty")},
+        "tests.nic_program",
+        json.dumps({"client": client, "server": server}),
     )
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(out)
     assert network.stations() == []
     return found
 
 
-def test_the_first_nic_moves_the_bytes(network: Network) -> None:
-    found = run(network, ["mlx5_0", "mlx5_1"], {}, {})
+async def test_the_first_nic_moves_the_bytes(network: Network) -> None:
+    found = await run(network, ["mlx5_0", "mlx5_1"], {}, {})
     assert found["device"] == "mlx5_0"
     assert found["bytes"] == 77
     # The others wait until they are needed; the software device is always open.
@@ -107,18 +64,18 @@ def test_the_first_nic_moves_the_bytes(network: Network) -> None:
 
 
 @pytest.mark.parametrize("gpu", range(4))
-def test_nics_of_the_seed_by_gpu(network: Network, gpu: int) -> None:
+async def test_nics_of_the_seed_by_gpu(network: Network, gpu: int) -> None:
     names = ["mlx5_0", "mlx5_1"]
-    found = run(network, names, {"nics": ",".join(names), "gpu_index": gpu}, {})
+    found = await run(network, names, {"nics": ",".join(names), "gpu_index": gpu}, {})
     assert found["device"] == names[gpu % 2]
     assert found["before"] == [names[gpu % 2]]
 
 
-def test_another_nic_is_opened_for_a_peer_that_the_first_does_not_reach(
+async def test_another_nic_is_opened_for_a_peer_that_the_first_does_not_reach(
     network: Network,
 ) -> None:
     names = ["mlx5_0", "mlx5_1", "mlx5_2"]
-    found = run(network, names, {}, {"device": "mlx5_2"}, infiniband=("mlx5_0",))
+    found = await run(network, names, {}, {"device": "mlx5_2"}, infiniband=("mlx5_0",))
     assert found["before"] == ["mlx5_0", "soft0"]
     assert found["device"] == "mlx5_1"
     assert found["after"] == ["mlx5_0", "soft0", "mlx5_1"]
@@ -126,8 +83,8 @@ def test_another_nic_is_opened_for_a_peer_that_the_first_does_not_reach(
     assert found["bytes"] == 77
 
 
-def test_no_nic_in_common_shows_both_tables(network: Network) -> None:
-    found = run(
+async def test_no_nic_in_common_shows_both_tables(network: Network) -> None:
+    found = await run(
         network,
         ["mlx5_0", "mlx5_1"],
         {"device": "mlx5_0"},
@@ -139,16 +96,16 @@ def test_no_nic_in_common_shows_both_tables(network: Network) -> None:
     assert "here:" in found["text"] and "at the peer:" in found["text"]
 
 
-def test_software_where_no_nic_is_common(network: Network) -> None:
+async def test_software_where_no_nic_is_common(network: Network) -> None:
     names = ["mlx5_0", "mlx5_1"]
-    found = run(network, names, {}, {"device": "soft"}, infiniband=("mlx5_0",))
+    found = await run(network, names, {}, {"device": "soft"}, infiniband=("mlx5_0",))
     assert (found["device"], found["bytes"]) == ("soft0", 77)
 
 
-def test_a_write_over_infiniband(network: Network) -> None:
+async def test_a_write_over_infiniband(network: Network) -> None:
     """By the LID that the port of each has; both are in one subnet."""
     names = ["mlx5_0", "mlx5_1"]
-    found = run(network, names, {}, {"device": "mlx5_1"}, infiniband=tuple(names))
+    found = await run(network, names, {}, {"device": "mlx5_1"}, infiniband=tuple(names))
     assert (found["device"], found["there"]) == ("mlx5_0", ["mlx5_1"])
     assert found["layers"]["mlx5_0"] == "infiniband"
     assert (found["bytes"], found["wire"]) == (77, "rdma")
@@ -160,16 +117,16 @@ def test_a_write_over_infiniband(network: Network) -> None:
     }
 
 
-def test_ethernet_has_no_lids(network: Network) -> None:
-    found = run(network, ["mlx5_0"], {}, {})
+async def test_ethernet_has_no_lids(network: Network) -> None:
+    found = await run(network, ["mlx5_0"], {}, {})
     assert found["layers"]["mlx5_0"] == "ethernet"
     assert found["paths"] == [{"lid": 0, "is_global": True}] * 2
 
 
 @pytest.mark.parametrize("gpu", [5, 9])
-def test_eight_nics_in_turn_by_gpu(network: Network, gpu: int) -> None:
+async def test_eight_nics_in_turn_by_gpu(network: Network, gpu: int) -> None:
     names = [f"mlx5_{i}" for i in range(8)]
-    found = run(network, names, {"gpu_index": gpu}, {"gpu_index": 3})
+    found = await run(network, names, {"gpu_index": gpu}, {"gpu_index": 3})
     assert found["device"] == names[gpu % 8]
     # Each side by its own GPU.
     assert found["there"] == ["mlx5_3", "soft0"]
@@ -190,38 +147,33 @@ def test_eight_nics_in_turn_by_gpu(network: Network, gpu: int) -> None:
         ("gid_attrs/types/3", "RoCE v3", "'RoCE v3' is not IB/RoCE v1 or RoCE v2"),
     ],
 )
-def test_files_that_make_no_sense_are_named(
+async def test_files_that_make_no_sense_are_named(
     network: Network, tmp_path: Path, file: str, text: str, said: str
 ) -> None:
     root = tmp_path / "machine"
     nics.mixed(Machine(root))
     path = root / "sys/class/infiniband/mlx5_0/ports/1" / file
     path.write_text(f"{text}\n")
-    shown = listed(network.environ(root))
+    shown = await listed(network.environ(root))
     place = str(path.relative_to(root / "sys/class"))
     assert f"libkvxsoft: KVXFER_SHIM_SYSFS: {root}/sys/class/infiniband" in shown
     assert f"{place}: {said}" in shown
 
 
-def test_nics_without_a_network_are_refused(network: Network, tmp_path: Path) -> None:
+async def test_nics_without_a_network_are_refused(
+    network: Network, tmp_path: Path
+) -> None:
     root = tmp_path / "machine"
     nics.mixed(Machine(root))
     environ = network.environ(root)
     for value in ("", str(tmp_path / "none")):
-        shown = listed({**environ, "KVXFER_SHIM_NETWORK": value})
+        shown = await listed({**environ, "KVXFER_SHIM_NETWORK": value})
         assert f"KVXFER_SHIM_NETWORK is '{value}', not a directory" in shown
 
 
-def listed(environ: dict[str, str]) -> str:
+async def listed(environ: dict[str, str]) -> str:
     """Return what is said on standard error; no NIC may be there to be used."""
-    done = subprocess.run(
-        [sys.executable, "-m", "kvxfer", "devices"],
-        capture_output=True,
-        text=True,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **environ},
-        check=True,
-        timeout=patient(60),
-    )
-    assert "no RDMA devices can be listed: " in done.stdout
-    assert "*  soft0" in done.stdout
-    return done.stderr
+    out, err = await output_of(environ, "kvxfer", "devices")
+    assert "no RDMA devices can be listed: " in out.decode()
+    assert "*  soft0" in out.decode()
+    return err.decode()

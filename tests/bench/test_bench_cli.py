@@ -119,7 +119,7 @@ async def test_kvxfer_against_kvxfer(tmp_path: Path) -> None:
 async def test_a_look_makes_small_what_nobody_asked_for(tmp_path: Path) -> None:
     """The pool holds the batches of the blocks named; what is named itself stays."""
     path = tmp_path / "out.json"
-    look = ("--quick", "--sizes", "64K", "--json", str(path))
+    look = ("--quick", "--sizes", "24K", "--json", str(path))
     code, _, err = await bench(*look, "--rounds", "3")
     assert (code, err) == (0, ""), err
     found = json.loads(path.read_text())
