@@ -73,17 +73,16 @@ def main(argv: Sequence[str] | None = None, prog: str = _PROG) -> int:
 
 
 def _run(arguments: list[str], prog: str) -> int:
-    parser, commands = _parsers(prog)
-    for i, argument in enumerate(arguments):
-        if not argument.startswith("-"):
-            if argument == "io-size":  # its name for a week
-                argument = "iosize"
-            arguments[i] = argument
-            command = commands.get(argument)
-            if command is not None:
-                rest = arguments[i + 1 :]
-                arguments[i + 1 :] = [_full_name(word, command) for word in rest]
-            break
+    first = next((i for i, a in enumerate(arguments) if not a.startswith("-")), None)
+    name = None
+    if first is not None:
+        if arguments[first] == "io-size":  # its name for a week
+            arguments[first] = "iosize"
+        name = arguments[first]
+    parser, command = _parsers(prog, name)
+    if first is not None and command is not None:
+        rest = arguments[first + 1 :]
+        arguments[first + 1 :] = [_full_name(word, command) for word in rest]
     given = parser.parse_args(arguments)
     if given.command is None:
         parser.print_help()
@@ -104,8 +103,13 @@ def _run(arguments: list[str], prog: str) -> int:
 
 
 def _parsers(
-    prog: str,
-) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    prog: str, name: str | None
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser | None]:
+    """Make the parser, and in it that of the command ``name``, if there is one.
+
+    The other commands have no options: to make all of them takes longer than most
+    commands run.
+    """
     parser = argparse.ArgumentParser(prog=prog, description="KVBench")
     parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -115,20 +119,29 @@ def _parsers(
     commands = {
         name: sub.add_parser(name, help=text) for name, text in _COMMANDS.items()
     }
-    for name, command in commands.items():
-        command.description = f"{_COMMANDS[name]}."
-        _add_model(command)
-    for name in ("plan", "profile", "kvcache"):
-        _add_overrides(commands[name])
-    for name in ("plan", "profile"):
-        _add_benchmark(commands[name])
-    _add_plan(commands["plan"])
-    _add_kvcache(commands["kvcache"])
-    _add_profile(commands["profile"])
-    commands["iosize"].add_argument(
-        "--sizing", type=_choice(_SIZINGS[:2]), default="reference", help=_SIZING_HELP
-    )
-    return parser, commands
+    command = commands.get(name or "")
+    if name is None or command is None:
+        return parser, None
+    command.description = f"{_COMMANDS[name]}."
+    _add_model(command)
+    if name != "iosize":
+        _add_overrides(command)
+    if name in ("plan", "profile"):
+        _add_benchmark(command)
+    if name == "plan":
+        _add_plan(command)
+    elif name == "kvcache":
+        _add_kvcache(command)
+    elif name == "profile":
+        _add_profile(command)
+    else:
+        command.add_argument(
+            "--sizing",
+            type=_choice(_SIZINGS[:2]),
+            default="reference",
+            help=_SIZING_HELP,
+        )
+    return parser, command
 
 
 _SIZING_HELP = (
