@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import inspect
 import os
@@ -18,6 +19,7 @@ import numpy as np  # noqa: F401
 import pytest
 
 from tests import nics, patience
+from tests.children import Nursery
 from tests.commands import shared
 from tests.leaks import leaked_since, pending_tasks, take_census
 from tests.machines import make
@@ -159,6 +161,13 @@ def shim() -> Path:
 def network(shim: Path, tmp_path: Path) -> nics.Network:
     """The network of machines whose NICs are the software device."""
     return nics.Network(shim, tmp_path / "network")
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Where children come from."""
+    with contextlib.closing(Nursery()) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,6 @@ pytestmark = pytest.mark.skipif(
 #: More than the ring for notifications, which is a file that peers can map.
 SHAPE: dict[str, Any] = {"n_blocks": 64, "layers": 2, "planes": {"k": (32768, 33024)}}
 ALL = range(64)
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    """Where children come from."""
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
 
 
 @contextlib.asynccontextmanager

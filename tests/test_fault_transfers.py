@@ -419,14 +419,6 @@ async def test_a_long_reconnect_storm(
 SHAPE: dict[str, Any] = {"n_blocks": 32, "layers": 2, "planes": {"k": (8192, 8256)}}
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    """Where children come from."""
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
-
-
 #: The WRs of a layer of SHAPE: its blocks, the record of them, and the announcement.
 A_LAYER = range(1, 35)
 

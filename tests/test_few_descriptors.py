@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,6 @@ FEW = 64
 SHAPE: dict[str, Any] = {"n_blocks": 4, "layers": 1, "planes": {"k": (256, 288)}}
 #: A listener that is full is asked again until then.
 ASKED = {"connect_timeout": patient(2.0)}
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    """Where children come from."""
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
 
 
 def check(full: dict[str, Any], error: str) -> None:

@@ -9,7 +9,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,6 @@ ALL = range(64)
 FEW_OR_MANY = pytest.mark.parametrize(
     "n", [10, pytest.param(125, marks=pytest.mark.slow)]
 )
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    """Where children come from."""
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
 
 
 @pytest.fixture(params=["tcp", "cma", "shm"], autouse=True)

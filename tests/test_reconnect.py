@@ -111,7 +111,7 @@ def more(server: Server | None, before: dict[str, int]) -> dict[str, tuple[int, 
     [(3, 4, 4), pytest.param(10, 20, 50, marks=pytest.mark.slow)],
 )
 async def test_a_storm_of_connects_with_kills(
-    n_children: int, n_clients: int, times: int
+    nursery: Nursery, n_children: int, n_clients: int, times: int
 ) -> None:
     """No connect is slower than its deadline, and nothing of any is left.
 
@@ -121,10 +121,7 @@ async def test_a_storm_of_connects_with_kills(
     every: dict[str, Any]
     every = {"shape": SHAPE, "n_clients": n_clients, "times": times, **STORM}
     one_at_a_time = asyncio.Lock()
-    with (
-        contextlib.closing(Nursery()) as nursery,
-        arena(n_blocks=32, layers=1, planes={"k": (256, 288)}, seed=2) as target,
-    ):
+    with arena(n_blocks=32, layers=1, planes={"k": (256, 288)}, seed=2) as target:
         # All of them have one address, of which half may be pending.
         async with Server(target.cache, port=0, max_handshakes=512, **STORM) as server:
             taken = asyncio.ensure_future(_take_all(server))

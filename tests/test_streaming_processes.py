@@ -7,7 +7,6 @@ import contextlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -51,13 +50,6 @@ def test_the_programs_of_the_docs_print_what_they_say(first: str) -> None:
             printed, _ = program.communicate(timeout=60)
             assert program.returncode == 0
             assert f"streaming/{name}.py\n{printed}" in said
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    found = Nursery()
-    yield found
-    found.close()
 
 
 async def test_a_request_between_two_processes(nursery: Nursery) -> None:
