@@ -72,9 +72,8 @@ class Process:
 
     async def communicate(self) -> tuple[bytes, bytes]:
         """Read all that it prints and wait until it has ended."""
-        out, err, _ = await asyncio.gather(
-            self.stdout.read(), self.stderr.read(), self.wait()
-        )
+        out, err = await asyncio.gather(self.stdout.read(), self.stderr.read())
+        await self.wait()
         return out, err
 
 
