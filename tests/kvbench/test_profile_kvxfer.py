@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
@@ -37,12 +38,19 @@ def profile(*more: str, engine: str = "--engine=kvxfer") -> int:
     return main([word for word in words if word])
 
 
-@pytest.fixture
-def target() -> Iterator[Endpoint]:
+@contextlib.contextmanager
+def started() -> Iterator[Endpoint]:
     """An endpoint that somebody started, as large as one thread needs."""
     pool = Pool(BLOCK, 2 * BATCH, 2 * BATCH, BATCH)
-    with Endpoint(pool, verify=True, deadline=time.monotonic() + 30) as started:
-        yield started
+    with Endpoint(pool, verify=True, deadline=time.monotonic() + 30) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[Endpoint]:
+    """One for all tests that leave it as it is; one of them alone writes to it."""
+    with started() as endpoint:
+        yield endpoint
 
 
 def at(target: Endpoint) -> str:
@@ -123,6 +131,7 @@ def test_what_is_wrong_is_noticed(
 def test_a_target(target: Endpoint, capsys: pytest.CaptureFixture[str]) -> None:
     assert profile(at(target), "--check_consistency") == 0
     assert "if it was started with --verify" in capsys.readouterr().err
+    target._deadline = time.monotonic() + 30
     target.check(BATCH * (4 + 2))
 
 
@@ -148,17 +157,18 @@ def test_a_target_that_is_not_there(
 
 
 def test_a_target_that_dies(
-    target: Endpoint,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("KVXFER_PING_INTERVAL", "0.1")
-    monkeypatch.setenv("KVXFER_PING_TIMEOUT", "0.5")
-    monkeypatch.setenv("KVXFER_FENCE_TIMEOUT", "0.2")
-    monkeypatch.setattr(
-        measuring.Bar, "step", lambda _bar: target._popen.send_signal(signal.SIGKILL)
-    )
-    assert profile(at(target), "--num_iter=100000") == 1
+    with started() as target:
+        monkeypatch.setenv("KVXFER_PING_INTERVAL", "0.1")
+        monkeypatch.setenv("KVXFER_PING_TIMEOUT", "0.5")
+        monkeypatch.setenv("KVXFER_FENCE_TIMEOUT", "0.2")
+        monkeypatch.setattr(
+            measuring.Bar,
+            "step",
+            lambda _bar: target._popen.send_signal(signal.SIGKILL),
+        )
+        assert profile(at(target), "--num_iter=100000") == 1
     assert "kvbench: error: " in capsys.readouterr().err
 
 
