@@ -103,6 +103,7 @@ setup(
         extension("_engine", []),
         extension("_records", [], "-O3"),
         extension("_counters", []),
+        extension("_quick", []),
         extension("bench._limits", []),
     ],
 )

@@ -14,18 +14,11 @@ BOUNDS = (
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
 
-cdef enum:
-    N_BOUNDS = 20
-
 cdef double[N_BOUNDS] _bounds = BOUNDS
 
 
 cdef class Histogram:
     """How often what took how long."""
-
-    cdef:
-        uint64_t _counts[N_BOUNDS + 1]
-        readonly double seconds
 
     @property
     def counts(self):
@@ -52,21 +45,11 @@ cdef class Traffic:
       writes: How long writes took.
     """
 
-    cdef:
-        readonly dict transfers
-        Histogram _writes
-        readonly uint64_t written_bytes
-        readonly uint64_t written_blocks
-        readonly uint64_t work_requests
-        readonly uint64_t arrivals
-        readonly uint64_t arrived_blocks
-        readonly uint64_t arrived_bytes
-
     def __init__(self, dict transfers not None, Histogram writes not None):
         self.transfers = transfers
         self._writes = writes
 
-    def wrote(
+    cpdef wrote(
         self, uint64_t n_bytes, uint64_t n_blocks, uint64_t n_wrs, double seconds
     ):
         """Count a write that has ended well."""

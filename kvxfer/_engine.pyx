@@ -17,7 +17,6 @@ lock, since a thread may do most of it in place of that call: see ``_driver.pyx`
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvxfer._core cimport *
-from kvxfer._driver cimport Driver
 from kvxfer._post cimport flush, relist
 from kvxfer._progress cimport cancel, forget, settle, settle_all, stop, take_events
 from kvxfer._queues cimport (
@@ -64,12 +63,6 @@ cdef class Engine:
         turn.
       progress: ``event``, ``adaptive`` or ``spin``: who drives it, and when.
     """
-
-    cdef:
-        readonly CompletionQueue cq
-        Driver _driver
-        dict _qps      # slot -> list of QueuePair, kept alive while in use
-        Core *core     # the driver's
 
     def __init__(self, Device device not None, *, cq_depth, chain=64, max_sge=8,
                  merge_bytes=1 << 20, max_wr_bytes=1 << 30,

@@ -13,7 +13,7 @@ from kvxfer._engine import RingArrival
 from kvxfer.adapter import Adapter, finish
 from kvxfer.arguments import request_bytes, request_name, seconds_of
 from kvxfer.backoff import Backoffs
-from kvxfer.blocks import engine_ids
+from kvxfer.blocks import AnyIds, engine_ids
 from kvxfer.cache import KVCache
 from kvxfer.counters import Counters
 from kvxfer.curve import CurveKeys, client_keys
@@ -486,7 +486,7 @@ class Client:
         )
         if not isinstance(ended, WriteResult):
             return await ended
-        if peer.scheduler.owes_a_turn:
+        if peer.scheduler.turns.owed:
             await asyncio.sleep(0)
         return ended
 
@@ -502,9 +502,22 @@ class Client:
         timeout: float | None,
     ) -> WriteResult | Coroutine[Any, Any, WriteResult]:
         """Begin a write: what it came to, or what has to be awaited at once."""
-        self._ensure_open()
         if not isinstance(peer, Peer):
             raise UsageError(f"peer is {peer!r}, not what connect() returned")
+        quick = peer.quick if peer.host is self._host else None
+        if quick is not None and timeout is None and self._state == "open":
+            ended = quick.write(
+                local_block_ids, remote_block_ids, layer_idx, group, request_id
+            )
+            if isinstance(ended, WriteResult):
+                return ended
+            if ended is not None:
+                plan = self._plan(peer, group, layer_idx)
+                ids = cast(AnyIds, local_block_ids)
+                request = b"" if request_id is None else request_id.encode()
+                transfer = peer.begun(plan, ended, len(ids))
+                return peer.finish(transfer, request, self.options.write_timeout)
+        self._ensure_open()
         if peer.host is not self._host:
             raise UsageError(f"{peer!r} is a peer of another client")
         options = self.options
@@ -517,10 +530,10 @@ class Client:
         local_ids = engine_ids(local_block_ids, "local_block_ids")
         remote_ids = engine_ids(remote_block_ids, "remote_block_ids")
         plan = self._plan(peer, group, layer_idx)
-        ended = peer.begin(plan, local_ids, remote_ids, request)
-        if isinstance(ended, Transfer):
-            return peer.finish(ended, request, seconds)
-        return ended
+        begun = peer.begin(plan, local_ids, remote_ids, request)
+        if isinstance(begun, Transfer):
+            return peer.finish(begun, request, seconds)
+        return begun
 
     def _plan(
         self, peer: Peer, group: str | None, layer_idx: int | Iterable[int] | None

@@ -18,6 +18,7 @@ import msgspec
 
 from kvxfer import wire as messages
 from kvxfer._engine import CANCELLED_STATUS
+from kvxfer._quick import QuickWrites
 from kvxfer._version import __version__
 from kvxfer.adapter import Adapter, finish
 from kvxfer.blocks import AnyIds
@@ -41,7 +42,14 @@ from kvxfer.host import Host
 from kvxfer.link import Link
 from kvxfer.logs import Bound, bind
 from kvxfer.route import Route, build, geometry_from_wire, shards_to_wire
-from kvxfer.scheduler import Outcome, Plan, Scheduler, Transfer, make_key
+from kvxfer.scheduler import (
+    PLAIN_KEY,
+    Outcome,
+    Plan,
+    Scheduler,
+    Transfer,
+    make_key,
+)
 from kvxfer.sharding import Shard
 from kvxfer.verbs_types import Access
 
@@ -112,6 +120,8 @@ class Peer:
         self._on_broken = on_broken
         self.plans: dict[tuple[str | None, int | None], Plan] = {}
         """Those looked up so far, by group and layer as the caller gave them."""
+        self.quick: QuickWrites | None = None
+        """Begins writes that need no words; not there before the first of them."""
         self._writes = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -288,6 +298,29 @@ class Peer:
             return ended
         return self._result(plan.layers, n_blocks, *ended)
 
+    def begun(self, plan: Plan, op_ids: list[int], n_ids: int) -> Transfer:
+        """Take over what :attr:`quick` has begun and what has not ended."""
+        transfer = self.scheduler.expect(self.link.slot, plan, op_ids)
+        transfer.n_blocks = n_ids * len(plan.layers)
+        self._begin_write()
+        return transfer
+
+    def _be_quick(self, link: Link) -> None:
+        """From the first bytes on it is known how they travel."""
+        if link.wire == "none" or not self.connected or self.draining:
+            return
+        self.quick = QuickWrites(
+            link.adapter.engine,
+            link.slot,
+            PLAIN_KEY,
+            self.plans,
+            self.host.counters,
+            self.scheduler.turns,
+            WriteResult,
+            link.adapter.name,
+            link.wire,
+        )
+
     def _result(
         self,
         layers: tuple[int, ...],
@@ -299,6 +332,8 @@ class Peer:
         link = self._link
         assert link is not None
         self.host.counters.wrote(n_bytes, n_blocks, n_wrs, seconds)
+        if self.quick is None:
+            self._be_quick(link)
         return WriteResult(
             n_bytes, n_wrs, seconds, link.adapter.name, link.wire, layers
         )
@@ -407,6 +442,7 @@ class Peer:
         """The peer is about to leave (for the control connection)."""
         _log.info("%s is about to leave: %s", self.address, reason)
         self.draining = reason or "no reason given"
+        self.quick = None
         if self._writes == 0:
             self._control.send_drained()
 
@@ -542,6 +578,7 @@ class Peer:
           error: What later calls name as the cause.
           patient: Let writes that are in flight complete first, for a moment.
         """
+        self.quick = None
         if self._breaking is not None:
             return
         if self.state is PeerState.CONNECTED:

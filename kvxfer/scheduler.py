@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvxfer._engine import CANCELLED_STATUS, Engine, Finished
+from kvxfer._quick import Turns
 from kvxfer.blocks import AnyIds
 from kvxfer.completions import Completions
 from kvxfer.deadlines import Deadlines
@@ -25,9 +26,6 @@ from kvxfer.errors import NotQuiescentError
 _LAYER_BITS = 16
 _PRIORITY_BITS = 10
 _DEADLINE_BITS = 38
-# After so many writes that never had to wait, or so much time, the loop gets a turn.
-_YIELD_EVERY = 64
-_YIELD_SECONDS = 0.0005
 
 
 def make_key(
@@ -158,8 +156,8 @@ class Scheduler:
         self._drain_timeout = drain_timeout
         self._transfers: set[Transfer] = set()
         self._deadlines = Deadlines()
-        self._n_quick = 0
-        self._quick_seconds = 0.0
+        self.turns = Turns()
+        """When writes that ended before they were waited for owe the loop one."""
 
     def write(
         self,
@@ -182,10 +180,9 @@ class Scheduler:
             slot, plan.rows, local_ids, remote_ids, request_id, PLAIN_KEY
         )
         if isinstance(ended, tuple):
-            self._n_quick += 1
-            self._quick_seconds += ended[2]
+            self.turns.note(ended[2])
             return ended
-        return self._expect(slot, plan, ended)
+        return self.expect(slot, plan, ended)
 
     def submit(
         self,
@@ -203,7 +200,7 @@ class Scheduler:
           key: Of :func:`make_key`.
           tag: Travels with the notifications; see ``Engine.submit``.
         """
-        return self._expect(
+        return self.expect(
             slot,
             plan,
             self._engine.submit(
@@ -211,24 +208,12 @@ class Scheduler:
             ),
         )
 
-    def _expect(self, slot: int, plan: Plan, op_ids: list[int]) -> Transfer:
+    def expect(self, slot: int, plan: Plan, op_ids: list[int]) -> Transfer:
+        """Take operations that the engine has just been given as one transfer."""
         transfer = Transfer(slot, plan.layers, op_ids)
         self._completions.expect(op_ids, transfer.note)
         self._transfers.add(transfer)
         return transfer
-
-    @property
-    def owes_a_turn(self) -> bool:
-        """Whether the loop has been kept from its other tasks: give it a turn.
-
-        True once after a number of writes that ended before they were waited for, or
-        some time of them.
-        """
-        if self._n_quick < _YIELD_EVERY and self._quick_seconds < _YIELD_SECONDS:
-            return False
-        self._n_quick = 0
-        self._quick_seconds = 0.0
-        return True
 
     def watch(self, transfer: Transfer, on_end: Callable[[Transfer], None]) -> None:
         """Have ``on_end`` called when a transfer has ended or is abandoned.
@@ -261,8 +246,7 @@ class Scheduler:
           Posts nothing further; raised when the device is done with the blocks.
         """
         loop = asyncio.get_running_loop()
-        self._n_quick = 0
-        self._quick_seconds = 0.0
+        self.turns.forget()
         self._deadlines.add(
             transfer, timeout, lambda: self._expire(transfer, break_queue)
         )

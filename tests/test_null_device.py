@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvxfer import Client, Server, devices, scheduler
+from kvxfer import Client, Server, devices
 from kvxfer._verbs import live_objects
 from kvxfer.errors import DeviceUnavailableError, OptionError, UsageError, VerbsError
 from kvxfer.options import Options
@@ -117,13 +117,9 @@ def test_it_is_never_chosen() -> None:
         devices.usable(Options(device="null0", require_rdma=True))
 
 
-@pytest.mark.parametrize("bound", ["_YIELD_EVERY", "_YIELD_SECONDS"])
-async def test_writes_that_never_wait_leave_the_loop_its_turns(
-    bound: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("bound", ["every", "at_most"])
+async def test_writes_that_never_wait_leave_the_loop_its_turns(bound: str) -> None:
     """By their number or by their time, whichever is reached first."""
-    monkeypatch.setattr(scheduler, "_YIELD_EVERY", 1 << 30)
-    monkeypatch.setattr(scheduler, "_YIELD_SECONDS", 1e9)
     turns = 0
 
     async def other() -> None:
@@ -133,11 +129,13 @@ async def test_writes_that_never_wait_leave_the_loop_its_turns(
             await asyncio.sleep(0)
 
     async with connected(device="null0") as pair:
+        owed = pair.peer.scheduler.turns
+        owed.every, owed.at_most = 1 << 30, 1e9
         task = asyncio.ensure_future(other())
         try:
             await asyncio.sleep(0)
             for n_turns in (0, 1):
-                monkeypatch.setattr(scheduler, bound, 0 if n_turns else 1e9)
+                setattr(owed, bound, 0 if n_turns else 1 << 30)
                 before = turns
                 for _ in range(5):
                     await pair.client.write_cache(pair.peer, [1], [2], 0)
