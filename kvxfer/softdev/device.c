@@ -25,7 +25,7 @@
 /* Sleeping and being woken costs some microseconds; a queue that was busy a
  * moment ago will often be busy again in less. Between two looks the processor is
  * left to whoever wants it. */
-#define AWAKE_NS 60000u
+#define AWAKE_NS 20000u
 /* On sockets, where the peer is at work on what we wait for. */
 #define PATIENT_NS 150000u
 
