@@ -208,7 +208,7 @@ cdef class Driver(Handle):
         self.core.mode = MODES[progress]
         err = core_init(self.core)
         if err:
-            raise verbs_error(err, "eventfd")
+            raise verbs_error(err, "eventfd, epoll_create1 or timerfd_create")
         if self.core.mode != EVENT:
             self._start()
         self._opened(cq)

@@ -120,8 +120,8 @@ cdef class QuickWrites:
         """Write if nothing is unusual.
 
         Returns:
-          The result; or the ids of the operations, if the write has to be waited for;
-          or None, and nothing was done: see step by step.
+          The result; or the ids of the operations and the number of block ids, if the
+          write has to be waited for; or None, and nothing was done.
         """
         cdef:
             Queue *queue
@@ -175,7 +175,7 @@ cdef class QuickWrites:
             bint done = start(core, batch, False)
         try:
             if not done:
-                return [batch.ops[i].id for i in range(batch.n_ops)]
+                return [batch.ops[i].id for i in range(batch.n_ops)], batch.n_ids
             n_bytes, n_wrs, seconds = summary(batch)
             self._traffic.wrote(
                 n_bytes, <uint64_t>batch.n_ids * batch.n_ops, n_wrs, seconds)

@@ -13,7 +13,7 @@ from kvxfer._engine import RingArrival
 from kvxfer.adapter import Adapter, finish
 from kvxfer.arguments import request_bytes, request_name, seconds_of
 from kvxfer.backoff import Backoffs
-from kvxfer.blocks import AnyIds, engine_ids
+from kvxfer.blocks import engine_ids
 from kvxfer.cache import KVCache
 from kvxfer.counters import Counters
 from kvxfer.curve import CurveKeys, client_keys
@@ -513,9 +513,8 @@ class Client:
                 return ended
             if ended is not None:
                 plan = self._plan(peer, group, layer_idx)
-                ids = cast(AnyIds, local_block_ids)
                 request = b"" if request_id is None else request_id.encode()
-                transfer = peer.begun(plan, ended, len(ids))
+                transfer = peer.begun(plan, *ended)
                 return peer.finish(transfer, request, self.options.write_timeout)
         self._ensure_open()
         if peer.host is not self._host:

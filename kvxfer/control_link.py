@@ -187,6 +187,8 @@ class Link:
     ) -> None:
         self.core = core
         self.client = client
+        self.is_cut = False
+        """Nothing can be sent any more; what the peer said last may be unread."""
         self.owned = False
         self.inbox: Bucket | None = None
         self.peer_address = peer_address
@@ -331,7 +333,7 @@ class Link:
             self.apply(actions)
         except ProtocolError as exc:
             raise UsageError(str(exc)) from exc
-        return bool(actions) and not self.core.is_closed
+        return bool(actions) and not self.core.is_closed and not self.is_cut
 
     # -- the worker --------------------------------------------------------
 

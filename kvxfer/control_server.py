@@ -542,7 +542,9 @@ class ControlServer:
             return "not started"
         problem = try_send(self._router, [self._identities[link], frame])
         if problem == LINK_CLOSED and link.core.is_established:
-            return ""  # The monitor says so as well, and behind what is still unread.
+            # The monitor says so as well, and behind what is still unread.
+            link.is_cut = True
+            return ""
         return problem
 
     async def link_job(self, link: Link, job: Action) -> None:

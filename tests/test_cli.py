@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -385,3 +387,17 @@ async def test_keys_from_the_command_line_to_a_verified_push(tmp_path: Path) -> 
         assert all(event["verified"] for event in events)
     code, _, err = await result_of("kvxfer", "serve", *serving[:2], *GEOMETRY)
     assert code == 2 and "client_keys_dir is not set" in err
+
+
+@pytest.mark.parametrize(
+    "command", ["bench", "config", "demo", "devices", "doctor", "keys", "push", "serve"]
+)
+def test_a_command_imports_what_it_needs(command: str) -> None:
+    """By itself: the others are forked from a process that has imported them all."""
+    run = subprocess.run(
+        [sys.executable, "-m", "kvxfer", command, "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "--help" in run.stdout and run.stderr == ""

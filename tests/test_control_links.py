@@ -177,7 +177,7 @@ async def test_the_last_words_of_a_dialer_are_heard_before_its_end(
         hold_until(lambda: select.select([monitor.FD], [], [], 0)[0])
         if answered:
             hold_until(lambda: _is_unreachable(server, conn_id))
-            server.send_credit(conn_id, 1, 1)
+            assert not server.send_credit(conn_id, 1, 1)
         await until(lambda: listener.reasons)
         assert listener.calls.count("request") == words
         assert listener.reasons[conn_id].cause is CloseCause.BYE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,19 @@ async def test_it_writes_as_the_steps_do(ids: Any, request_id: str | None) -> No
         assert pair.peer.quick is quick
 
 
-async def test_what_does_not_end_at_once_is_awaited() -> None:
+class Ids:
+    """An array to numpy, and nothing else to anybody."""
+
+    def __init__(self, ids: Any) -> None:
+        self._ids = ids
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        """Give the ids."""
+        return np.asarray(self._ids, dtype)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, np.ndarray.tolist, Ids])
+async def test_what_does_not_end_at_once_is_awaited(kind: Callable[..., Any]) -> None:
     """More than one send queue of single blocks: it cannot have ended."""
     n = 4096
     sizes: dict[str, Any] = {"layers": 1, "n_blocks": n}
@@ -68,14 +81,9 @@ async def test_what_does_not_end_at_once_is_awaited() -> None:
         await pair.check_write([0], [1], 0)
         assert pair.peer.quick is not None
         ids = np.random.default_rng(1).permutation(n)
+        local, remote = kind(ids), kind(ids[::-1].copy())
         begun = pair.client._start_write(
-            pair.peer,
-            ids,
-            ids[::-1].copy(),
-            0,
-            request_id="r",
-            group=None,
-            timeout=None,
+            pair.peer, local, remote, 0, request_id="r", group=None, timeout=None
         )
         assert not isinstance(begun, WriteResult)
         result = await begun
