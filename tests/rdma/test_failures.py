@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from kvxfer import server as server_module
+from kvxfer import inbox as inbox_module
 from kvxfer.errors import (
     BrokenPeerError,
     KVXferError,
@@ -122,7 +122,7 @@ async def held(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pair]:
     A device may be done with any write before somebody can interrupt it. This way
     the data of the next one go out, and what announces them has to wait.
     """
-    monkeypatch.setattr(server_module, "_MAX_WAITING", 1)
+    monkeypatch.setattr(inbox_module, "_MAX_WAITING", 1)
     planes = {"k": 64 << 10, "v": 64 << 10}
     async with connected(
         arena(planes=planes, layers=1, seed=1),
