@@ -35,9 +35,6 @@ from kvxfer.heartbeat import heartbeat
 from kvxfer.options import Options
 
 __all__ = [
-    "LINGER_MS",
-    "LINK_CLOSED",
-    "RECEIVE_QUEUE",
     "Address",
     "Sockets",
     "bind",
@@ -46,7 +43,6 @@ __all__ = [
     "resolve",
     "set_up",
     "try_receive",
-    "try_receive_frames",
     "try_send",
 ]
 
@@ -58,14 +54,12 @@ _HANDSHAKE_MS = (1_000, 5_000)
 _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 1_000
 _SEND_QUEUE = 1000
-#: Messages of a peer that wait while the loop is busy; behind a full queue ZMQ reads
-#: no signs of life either.
-RECEIVE_QUEUE = 256
+# Messages of a peer that wait while the loop is busy; behind a full queue ZMQ reads
+# no signs of life either.
+_RECEIVE_QUEUE = 256
 _MAX_SOCKETS = 16_384
 #: How long a closing socket may go on sending its farewell, in milliseconds.
 LINGER_MS = 200
-#: Why nothing can be sent on a link that is gone; its last words may be unread.
-LINK_CLOSED = "the peer closed the link"
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +283,7 @@ class Sockets:
         made.set(zmq.RECONNECT_IVL, _RECONNECT_MS)
         made.set(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
         made.set(zmq.SNDHWM, _SEND_QUEUE)
-        made.set(zmq.RCVHWM, RECEIVE_QUEUE)
+        made.set(zmq.RCVHWM, _RECEIVE_QUEUE)
         return made
 
     def monitor(self, socket: zmq.asyncio.Socket, events: int) -> zmq.asyncio.Socket:
@@ -436,7 +430,7 @@ def try_send(socket: zmq.asyncio.Socket, frames: list[bytes]) -> str:
     if isinstance(error, zmq.Again):
         return "the peer does not read: the send queue is full"
     if isinstance(error, zmq.ZMQError) and error.errno == errno.EHOSTUNREACH:
-        return LINK_CLOSED
+        return "the peer closed the link"
     return f"cannot send: {error}"
 
 
@@ -447,20 +441,10 @@ def try_receive(socket: zmq.asyncio.Socket) -> list[bytes] | None:
     that waits runs, and whoever reads meanwhile takes what came behind it. Where two
     read, both wait by ``poll`` and read by this.
     """
-    frames: list[bytes] | None = _received(socket, copy=True)
-    return frames
-
-
-def try_receive_frames(socket: zmq.asyncio.Socket) -> list[zmq.Frame] | None:
-    """Receive as :func:`try_receive` does, with what ZMQ knows of each frame."""
-    frames: list[zmq.Frame] | None = _received(socket, copy=False)
-    return frames
-
-
-def _received(socket: zmq.asyncio.Socket, *, copy: bool) -> Any:
     received: asyncio.Future[Any] = asyncio.ensure_future(
-        socket.recv_multipart(flags=zmq.NOBLOCK, copy=copy)
+        socket.recv_multipart(flags=zmq.NOBLOCK)
     )
     if isinstance(received.exception(), zmq.ZMQError):
         return None
-    return received.result()
+    frames: list[bytes] = received.result()
+    return frames

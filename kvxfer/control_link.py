@@ -187,8 +187,6 @@ class Link:
     ) -> None:
         self.core = core
         self.client = client
-        self.is_cut = False
-        """Nothing can be sent any more; what the peer said last may be unread."""
         self.owned = False
         self.inbox: Bucket | None = None
         self.peer_address = peer_address
@@ -333,7 +331,7 @@ class Link:
             self.apply(actions)
         except ProtocolError as exc:
             raise UsageError(str(exc)) from exc
-        return bool(actions) and not self.core.is_closed and not self.is_cut
+        return bool(actions) and not self.core.is_closed
 
     # -- the worker --------------------------------------------------------
 

@@ -19,14 +19,11 @@ from kvxfer.auth import Doorkeeper
 from kvxfer.control_delegate import ListenerDelegate
 from kvxfer.control_io import (
     LINGER_MS,
-    LINK_CLOSED,
     Address,
     Sockets,
     bind,
     parse_address,
     resolve,
-    try_receive,
-    try_receive_frames,
     try_send,
 )
 from kvxfer.control_link import (
@@ -153,7 +150,6 @@ class ControlServer:
         self._identities: dict[Link, bytes] = {}
         self._pending: set[Link] = set()
         self._doors = LinkWatch()
-        self._heard = 0
         self._hellos = Buckets(self._options.max_handshake_rate)
         self._others = Strangers(self._options.max_handshake_rate)
         self._draining = ""
@@ -199,7 +195,7 @@ class ControlServer:
         self._router = router
         loop = asyncio.get_running_loop()
         self._reader = loop.create_task(self._read(router))
-        self._watcher = loop.create_task(self._watch(self._monitor, router))
+        self._watcher = loop.create_task(self._watch(self._monitor))
         _log.info("control: listening on %s", self._address)
         if keys is None and not self._address.is_local:
             _log.warning(_PLAIN, self._address)
@@ -350,37 +346,14 @@ class ControlServer:
 
     async def _read(self, router: zmq.asyncio.Socket) -> None:
         while True:
-            # Not recv: what it took would be heard behind what the monitor has to say.
-            await router.poll()
-            await self._hear_all(router)
-
-    async def _hear_all(self, router: zmq.asyncio.Socket) -> None:
-        """Take all that has come: who reads a part leaves the other reader asleep."""
-        done = False
-        while not done:
-            done = self._hear(router)
-            # Nothing here yields while messages are waiting.
+            for _ in range(FRAMES_A_TURN):
+                frames = await router.recv_multipart(copy=False)
+                try:
+                    self._take(frames)
+                except Exception:  # noqa: BLE001 - one peer must not stop the rest
+                    _log.exception("control: a message could not be handled")
+            # recv_multipart does not yield while messages are waiting.
             await asyncio.sleep(0)
-
-    def _hear(self, router: zmq.asyncio.Socket) -> bool:
-        """Take what one turn may; return whether that was all."""
-        for _ in range(FRAMES_A_TURN):
-            frames = try_receive_frames(router)
-            if frames is None:
-                self._lose(self._doors.lost())
-                return True
-            self._heard += 1
-            try:
-                self._take(frames)
-            except Exception:  # noqa: BLE001 - one peer must not stop the rest
-                _log.exception("control: a message could not be handled")
-        self._catch_up()  # who watches the links may be the one that reads here
-        self._lose(self._doors.lost(self._heard))
-        return False
-
-    def _lose(self, links: list[Link]) -> None:
-        for link in links:
-            link.apply(link.core.lost(lost_text(self._options)))
 
     def _take(self, frames: list[zmq.Frame]) -> None:
         identity = frames[0].bytes
@@ -443,23 +416,27 @@ class ControlServer:
             return self._peer_address(frame)
         return str(frame.get("User-Id"))
 
-    async def _watch(
-        self, monitor: zmq.asyncio.Socket, router: zmq.asyncio.Socket
-    ) -> None:
+    async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
         while True:
             # Events are taken by _catch_up alone: one that waited in a future here
             # would be heard behind the Hello of a link that has its descriptor.
             await monitor.poll()
             self._catch_up()
-            await self._hear_all(router)
+            await asyncio.sleep(0)
+
+    def _link_event(self, frames: list[bytes]) -> None:
+        for link in self._doors.take(frames):
+            link.apply(link.core.lost(lost_text(self._options)))
 
     def _catch_up(self) -> None:
         """Take what the monitor has to say now: a descriptor may have a new owner."""
         while self._monitor is not None:
-            frames = try_receive(self._monitor)
-            if frames is None:
+            waiting = asyncio.ensure_future(
+                self._monitor.recv_multipart(flags=zmq.NOBLOCK)
+            )
+            if not waiting.done() or waiting.exception() is not None:
                 return
-            self._doors.take(frames, self._heard)
+            self._link_event(waiting.result())
 
     def _too_many(self, client: str) -> str:
         """Return why one more connection with ``client`` is too many, or nothing."""
@@ -540,12 +517,7 @@ class ControlServer:
         """Send one frame to the link's peer."""
         if self._router is None:
             return "not started"
-        problem = try_send(self._router, [self._identities[link], frame])
-        if problem == LINK_CLOSED and link.core.is_established:
-            # The monitor says so as well, and behind what is still unread.
-            link.is_cut = True
-            return ""
-        return problem
+        return try_send(self._router, [self._identities[link], frame])
 
     async def link_job(self, link: Link, job: Action) -> None:
         """Call the delegate's coroutine for ``job``."""

@@ -2,20 +2,17 @@
 
 ZMQ tells it by descriptors, which are used again. All is said by one thread, and a
 link's coming before any message of it; so whoever has taken all that was said before
-a link's first message knows whose descriptor it is. What a link that is gone has said
-may be unread at that time; it is lost when that has been heard.
+a link's first message knows whose descriptor it is.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from kvxfer.control_io import RECEIVE_QUEUE
 from kvxfer.control_link import Link
 
 __all__ = ["MONITORED", "LinkWatch"]
@@ -44,8 +41,6 @@ class LinkWatch:
         self.accepted = self.ready = self.closed = 0
         self._by_fd: dict[int, set[Link]] = {}
         self._fd_of: dict[Link, int] = {}
-        self._gone: dict[Link, int] = {}
-        """With how many messages will have been heard when its last surely has."""
         self._next_log = 0.0
 
     def add(self, fd: int | str | bytes, link: Link) -> None:
@@ -56,7 +51,6 @@ class LinkWatch:
 
     def remove(self, link: Link) -> None:
         """Forget a link. Twice is fine."""
-        self._gone.pop(link, None)
         fd = self._fd_of.pop(link, None)
         if fd is not None:
             links = self._by_fd[fd]
@@ -64,13 +58,8 @@ class LinkWatch:
             if not links:
                 del self._by_fd[fd]
 
-    def take(self, frames: list[bytes], heard: int) -> None:
-        """Take one message of the monitor.
-
-        Args:
-          frames: The message.
-          heard: How many messages of all links have been heard so far.
-        """
+    def take(self, frames: list[bytes]) -> list[Link]:
+        """Take one message of the monitor; return the links that are gone by it."""
         event = parse_monitor_message(frames)
         kind = int(event["event"])
         if kind == zmq.EVENT_ACCEPTED:
@@ -81,23 +70,8 @@ class LinkWatch:
             self.log_refused(zmq.strerror(int(event["value"])))
         elif kind == zmq.EVENT_DISCONNECTED:
             self.closed += 1
-            fd = int(event["value"])
-            links = self._by_fd.get(fd, set()) - self._gone.keys()
-            # ZMQ gives messages of all links in turn, and has a queue of each.
-            n_queues = self.accepted - self.closed + len(self._gone) + len(links)
-            for link in links:
-                self._gone[link] = heard + n_queues * RECEIVE_QUEUE
-
-    def lost(self, heard: float = math.inf) -> list[Link]:
-        """Return once the links that are gone, and of which all has been heard.
-
-        Args:
-          heard: As for :meth:`take`; infinite when none waits.
-        """
-        found = [link for link, due in self._gone.items() if due <= heard]
-        for link in found:
-            del self._gone[link]
-        return found
+            return list(self._by_fd.get(int(event["value"]), ()))
+        return []
 
     def log_refused(self, why: str) -> None:
         """Log why a connection could not be taken, every ten seconds at most."""

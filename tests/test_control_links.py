@@ -12,16 +12,12 @@ import struct
 import termios
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-import pytest
 import zmq
 
 from kvxfer import wire
-from kvxfer.control import CloseCause, ControlServer
-from kvxfer.control_io import RECEIVE_QUEUE, try_send
-from kvxfer.control_link import FRAMES_A_TURN, Link
-from kvxfer.control_watch import LinkWatch
+from kvxfer.control import ControlServer
 from tests import control_messages as make
 from tests.endpoints import SOON, until
 from tests.test_control import Listener, dialed, make_server
@@ -149,64 +145,3 @@ async def test_what_was_said_before_the_end_is_heard_before_it() -> None:
             "request",
             "closed",
         ]
-
-
-@pytest.mark.parametrize("answered", [False, True])
-async def test_the_last_words_of_a_dialer_are_heard_before_its_end(
-    answered: bool,
-) -> None:
-    """However many there are, and though an answer to them cannot be sent."""
-    listener = Listener()
-    words = 3 * FRAMES_A_TURN
-    patience: dict[str, Any] = {"ping_interval": SOON, "ping_timeout": 3 * SOON}
-    async with make_server(listener, **patience) as server:
-        with dial(server) as link:
-            await until(lambda: listener.conn_ids)
-            (conn_id,) = listener.conn_ids
-            link.sendall(framed(make.accept(conn_id=conn_id)))
-            await until(lambda: "established" in listener.calls)
-            (fd,) = server._doors._by_fd
-            for generation in range(1, words + 1):
-                word = wire.Finish(conn_id=conn_id, generation=generation, total=0)
-                link.sendall(framed(word))
-            link.sendall(framed(wire.Bye(conn_id=conn_id, reason="that is all")))
-            link.shutdown(socket.SHUT_WR)
-            hold_until(lambda: not is_open(fd))
-        monitor = server._monitor
-        assert monitor is not None
-        hold_until(lambda: select.select([monitor.FD], [], [], 0)[0])
-        if answered:
-            hold_until(lambda: _is_unreachable(server, conn_id))
-            assert not server.send_credit(conn_id, 1, 1)
-        await until(lambda: listener.reasons)
-        assert listener.calls.count("request") == words
-        assert listener.reasons[conn_id].cause is CloseCause.BYE
-        assert "that is all" in listener.reasons[conn_id].text
-
-
-def _is_unreachable(server: ControlServer, conn_id: int) -> bool:
-    """Whether ZMQ sends nothing to a dialer any more."""
-    assert server._router is not None
-    link = server._by_conn_id[conn_id]
-    frame = wire.encode(wire.Pong(seq=1))
-    return bool(try_send(server._router, [server._identities[link], frame]))
-
-
-def test_the_end_of_a_link_does_not_wait_for_ever() -> None:
-    """Others say so much that there is always something to hear."""
-
-    def event(kind: int, fd: int) -> list[bytes]:
-        return [struct.pack("=HI", kind, fd), b"tcp://127.0.0.1:1"]
-
-    watch = LinkWatch()
-    links = {fd: cast("Link", object()) for fd in (5, 6, 7)}
-    for fd, link in links.items():
-        watch.take(event(zmq.EVENT_ACCEPTED, fd), 0)
-        watch.add(fd, link)
-    watch.take(event(zmq.EVENT_DISCONNECTED, 5), 100)
-    watch.take(event(zmq.EVENT_DISCONNECTED, 6), 200)
-    full = 3 * RECEIVE_QUEUE
-    assert watch.lost(100 + full - 1) == []
-    assert watch.lost(100 + full) == [links[5]]
-    assert watch.lost(200 + full - 1) == []
-    assert watch.lost() == [links[6]] and watch.lost() == []
