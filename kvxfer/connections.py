@@ -66,9 +66,8 @@ class Incoming:
         self.told_bytes = 0
         self.told_records = 0
         self.gone = asyncio.get_running_loop().create_future()
-        self.is_gone = False
-        """Released: nothing of it is heard of any more."""
         self.released = asyncio.Event()
+        """Set: nothing of it is heard of any more."""
         self.drained = asyncio.Event()
         self.flusher: Flusher | None = None
         """What reads back all that arrives, before anyone is told; None: nothing."""
@@ -113,7 +112,7 @@ class Connections:
 
     def consumed(self, incoming: Incoming, head: int) -> None:
         """Give credit for the ring back, in portions of a quarter."""
-        if incoming.is_gone:
+        if incoming.released.is_set():
             return
         # Arrivals that waited for a consumer may come behind younger ones here.
         incoming.consumed_bytes = max(incoming.consumed_bytes, head)
@@ -349,7 +348,6 @@ class Connections:
             incoming.log.exception("the QP of %s could not be destroyed", incoming.peer)
         finally:
             del self.incoming[conn_id]
-            incoming.is_gone = True
             # Its queue may have become another connection's while it was waited.
             if self._by_queue.get(incoming.queue) is incoming:
                 del self._by_queue[incoming.queue]

@@ -432,7 +432,7 @@ class Server:
 
     def _landed(self, incoming: Incoming, record: Record, head: int) -> None:
         """Tell of what is in place."""
-        if incoming.is_gone:
+        if incoming.released.is_set():
             return
         self._host.counters.arrived(len(record.block_ids), record.n_bytes)
         try:
