@@ -99,6 +99,33 @@ static void blocks_of_one_size(void)
 	}
 }
 
+/* Blocks with something of another size behind them, before, behind and among them. */
+static void a_record_behind_blocks(void)
+{
+	struct iovec ranges[101];
+	char *const pool = (char *)((uintptr_t)1 << 40);
+	uint32_t i;
+
+	for (i = 0; i < 100; i++)
+		ranges[i] = (struct iovec){ pool + 1024 * (i * 7 % 101), 1024 };
+	ranges[100] = (struct iovec){ pool - 5008, 5008 };
+	CHECK(soft_are_disjoint(&marks, ranges, 101));
+	ranges[100].iov_base = pool + 1024 * 101 + 8;
+	CHECK(soft_are_disjoint(&marks, ranges, 101));
+	ranges[100].iov_base = pool - 5007;
+	CHECK(!soft_are_disjoint(&marks, ranges, 101));
+	ranges[100].iov_base = pool + 1024 * 101 - 1;
+	CHECK(!soft_are_disjoint(&marks, ranges, 101));
+	ranges[100].iov_base = pool + 50008;
+	CHECK(!soft_are_disjoint(&marks, ranges, 101));
+	ranges[100].iov_base = pool - 5008;
+	ranges[3].iov_base = ranges[4].iov_base;
+	CHECK(!soft_are_disjoint(&marks, ranges, 101));
+	/* Two of which one could be called the last: alone there is no overlap. */
+	ranges[1] = (struct iovec){ (char *)ranges[0].iov_base + 1, 512 };
+	CHECK(!soft_are_disjoint(&marks, ranges, 2));
+}
+
 /* The marks of the last round of 2^24 are not those of the first. */
 static void rounds_begin_again(void)
 {
@@ -290,6 +317,7 @@ static void holes(bool source)
 int main(void)
 {
 	disjoint();
+	a_record_behind_blocks();
 	blocks_of_one_size();
 	rounds_begin_again();
 	everything_once();
