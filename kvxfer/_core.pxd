@@ -314,6 +314,7 @@ cdef struct Core:               # all that an engine has but its Python objects
     bint threaded               # it runs
     bint thread_drives          # it sees to completions; else Python does
     bint thread_sleeps          # and is to be woken by wake_fd
+    bint wants_wake             # by whoever has the lock, when he lets go of it
     bint stopping               # it is to end
     int wake_fd                 # eventfd: there is something for the thread
     int loop_fd                 # epoll: these two; the channel while Python drives
@@ -366,6 +367,7 @@ cdef void retire_bytes(Core *core, Queue *queue, Lane *lane) noexcept nogil
 cdef bint is_drained(Queue *queue) noexcept nogil
 cdef void end_if_drained(Core *core, Queue *queue) noexcept nogil
 cdef bint has_news(Core *core) noexcept nogil
-cdef void tell(Core *core) noexcept nogil
+cdef void let_go(Core *core) noexcept nogil
+cdef void leave(Core *core) noexcept nogil
 cdef void fail(Core *core, Queue *queue, int status) noexcept nogil
 cdef void fail_all(Core *core, int status) noexcept nogil

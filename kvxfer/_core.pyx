@@ -378,15 +378,30 @@ cdef bint has_news(Core *core) noexcept nogil:
             or core.n_unreported != 0 or core.behind)
 
 
-cdef void tell(Core *core) noexcept nogil:
-    """Wake Python if there is something for it and it waits to be told.
+cdef void let_go(Core *core) noexcept nogil:
+    """Let go of the lock, then wake the thread if it is wanted.
 
-    To be called before the lock is let go by whoever may have ended an operation
-    and does not hand it over himself. News and the wish to be told are both under
-    the lock, so none is missed.
+    Not the other way round: on a busy machine who is woken gets the processor of who
+    wakes him, and then waits for this lock.
     """
-    if core.waits and has_news(core):
+    cdef bint wanted = core.wants_wake
+    core.wants_wake = False
+    pthread_mutex_unlock(&core.lock)
+    if wanted:
+        eventfd_write(core.wake_fd, 1)
+
+
+cdef void leave(Core *core) noexcept nogil:
+    """As ``let_go``; and wake Python if there is something for it and it waits.
+
+    For whoever may have ended an operation and does not hand it over himself. News and
+    the wish to be told are both under the lock, so none is missed.
+    """
+    cdef bint told = core.waits and has_news(core)
+    if told:
         core.waits = False
+    let_go(core)
+    if told:
         eventfd_write(core.news_fd, 1)
 
 

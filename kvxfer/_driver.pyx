@@ -77,7 +77,7 @@ cdef bint _may_linger = len(os.sched_getaffinity(0)) > 1
 cdef bint _sleep(Core *core, bint listening) noexcept nogil:
     """Wait until there is work, or an event if ``listening``. The lock is held.
 
-    It is let go meanwhile.
+    It is let go meanwhile, and Python told what there is to tell.
     """
     cdef:
         pollfd fds[2]
@@ -85,7 +85,7 @@ cdef bint _sleep(Core *core, bint listening) noexcept nogil:
     fds[0] = pollfd(core.wake_fd, POLLIN, 0)
     fds[1] = pollfd(core.channel.fd, POLLIN, 0)
     core.thread_sleeps = True
-    pthread_mutex_unlock(&core.lock)
+    leave(core)
     poll(fds, 2 if listening else 1, -1)
     pthread_mutex_lock(&core.lock)
     core.thread_sleeps = False
@@ -95,8 +95,8 @@ cdef bint _sleep(Core *core, bint listening) noexcept nogil:
 
 
 cdef void _breathe(Core *core) noexcept nogil:
-    """Let others have the lock, and the processor if they wait for one."""
-    pthread_mutex_unlock(&core.lock)
+    """Tell what there is to tell, and let others have lock and processor."""
+    leave(core)
     sched_yield()
     pthread_mutex_lock(&core.lock)
 
@@ -116,11 +116,9 @@ cdef void _drive(Core *core) noexcept nogil:
         if not more and before == core.n_polled and now_ns() - last >= _spin_ns:
             more = listen(core, BUDGET)
             if not more and before == core.n_polled:
-                tell(core)
                 _sleep(core, True)
                 last = now_ns()
                 continue
-        tell(core)
         if before != core.n_polled:
             last = now_ns()
         _breathe(core)
@@ -132,7 +130,6 @@ cdef void _hand_back(Core *core) noexcept nogil:
     cdef bint more = listen(core, BUDGET)
     if core.stopping:
         core.behind = more
-    tell(core)
     if core.stopping or not (more or wants_thread(core)):
         core.thread_drives = False
         watch_channel(core, True)
@@ -153,7 +150,10 @@ cdef void linger(Core *core, Batch *batch) noexcept nogil:
     while (batch.n_open and not core.thread_drives and core.n_ready == 0
             and core.flying_bytes <= LINGER_BYTES and not drain(core, BUDGET)
             and batch.n_open and now_ns() < deadline):
-        _breathe(core)
+        # Of what ends meanwhile Python need not be told: it is here.
+        let_go(core)
+        sched_yield()
+        pthread_mutex_lock(&core.lock)
 
 
 cdef void *_adaptive(void *argument) noexcept nogil:
@@ -165,7 +165,7 @@ cdef void *_adaptive(void *argument) noexcept nogil:
             _hand_back(core)
         else:
             _sleep(core, False)
-    pthread_mutex_unlock(&core.lock)
+    leave(core)
     return NULL
 
 
@@ -177,10 +177,9 @@ cdef void *_spin(void *argument) noexcept nogil:
             _sleep(core, False)
         pump(core)
         drain(core, BUDGET)
-        tell(core)
         _breathe(core)
     _hand_back(core)
-    pthread_mutex_unlock(&core.lock)
+    leave(core)
     return NULL
 
 
@@ -243,11 +242,11 @@ cdef class Driver(Handle):
             pthread_mutex_lock(&self.core.lock)
             self.core.stopping = True
             wake_thread(self.core)
-            pthread_mutex_unlock(&self.core.lock)
+            let_go(self.core)
             pthread_join(self.core.thread, NULL)
             pthread_mutex_lock(&self.core.lock)
             self.core.threaded = False
-            pthread_mutex_unlock(&self.core.lock)
+            let_go(self.core)
 
     cdef int _destroy(self) except? -1:
         self._stop()

@@ -193,8 +193,7 @@ cdef class Engine:
             err = post_receives(self.core, queue, n)
             if err == 0:
                 settle(self.core, BUDGET)
-            tell(self.core)
-            pthread_mutex_unlock(&self.core.lock)
+            leave(self.core)
         if err:
             self._drop_queue(queue)
             raise verbs_error(err, "ibv_post_recv", f"{receives} on each QP")
@@ -211,7 +210,7 @@ cdef class Engine:
         pthread_mutex_lock(&self.core.lock)
         if queue.failed and not queue.reported and self.core.n_unreported:
             self.core.n_unreported -= 1
-        pthread_mutex_unlock(&self.core.lock)
+        let_go(self.core)
         self._drop_queue(queue)
 
     def abort(self, slot):
@@ -223,8 +222,7 @@ cdef class Engine:
         with nogil:
             pthread_mutex_lock(&self.core.lock)
             stop(self.core, queue)
-            tell(self.core)
-            pthread_mutex_unlock(&self.core.lock)
+            leave(self.core)
 
     def flush(self, slot):
         """Make sure that a failed queue, its QPs in ERR, reports its last WRs."""
@@ -235,8 +233,7 @@ cdef class Engine:
             pthread_mutex_lock(&self.core.lock)
             flush(self.core, queue)
             settle(self.core, BUDGET)
-            tell(self.core)
-            pthread_mutex_unlock(&self.core.lock)
+            leave(self.core)
 
     def forget(self, slot):
         """End the operations of a queue whose QPs have been destroyed.
@@ -251,8 +248,7 @@ cdef class Engine:
             forget(self.core, queue)
             # Others may have waited for its part of the CQ and the window.
             settle(self.core, BUDGET)
-            tell(self.core)
-            pthread_mutex_unlock(&self.core.lock)
+            leave(self.core)
 
     def unretired(self, slot):
         """Return how many posted WRs of a queue have not come back yet."""
@@ -275,8 +271,7 @@ cdef class Engine:
             queue.records_consumed = max(queue.records_consumed, records)
             relist(self.core, queue)
             settle(self.core, BUDGET)
-            tell(self.core)
-            pthread_mutex_unlock(&self.core.lock)
+            leave(self.core)
 
     # -- operations ------------------------------------------------------------
 
@@ -351,8 +346,7 @@ cdef class Engine:
             pthread_mutex_lock(&self.core.lock)
             cancel(self.core, op_id)
             settle(self.core, BUDGET)
-            tell(self.core)
-            pthread_mutex_unlock(&self.core.lock)
+            leave(self.core)
 
     # -- progress --------------------------------------------------------------
 
@@ -384,7 +378,7 @@ cdef class Engine:
             self.core.arrivals_tail = &self.core.arrivals
             unreported = self.core.n_unreported
             self.core.waits = True
-            pthread_mutex_unlock(&self.core.lock)
+            let_go(self.core)
         return Progress(
             take_finished(self.core, finished), take_arrivals(arrivals),
             take_failed(self.core) if unreported else [], more)

@@ -136,10 +136,10 @@ cdef void hand_over(Core *core) noexcept nogil:
 
 
 cdef void wake_thread(Core *core) noexcept nogil:
-    """Have the thread look, if it sleeps."""
+    """Have the thread look, if it sleeps, once the lock is let go."""
     if core.threaded and core.thread_sleeps:
         core.thread_sleeps = False
-        eventfd_write(core.wake_fd, 1)
+        core.wants_wake = True
 
 
 cdef void watch_channel(Core *core, bint wanted) noexcept nogil:

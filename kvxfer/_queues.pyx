@@ -53,14 +53,14 @@ cdef Queue *new_queue(
     queue.lane = queue.n_lanes - 1    # the first is next
     pthread_mutex_lock(&core.lock)
     if not _make_slot(core, slot):
-        pthread_mutex_unlock(&core.lock)
+        let_go(core)
         free(queue)
         raise MemoryError
     core.queues[slot] = queue
     core.n_queues += 1
     if core.mode == SPIN:
         wake_thread(core)
-    pthread_mutex_unlock(&core.lock)
+    let_go(core)
     return queue
 
 
@@ -119,7 +119,7 @@ cdef void drop_queue(Core *core, Queue *queue) noexcept:
     relist(core, queue)
     core.queues[queue.slot] = NULL
     kvx_template_forget(&core.template)
-    pthread_mutex_unlock(&core.lock)
+    let_go(core)
     free_queue(queue)
 
 
@@ -272,5 +272,5 @@ cdef list take_failed(Core *core):
             queue.reported = True
             result.append(slot)
     core.n_unreported = 0
-    pthread_mutex_unlock(&core.lock)
+    let_go(core)
     return result

@@ -10,7 +10,7 @@ cdef enum:
 cdef Batch *prepare(
     Core *core, Queue *queue, rows, local_ids, remote_ids, bytes request_id,
     uint64_t key, tuple tag) except? NULL
-cdef bint start(Core *core, Batch *batch, bint leave) noexcept
+cdef bint start(Core *core, Batch *batch, bint later) noexcept
 cdef void release(Core *core, Batch *batch) noexcept
 cdef tuple summary(Batch *batch)
 cdef list take_finished(Core *core, Op *first)

@@ -214,7 +214,7 @@ cdef bint _reserve_ops(Core *core, Queue *queue, uint32_t n) noexcept:
     with nogil:
         pthread_mutex_lock(&core.lock)
         failed = reserve(core, queue, n)
-        pthread_mutex_unlock(&core.lock)
+        let_go(core)
     return failed
 
 
@@ -245,10 +245,10 @@ cdef Batch *prepare(
     return batch
 
 
-cdef bint start(Core *core, Batch *batch, bint leave) noexcept:
+cdef bint start(Core *core, Batch *batch, bint later) noexcept:
     """Admit a submission; return whether it has ended well and was taken back.
 
-    With ``leave`` it is left to be told of like all others. In any case the caller
+    With ``later`` it is left to be told of like all others. In any case the caller
     may read it until ``release``.
     """
     cdef bint done = False
@@ -257,13 +257,12 @@ cdef bint start(Core *core, Batch *batch, bint leave) noexcept:
         admit(core, batch)
         batch.refs += 1    # the caller's
         relist(core, batch.queue)
-        if not leave:
+        if not later:
             linger(core, batch)
         settle(core, BUDGET)
-        if not leave and batch.n_open == 0:
+        if not later and batch.n_open == 0:
             done = _take_back(core, batch)
-        tell(core)
-        pthread_mutex_unlock(&core.lock)
+        leave(core)
     return done
 
 
@@ -293,7 +292,7 @@ cdef void release(Core *core, Batch *batch) noexcept:
     with nogil:
         pthread_mutex_lock(&core.lock)
         release_batch(batch)
-        pthread_mutex_unlock(&core.lock)
+        let_go(core)
 
 
 cdef tuple summary(Batch *batch):
@@ -336,7 +335,7 @@ cdef list take_finished(Core *core, Op *first):
             following = op.next
             release_batch(op.batch)
             op = following
-        pthread_mutex_unlock(&core.lock)
+        let_go(core)
     return result
 
 

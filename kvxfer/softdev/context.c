@@ -32,16 +32,55 @@ static pthread_mutex_t contexts_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct soft_list contexts = { &contexts, &contexts };
 static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
 
+/* Whose lock this thread has. */
+static __thread struct soft_context *held;
+
 void soft_lock(struct soft_context *ctx)
 {
 	pthread_mutex_lock(&ctx->gate);
 	pthread_mutex_lock(&ctx->lock);
 	pthread_mutex_unlock(&ctx->gate);
+	held = ctx;
+}
+
+bool soft_trylock(struct soft_context *ctx)
+{
+	if (pthread_mutex_trylock(&ctx->lock))
+		return false;
+	held = ctx;
+	return true;
 }
 
 void soft_unlock(struct soft_context *ctx)
 {
+	struct soft_channel *bells[SOFT_BELLS];
+	uint32_t i, n = ctx->n_bells;
+
+	for (i = 0; i < n; i++)
+		bells[i] = ctx->bells[i];
+	ctx->n_bells = 0;
+	held = NULL;
 	pthread_mutex_unlock(&ctx->lock);
+	for (i = 0; i < n; i++) {
+		soft_ring(bells[i]);
+		atomic_fetch_sub(&bells[i]->ringing, 1);
+	}
+}
+
+bool soft_ring_later(struct soft_context *ctx, struct soft_channel *channel)
+{
+	uint32_t i;
+
+	if (held != ctx)
+		return false;
+	for (i = 0; i < ctx->n_bells; i++)
+		if (ctx->bells[i] == channel)
+			return true;
+	if (i == SOFT_BELLS)
+		return false;
+	atomic_fetch_add(&channel->ringing, 1);
+	ctx->bells[ctx->n_bells++] = channel;
+	return true;
 }
 
 uint64_t soft_now_ns(void)

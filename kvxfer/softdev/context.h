@@ -49,6 +49,7 @@ struct soft_windows;
 #define SOFT_BUCKETS 1024u  /* of each hash table; a power of two */
 #define SHM_MAX_REGIONS 256 /* memfds that an adapter shares with its peers */
 
+#define SOFT_BELLS 8u
 #define CHUNK_BYTES (1u << 20)	/* moved at most per hold of ctx->lock */
 #define MAX_IOV 1024		/* the kernel's limit per call */
 #define MORE_IOV (MAX_IOV + 16) /* when long ranges are cut into pieces */
@@ -72,6 +73,9 @@ struct soft_context {
 	int datagram_fd; /* -1 before there is a UD QP; by ctx->lock */
 
 	pthread_mutex_t gate, lock; /* soft_lock() */
+	/* Whom to wake when it is let go. */
+	struct soft_channel *bells[SOFT_BELLS];
+	uint32_t n_bells;
 	struct soft_qp *qp_table[SOFT_BUCKETS];
 	struct soft_mr *lkeys[SOFT_BUCKETS], *rkeys[SOFT_BUCKETS];
 	uint64_t
@@ -134,7 +138,11 @@ extern struct soft_tally {
  * that the device thread queues up behind him.
  */
 void soft_lock(struct soft_context *ctx);
+bool soft_trylock(struct soft_context *ctx); /* false: somebody has it */
 void soft_unlock(struct soft_context *ctx);
+/* Set the channel's fd when this thread lets go of ctx->lock. False: it does not have
+ * the lock, or too many channels already. */
+bool soft_ring_later(struct soft_context *ctx, struct soft_channel *channel);
 uint64_t soft_now_ns(void);
 void soft_random(void *out, size_t size);
 struct ibv_context *soft_open_device(struct ibv_device *device,

@@ -42,7 +42,7 @@ bool soft_post_direct(struct soft_qp *qp)
 	int i;
 
 	if (!atomic_load_explicit(&qp->direct, memory_order_relaxed) ||
-	    soft_faulty(ctx) || pthread_mutex_trylock(&ctx->lock))
+	    soft_faulty(ctx) || !soft_trylock(ctx))
 		return false;
 	/* It may have gone down meanwhile. */
 	if (ctx->port_down || qp->dial != DIAL_UP || !qp->out->writable) {
@@ -66,7 +66,7 @@ void soft_listen_direct(struct soft_context *ctx, const struct soft_cq *cq)
 	if (!atomic_load_explicit(&ctx->n_rings, memory_order_relaxed))
 		return;
 	/* Who holds the lock may have seen the CQ unarmed. */
-	if (pthread_mutex_trylock(&ctx->lock)) {
+	if (!soft_trylock(ctx)) {
 		soft_wake(ctx);
 		return;
 	}
@@ -83,7 +83,7 @@ void soft_poll_direct(struct soft_context *ctx)
 	struct soft_qp *qp;
 
 	if (!atomic_load_explicit(&ctx->n_rings, memory_order_relaxed) ||
-	    soft_faulty(ctx) || pthread_mutex_trylock(&ctx->lock))
+	    soft_faulty(ctx) || !soft_trylock(ctx))
 		return;
 	for (at = ctx->shms.next; at != &ctx->shms && !ctx->port_down;
 	     at = at->next) {

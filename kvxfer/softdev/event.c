@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -111,6 +112,9 @@ int soft_destroy_comp_channel(struct ibv_comp_channel *ibchannel)
 	pthread_mutex_unlock(&channel->lock);
 	if (users)
 		return EBUSY;
+	/* Who rings has let go of all locks, and is nearly done. */
+	while (atomic_load(&channel->ringing))
+		sched_yield();
 	close(ibchannel->fd);
 	pthread_mutex_destroy(&channel->lock);
 	free(channel);
@@ -119,19 +123,43 @@ int soft_destroy_comp_channel(struct ibv_comp_channel *ibchannel)
 	return 0;
 }
 
+void soft_ring(struct soft_channel *channel)
+{
+	if (atomic_exchange(&channel->owed, false))
+		soft_event_fd_set(channel->ibv.fd);
+}
+
+/* There are no events left, channel->lock held: the fd is not to be readable. */
+static void hush(struct soft_channel *channel)
+{
+	struct pollfd look = { .fd = channel->ibv.fd, .events = POLLIN };
+
+	if (atomic_exchange(&channel->owed, false))
+		return;
+	/* Whoever has taken the debt is about to set it. */
+	while (poll(&look, 1, 0) == 0)
+		sched_yield();
+	soft_event_fd_clear(channel->ibv.fd);
+}
+
 void soft_notify_cq(struct soft_cq *cq)
 {
+	struct soft_context *ctx = to_context(cq->ibv.context);
 	struct soft_channel *channel;
+	bool first;
 
 	if (!cq->ibv.channel)
 		return;
 	channel = to_channel(cq->ibv.channel);
 	pthread_mutex_lock(&channel->lock);
 	cq->events_pending++;
-	if (list_empty(&channel->events))
-		soft_event_fd_set(channel->ibv.fd);
+	first = list_empty(&channel->events);
 	if (list_empty(&cq->event_link))
 		list_append(&channel->events, &cq->event_link);
+	if (first)
+		atomic_store(&channel->owed, true);
+	if (first && !soft_ring_later(ctx, channel))
+		soft_ring(channel);
 	pthread_mutex_unlock(&channel->lock);
 }
 
@@ -160,7 +188,7 @@ int soft_get_cq_event(struct ibv_comp_channel *ibchannel, struct ibv_cq **ibcq,
 	if (--cq->events_pending)
 		list_append(&channel->events, &cq->event_link);
 	if (list_empty(&channel->events))
-		soft_event_fd_clear(ibchannel->fd);
+		hush(channel);
 	*ibcq = &cq->ibv;
 	*cq_context = cq->ibv.cq_context;
 	pthread_mutex_unlock(&channel->lock);
@@ -190,7 +218,7 @@ void soft_forget_cq_events(struct soft_cq *cq)
 		list_remove(&cq->event_link);
 		cq->events_pending = 0;
 		if (list_empty(&channel->events))
-			soft_event_fd_clear(channel->ibv.fd);
+			hush(channel);
 	}
 	taken = cq->events_taken;
 	channel->ibv.refcnt--;

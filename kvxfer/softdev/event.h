@@ -7,6 +7,7 @@
 
 #include <infiniband/verbs.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -29,6 +30,10 @@ struct soft_channel {
 		ibv; /* fd: readable while events is not empty */
 	pthread_mutex_t lock;
 	struct soft_list events; /* CQs with events to fetch */
+	/* The fd is yet to be set: by who takes this back, who may find that it
+	 * need not be any more. */
+	atomic_bool owed;
+	atomic_uint ringing; /* who will yet look at this, without a lock */
 };
 
 static inline struct soft_channel *to_channel(struct ibv_comp_channel *channel)
@@ -45,7 +50,11 @@ void soft_ack_cq_events(struct ibv_cq *cq, unsigned int nevents);
 int soft_get_async_event(struct ibv_context *context,
 			 struct ibv_async_event *event);
 void soft_ack_async_event(struct ibv_async_event *event);
-void soft_notify_cq(struct soft_cq *cq); /* cq->lock held */
+/* cq->lock held. Who holds ctx->lock as well wakes the application when he lets go
+ * of it, and not before: it would take his processor, and then want his locks. */
+void soft_notify_cq(struct soft_cq *cq);
+/* Set the fd if it is owed. No lock needed; channel->ringing keeps it here. */
+void soft_ring(struct soft_channel *channel);
 void soft_forget_cq_events(struct soft_cq *cq);
 void soft_raise_qp(struct soft_qp *qp, enum ibv_event_type type);
 void soft_raise_cq(struct soft_cq *cq, enum ibv_event_type type);

@@ -474,9 +474,10 @@ void soft_respond(struct soft_conn *conn)
 	if (conn->rx->parked && conn->ctx->now_ns < conn->rx->rnr_at_ns &&
 	    !has_recv(&conn->qp->rq))
 		return;
-	while (what == STEP_ON && !conn->ctx->port_down)
+	/* Who is to be woken is not to wait for the next copy. */
+	while (what == STEP_ON && !conn->ctx->port_down && !conn->ctx->n_bells)
 		what = step(conn);
-	if (what == STEP_YIELD)
+	if (what == STEP_YIELD || (what == STEP_ON && conn->ctx->n_bells))
 		soft_ready(conn);
 }
 

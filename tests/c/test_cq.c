@@ -1,6 +1,8 @@
-/* CQs that change their size: what is in them stays, in its order. */
+/* CQs that change their size: what is in them stays, in its order. And their events. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <string.h>
 
@@ -150,11 +152,48 @@ static void while_it_is_used(void)
 	no_objects_left();
 }
 
+/* An event is there before its fd says so. Whoever takes it without having waited leaves
+ * nothing behind that would wake him once more, for no event. */
+static void taken_before_it_is_told(void)
+{
+	struct options options = { 0 };
+	struct pollfd look = { .events = POLLIN };
+	struct card to;
+	struct ibv_cq *cq;
+	void *context;
+	struct ibv_wc wc;
+	struct end a, b;
+	uint64_t i;
+
+	make_pair(&a, &b, &options);
+	to = card_of(&b);
+	look.fd = a.channel->fd;
+	CHECK(!fcntl(look.fd, F_SETFL, O_NONBLOCK));
+	for (i = 0; i < 20000; i++) {
+		CHECK(!a.cq->context->ops.req_notify_cq(a.cq, 0));
+		post(&a, &to, i);
+		if (i % 8 == 0) /* the usual way */
+			CHECK(poll(&look, 1, 10000) == 1);
+		while (verbs.get_cq_event(a.channel, &cq, &context))
+			CHECK(errno == EAGAIN);
+		CHECK(cq == a.cq);
+		CHECK(poll(&look, 1, 0) == 0);
+		verbs.ack_cq_events(a.cq, 1);
+		while (a.cq->context->ops.poll_cq(a.cq, 1, &wc) == 0)
+			;
+		CHECK(wc.wr_id == i && wc.status == IBV_WC_SUCCESS);
+		CHECK(poll(&look, 1, 0) == 0);
+	}
+	close_end(&b);
+	close_end(&a);
+}
+
 int main(void)
 {
 	sizes();
 	overrun_at_the_new_size();
 	while_it_is_used();
+	taken_before_it_is_told();
 	puts("cq: ok");
 	return 0;
 }
