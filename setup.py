@@ -103,6 +103,8 @@ setup(
         extension("_engine", []),
         extension("_records", [], "-O3"),
         extension("_counters", []),
+        extension("_waiter", []),
+        extension("_transfer", []),
         extension("_quick", []),
         extension("bench._limits", []),
     ],

@@ -11,6 +11,7 @@ cdef class Engine:
         readonly CompletionQueue cq
         Driver _driver
         dict _qps      # slot -> list of QueuePair, kept alive while in use
+        dict _watched  # operation -> who watches it, until it has ended
         Core *core     # the driver's
 
     cdef Queue *_new_queue(self, qps, uint32_t receives) except NULL

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,14 @@ class RingArrival(NamedTuple):
     head: int
     error: str | None
 
+class Watch: ...
+
 class Progress(NamedTuple):
     finished: list[Finished]
     arrivals: list[RingArrival]
     failed: list[int]
     more: bool
+    ended: list[Any]
 
 # Of all blocks; or blocks a slice, and a key for each slice.
 Key = int | tuple[int, Sequence[int]]
@@ -107,5 +110,8 @@ class Engine:
         key: int = 0,
         tag: tuple[int, int, int] = (0, 0, 0),
     ) -> tuple[int, int, float] | list[int]: ...
+    def watch(self, watch: Watch, op_ids: list[int]) -> None: ...
+    @property
+    def watches(self) -> set[Any]: ...
     def cancel(self, op_id: int) -> None: ...
     def progress(self) -> Progress: ...

@@ -30,6 +30,7 @@ from kvxfer._queues cimport (
 )
 from kvxfer._submission cimport (
     BUDGET,
+    Watch,
     prepare,
     release,
     start,
@@ -39,10 +40,11 @@ from kvxfer._submission cimport (
 )
 from kvxfer._verbs cimport CompletionQueue, Device, QueuePair
 
-from kvxfer._submission import Finished, Progress, RingArrival
+from kvxfer._submission import Finished, Progress, RingArrival, Watch
 from kvxfer.errors import ClosedResourceError, ProtocolError, UsageError, verbs_error
 
-__all__ = ["CANCELLED_STATUS", "Engine", "Finished", "Progress", "RingArrival"]
+__all__ = [
+    "CANCELLED_STATUS", "Engine", "Finished", "Progress", "RingArrival", "Watch"]
 
 CANCELLED_STATUS = CANCELLED
 
@@ -80,6 +82,7 @@ cdef class Engine:
         max_wr_bytes = min(max_wr_bytes, 1 << 30)
         merge_bytes = min(merge_bytes, max_wr_bytes)
         self._qps = {}
+        self._watched = {}
         self.cq = CompletionQueue(device, cq_depth)
         try:
             self._driver = Driver(self.cq, progress)
@@ -337,6 +340,19 @@ cdef class Engine:
         finally:
             release(self.core, batch)
 
+    def watch(self, Watch watch not None, list op_ids not None):
+        """Have :meth:`progress` tell ``watch`` of the ends of these operations.
+
+        To be called right after they were submitted.
+        """
+        for op_id in op_ids:
+            self._watched[op_id] = watch
+
+    @property
+    def watches(self):
+        """Who watches operations that have not ended."""
+        return set(self._watched.values())
+
     def cancel(self, uint64_t op_id):
         """Post nothing further of an operation; it ends when what is posted has.
 
@@ -362,6 +378,7 @@ cdef class Engine:
             Arrival *arrivals
             uint32_t unreported
             uint64_t count
+            list ended = []
         self._ensure_open()
         with nogil:
             eventfd_read(self.core.news_fd, &count)
@@ -380,5 +397,6 @@ cdef class Engine:
             self.core.waits = True
             let_go(self.core)
         return Progress(
-            take_finished(self.core, finished), take_arrivals(arrivals),
-            take_failed(self.core) if unreported else [], more)
+            take_finished(self.core, finished, self._watched, ended),
+            take_arrivals(arrivals),
+            take_failed(self.core) if unreported else [], more, ended)

@@ -29,7 +29,7 @@ class QuickWrites:
         device: str,
         wire: str,
     ) -> None: ...
-    # The result; or ids of operations, and how many block ids; or None.
+    # The result; or a Transfer; or None.
     def write(
         self,
         local_ids: object,

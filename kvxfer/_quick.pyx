@@ -15,6 +15,7 @@ from kvxfer._core cimport Batch, Core, Queue
 from kvxfer._counters cimport Traffic
 from kvxfer._engine cimport Engine
 from kvxfer._submission cimport prepare, release, start, summary
+from kvxfer._transfer cimport Transfer
 
 from asyncio import _get_running_loop as _running_loop
 
@@ -120,8 +121,8 @@ cdef class QuickWrites:
         """Write if nothing is unusual.
 
         Returns:
-          The result; or the ids of the operations and the number of block ids, if the
-          write has to be waited for; or None, and nothing was done.
+          The result; or the transfer, if the write has to be waited for; or None, and
+          nothing was done.
         """
         cdef:
             Queue *queue
@@ -175,7 +176,7 @@ cdef class QuickWrites:
             bint done = start(core, batch, False)
         try:
             if not done:
-                return [batch.ops[i].id for i in range(batch.n_ops)], batch.n_ids
+                return self._expect(batch, layers)
             n_bytes, n_wrs, seconds = summary(batch)
             self._traffic.wrote(
                 n_bytes, <uint64_t>batch.n_ids * batch.n_ops, n_wrs, seconds)
@@ -184,6 +185,14 @@ cdef class QuickWrites:
         self._turns.note(seconds)
         return self._result(
             n_bytes, n_wrs, seconds, self._device, self._wire, layers)
+
+    cdef Transfer _expect(self, Batch *batch, tuple layers):
+        cdef:
+            list op_ids = [batch.ops[i].id for i in range(batch.n_ops)]
+            Transfer transfer = Transfer(self._slot, layers, op_ids)
+        transfer.n_blocks = <uint64_t>batch.n_ids * batch.n_ops
+        self._engine.watch(transfer, op_ids)
+        return transfer
 
 
 cdef bint _are_ids(object ids) except -1:

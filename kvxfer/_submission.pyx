@@ -66,7 +66,8 @@ class RingArrival(NamedTuple):
 class Progress(NamedTuple):
     """What one call of :meth:`Engine.progress` found.
 
-    ``failed`` has the slots of queues that failed since the last call: their QPs
+    ``finished`` are the operations that nobody watches; ``ended`` is who has to be told
+    that all he watches has ended. ``failed`` has the slots of queues that failed since the last call: their QPs
     want to be moved to ERR. With ``more`` the budget was used up: call again soon,
     no event may come.
     """
@@ -75,6 +76,19 @@ class Progress(NamedTuple):
     arrivals: list
     failed: list
     more: bool
+    ended: list
+
+
+cdef class Watch:
+    """What is told of the ends of operations; to be derived from."""
+
+    cdef bint done(self, uint64_t op_id, uint64_t n_bytes, uint64_t n_wrs) except -1:
+        """One has ended well."""
+        return False
+
+    cdef bint failed(self, uint64_t op_id, object finished) except -1:
+        """One has not: its record says why."""
+        return False
 
 
 _RING_ERRORS = {
@@ -309,24 +323,43 @@ cdef tuple summary(Batch *batch):
     return (n_bytes, n_wrs, (died_ns - batch.born_ns) * 1e-9)
 
 
-cdef list take_finished(Core *core, Op *first):
-    """Turn finished operations into Python records and free them."""
+cdef object _record(Op *op):
+    return Finished(
+        op.id,
+        op.status,
+        bool(op.culprit),
+        op.cursor.n_bytes,
+        op.n_wrs,
+        (op.died_ns - op.batch.born_ns) * 1e-9,
+        op.wr_id,
+        op.qp_num,
+        op.vendor_err,
+    )
+
+
+cdef list take_finished(Core *core, Op *first, dict watched, list ended):
+    """Tell of finished operations those who watch them, and free them.
+
+    Of those that nobody watches the records are returned. To ``ended`` is added who
+    has to be told from outside.
+    """
     cdef:
         list result = []
         Op *op = first
         Op *following
+        Watch watch
+        bint tell
     while op is not NULL:
-        result.append(Finished(
-            op.id,
-            op.status,
-            bool(op.culprit),
-            op.cursor.n_bytes,
-            op.n_wrs,
-            (op.died_ns - op.batch.born_ns) * 1e-9,
-            op.wr_id,
-            op.qp_num,
-            op.vendor_err,
-        ))
+        watch = watched.pop(op.id, None) if watched else None
+        if watch is None:
+            result.append(_record(op))
+        else:
+            if op.status == 0:
+                tell = watch.done(op.id, op.cursor.n_bytes, op.n_wrs)
+            else:
+                tell = watch.failed(op.id, _record(op))
+            if tell:
+                ended.append(watch)
         op = op.next
     with nogil:
         pthread_mutex_lock(&core.lock)

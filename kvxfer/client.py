@@ -475,7 +475,7 @@ class Client:
           Posts nothing further and waits until what was posted has completed, so
           the local blocks may be reused at once. The remote blocks are undefined.
         """
-        ended = self._start_write(
+        begun = self._begin_write(
             peer,
             local_block_ids,
             remote_block_ids,
@@ -484,11 +484,21 @@ class Client:
             group=group,
             timeout=timeout,
         )
-        if not isinstance(ended, WriteResult):
-            return await ended
-        if peer.scheduler.turns.owed:
-            await asyncio.sleep(0)
-        return ended
+        if isinstance(begun, WriteResult):
+            if peer.scheduler.turns.owed:
+                await asyncio.sleep(0)
+            return begun
+        # As Peer.finish() does, without a coroutine of its own.
+        try:
+            await begun
+        except asyncio.CancelledError as error:
+            return await peer.finish(begun, error)
+        except BaseException:
+            peer.unbound(begun)
+            raise
+        if begun.is_done:
+            return peer.written(begun)
+        return await peer.finish(begun)
 
     def _start_write(
         self,
@@ -502,6 +512,29 @@ class Client:
         timeout: float | None,
     ) -> WriteResult | Coroutine[Any, Any, WriteResult]:
         """Begin a write: what it came to, or what has to be awaited at once."""
+        begun = self._begin_write(
+            peer,
+            local_block_ids,
+            remote_block_ids,
+            layer_idx,
+            request_id=request_id,
+            group=group,
+            timeout=timeout,
+        )
+        return begun if isinstance(begun, WriteResult) else peer.finish(begun)
+
+    def _begin_write(
+        self,
+        peer: Peer,
+        local_block_ids: object,
+        remote_block_ids: object,
+        layer_idx: int | Iterable[int] | None,
+        *,
+        request_id: str | None,
+        group: str | None,
+        timeout: float | None,
+    ) -> WriteResult | Transfer:
+        """Begin a write: what it came to, or what has to be awaited at once."""
         if not isinstance(peer, Peer):
             raise UsageError(f"peer is {peer!r}, not what connect() returned")
         quick = peer.quick if peer.host is self._host else None
@@ -512,10 +545,9 @@ class Client:
             if isinstance(ended, WriteResult):
                 return ended
             if ended is not None:
-                plan = self._plan(peer, group, layer_idx)
                 request = b"" if request_id is None else request_id.encode()
-                transfer = peer.begun(plan, *ended)
-                return peer.finish(transfer, request, self.options.write_timeout)
+                peer.await_(ended, request, self.options.write_timeout)
+                return ended
         self._ensure_open()
         if peer.host is not self._host:
             raise UsageError(f"{peer!r} is a peer of another client")
@@ -531,7 +563,7 @@ class Client:
         plan = self._plan(peer, group, layer_idx)
         begun = peer.begin(plan, local_ids, remote_ids, request)
         if isinstance(begun, Transfer):
-            return peer.finish(begun, request, seconds)
+            peer.await_(begun, request, seconds)
         return begun
 
     def _plan(

@@ -1,4 +1,4 @@
-"""Finished operations become resolved futures: the engine's end in an event loop.
+"""Finished operations wake who waits for them: the engine's end in an event loop.
 
 The only module that adds readers to a loop: for what has finished, and for what
 happens to the device itself. The loop wakes when there is a completion, or, while
@@ -13,10 +13,11 @@ import asyncio
 from collections.abc import Callable
 from typing import TypeVar
 
-from kvxfer._engine import Engine, Finished, RingArrival
+from kvxfer._engine import Engine, RingArrival
+from kvxfer._transfer import Transfer
+from kvxfer._waiter import Turn
 from kvxfer.verbs_types import AsyncEvent
 
-OnFinished = Callable[[Finished], None]
 _T = TypeVar("_T")
 
 
@@ -41,8 +42,8 @@ class Completions:
         self._on_arrival = on_arrival
         self._on_failed = on_failed
         self._on_event = on_event
-        self._waiting: dict[int, OnFinished] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._turn: Turn | None = None
         self._fd = -1
         self._device = engine.cq.device
         self._async_fd = -1
@@ -51,6 +52,7 @@ class Completions:
     def start(self) -> None:
         """Begin to listen on the running loop."""
         self._loop = asyncio.get_running_loop()
+        self._turn = Turn(self._loop)
         self._fd = self._engine.fd
         self._loop.add_reader(self._fd, self.wake)
         self._async_fd = self._device.async_fd
@@ -68,18 +70,20 @@ class Completions:
             self._watched.discard(fd)
             self._loop.remove_reader(fd)
 
-    def expect(self, op_ids: list[int], on_finished: OnFinished) -> None:
-        """Call ``on_finished`` once for each of these operations.
-
-        To be called right after they were submitted, before the loop runs again.
-        """
-        for op_id in op_ids:
-            self._waiting[op_id] = on_finished
-
     def wake(self) -> None:
-        """Take what has finished; go on in the loop's next round if there is more."""
-        if self._loop is not None and self._take():
-            self._loop.call_soon(self.wake)
+        """Take what has finished; go on in the loop's next round if there is more.
+
+        For the loop: at the end those go on that have waited for it.
+        """
+        if self._loop is None:
+            return
+        assert self._turn is not None
+        self._turn.begin()
+        try:
+            if self._take():
+                self._loop.call_soon(self.wake)
+        finally:
+            self._turn.end()
 
     def catch_up(self) -> None:
         """Take all that has finished by now, however much it is.
@@ -92,11 +96,10 @@ class Completions:
     def _take(self) -> bool:
         """Take one budget's worth; return whether there may be more."""
         progress = self._engine.progress()
-        for finished in progress.finished:
-            # Nobody waits where making the rest of its transfer failed.
-            on_finished = self._waiting.pop(finished.op_id, None)
-            if on_finished is not None:
-                self._deliver(on_finished, finished)
+        # Of operations without a transfer nobody wants to know: making the rest of
+        # theirs has failed.
+        for transfer in progress.ended:
+            self._deliver(Transfer.tell, transfer)
         for arrival in progress.arrivals:
             # As _deliver(), without a frame of its own.
             try:

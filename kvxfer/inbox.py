@@ -6,7 +6,6 @@ Filled by the server, on its loop, and emptied by those who iterate over
 
 from __future__ import annotations
 
-import asyncio
 import collections
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from time import monotonic
 
 import msgspec
 
+from kvxfer._waiter import Waiter
 from kvxfer.blocks import Ids
 from kvxfer.counters import Histogram
 
@@ -76,7 +76,7 @@ class Inbox:
             tuple[Arrival, float, Callable[[], None] | None]
         ] = collections.deque()
         self._failures: collections.deque[Failure] = collections.deque(maxlen=4096)
-        self._news: set[asyncio.Future[None]] = set()
+        self._news: set[Waiter] = set()
         self._ended = False
 
     def __len__(self) -> int:
@@ -130,7 +130,7 @@ class Inbox:
             await self._next_news()
 
     async def _next_news(self) -> None:
-        news = asyncio.get_running_loop().create_future()
+        news = Waiter()
         self._news.add(news)
         try:
             await news
@@ -139,5 +139,4 @@ class Inbox:
 
     def _wake(self) -> None:
         for news in self._news:
-            if not news.done():
-                news.set_result(None)
+            news.wake()

@@ -294,16 +294,37 @@ class Peer:
         n_blocks = len(local_ids) * len(plan.layers)
         if isinstance(ended, Transfer):
             ended.n_blocks = n_blocks
-            self._begin_write()
             return ended
         return self._result(plan.layers, n_blocks, *ended)
 
-    def begun(self, plan: Plan, op_ids: list[int], n_ids: int) -> Transfer:
-        """Take over what :attr:`quick` has begun and what has not ended."""
-        transfer = self.scheduler.expect(self.link.slot, plan, op_ids)
-        transfer.n_blocks = n_ids * len(plan.layers)
+    def await_(self, transfer: Transfer, request: bytes, timeout: float) -> None:
+        """A write has to be waited for: whoever calls this awaits it.
+
+        Then one of these: :meth:`written`, if it is done; :meth:`finish`, if it is not,
+        or if the await was cancelled; or :meth:`unbound`.
+        """
         self._begin_write()
-        return transfer
+        transfer.request = request
+        self.scheduler.bound(transfer, timeout, self._undrained)
+
+    def written(self, transfer: Transfer) -> WriteResult:
+        """A write is done: count it, and say what it came to."""
+        self.unbound(transfer)
+        return self._result(
+            transfer.layers,
+            transfer.n_blocks,
+            transfer.n_bytes,
+            transfer.n_wrs,
+            time.monotonic() - transfer.began,
+        )
+
+    def unbound(self, transfer: Transfer) -> None:
+        """Nobody waits for a write any more."""
+        self.scheduler.unbound(transfer)
+        self._end_write()
+
+    def _undrained(self) -> None:
+        self.break_("a write could not be drained")
 
     def _be_quick(self, link: Link) -> None:
         """From the first bytes on it is known how they travel."""
@@ -339,39 +360,39 @@ class Peer:
         )
 
     async def finish(
-        self, transfer: Transfer, request: bytes, timeout: float
+        self, transfer: Transfer, cancelled: asyncio.CancelledError | None = None
     ) -> WriteResult:
         """Wait until the device is done with the local blocks of a write.
 
+        Args:
+          cancelled: What has ended an await of it already.
+
         Raises and cancellation: see ``Client.write_cache``.
         """
-        loop = asyncio.get_running_loop()
-        start = loop.time()
-        scheduler = self.scheduler
         try:
-            outcome = await scheduler.run(
-                transfer, timeout, lambda: self.break_("a write could not be drained")
-            )
+            outcome = await self.scheduler.run(transfer, cancelled)
         except asyncio.CancelledError:
             self.host.counters.transfers["cancelled"] += 1
-            self._tell_failed(transfer, request, "cancelled")
+            self._tell_failed(transfer, transfer.request, "cancelled")
             raise
         except NotQuiescentError as error:
-            self._tell_failed(transfer, request, str(error))
+            self._tell_failed(transfer, transfer.request, str(error))
             error.peer = self.address
-            error.request_id = request.decode() or None
+            error.request_id = transfer.request.decode() or None
             error.fenced = self._fenced
             raise
         finally:
             self._end_write()
         if outcome is not Outcome.DONE:
-            raise await self._failure(transfer, outcome, request, timeout)
+            raise await self._failure(
+                transfer, outcome, transfer.request, transfer.timeout
+            )
         return self._result(
             transfer.layers,
             transfer.n_blocks,
             transfer.n_bytes,
             transfer.n_wrs,
-            loop.time() - start,
+            time.monotonic() - transfer.began,
         )
 
     def start(
@@ -421,14 +442,13 @@ class Peer:
             self._count(transfer, len(local_ids), time.monotonic() - began)
             on_end(transfer)
 
+        transfer.undrained = self._undrained
         scheduler.watch(transfer, ended)
         return transfer
 
     def stop(self, transfer: Transfer) -> None:
         """Post nothing further of what :meth:`start` began; it ends soon."""
-        self.scheduler.stop(
-            transfer, lambda: self.break_("a write could not be drained")
-        )
+        self.scheduler.stop(transfer)
 
     def max_blocks(self, request_id: bytes) -> int:
         """How many blocks one write may name: its record has to fit the ring."""
@@ -505,6 +525,7 @@ class Peer:
         self, transfer: Transfer, outcome: Outcome, request: bytes, timeout: float
     ) -> KVXferError:
         """Make the exception for a transfer that ended badly."""
+        assert transfer.failures is not None
         layer = transfer.failures[0][0]
         expired = outcome is Outcome.EXPIRED or transfer.expired
         self.host.counters.transfers["expired" if expired else "failed"] += 1
@@ -539,6 +560,7 @@ class Peer:
 
     def error_of(self, transfer: Transfer) -> tuple[int, KVXferError]:
         """Return layer and exception of the failure that came first."""
+        assert transfer.failures is not None
         failures = [f for f in transfer.failures if f[1].status != CANCELLED_STATUS]
         layer, record = next((f for f in failures if f[1].culprit), failures[0])
         if record.status < 0:

@@ -12,15 +12,16 @@ parts, *failed* and *quiescent*, and it is awaited until the second: when
 from __future__ import annotations
 
 import asyncio
-import enum
+import math
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kvxfer._engine import CANCELLED_STATUS, Engine, Finished
+from kvxfer._engine import Engine
 from kvxfer._quick import Turns
+from kvxfer._transfer import Outcome, Transfer
 from kvxfer.blocks import AnyIds
 from kvxfer.completions import Completions
-from kvxfer.deadlines import Deadlines
 from kvxfer.errors import NotQuiescentError
 
 _LAYER_BITS = 16
@@ -55,14 +56,6 @@ def make_key(
 PLAIN_KEY = make_key()
 
 
-class Outcome(enum.Enum):
-    """How a transfer ended."""
-
-    DONE = enum.auto()
-    FAILED = enum.auto()
-    EXPIRED = enum.auto()
-
-
 class Plan(NamedTuple):
     """What a call writes, but for the blocks."""
 
@@ -70,74 +63,6 @@ class Plan(NamedTuple):
     """As the engine knows them."""
     layers: tuple[int, ...]
     """The layer of each."""
-
-
-class Transfer:
-    """The operations of one call until the last of them has ended.
-
-    Made for each write that has to be awaited: what most never have is of the class.
-    """
-
-    n_blocks = 0
-    """What it is to move, once a layer; for the counts of whoever began it."""
-    n_bytes = 0
-    n_wrs = 0
-    expired = False
-    waiter: asyncio.Future[None] | None = None
-    drain: asyncio.TimerHandle | None = None
-    """Breaks the queue if what is posted does not complete in time."""
-    abandoned = False
-    """Its QP could be neither drained nor destroyed."""
-    on_end: Callable[[Transfer], None] | None = None
-    """Called once, where nobody waits, when it has ended or is abandoned."""
-
-    def __init__(self, slot: int, layers: tuple[int, ...], op_ids: list[int]) -> None:
-        self.slot = slot
-        self.layers = layers
-        # None at all where there are no blocks to write.
-        self.pending = dict(zip(op_ids, layers, strict=False))
-        """Operation id -> layer, of those that have not ended."""
-        self.failures: list[tuple[int, Finished]] = []
-        """Layer and record of the operations that failed."""
-
-    def note(self, finished: Finished) -> None:
-        """Take the end of one operation; wake the waiter at the last one."""
-        layer = self.pending.pop(finished.op_id)
-        self.n_wrs += finished.n_wrs
-        if finished.status == 0:
-            self.n_bytes += finished.n_bytes
-        else:
-            self.failures.append((layer, finished))
-        if not self.pending:
-            self.wake()
-
-    def wake(self) -> None:
-        """Let the waiting task look again, or whoever is to be told."""
-        if self.on_end is not None and (self.ended or self.abandoned):
-            on_end, self.on_end = self.on_end, None
-            on_end(self)
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing of it is in flight any more."""
-        return not self.pending
-
-    @property
-    def outcome(self) -> Outcome:
-        """How it ended; to be asked once it has."""
-        if not self.failures:
-            return Outcome.DONE
-        if any(f.status != CANCELLED_STATUS for _, f in self.failures):
-            return Outcome.FAILED
-        return Outcome.EXPIRED
-
-    @property
-    def layers_done(self) -> list[int]:
-        """The layers whose every byte the peer's device has acknowledged."""
-        open_layers = {*self.pending.values(), *(layer for layer, _ in self.failures)}
-        return [layer for layer in self.layers if layer not in open_layers]
 
 
 class Scheduler:
@@ -154,8 +79,8 @@ class Scheduler:
         self._engine = engine
         self._completions = completions
         self._drain_timeout = drain_timeout
-        self._transfers: set[Transfer] = set()
-        self._deadlines = Deadlines()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = math.inf
         self.turns = Turns()
         """When writes that ended before they were waited for owe the loop one."""
 
@@ -211,33 +136,46 @@ class Scheduler:
     def expect(self, slot: int, plan: Plan, op_ids: list[int]) -> Transfer:
         """Take operations that the engine has just been given as one transfer."""
         transfer = Transfer(slot, plan.layers, op_ids)
-        self._completions.expect(op_ids, transfer.note)
-        self._transfers.add(transfer)
+        self._engine.watch(transfer, op_ids)
         return transfer
 
     def watch(self, transfer: Transfer, on_end: Callable[[Transfer], None]) -> None:
         """Have ``on_end`` called when a transfer has ended or is abandoned.
 
-        For a transfer that nobody awaits by :meth:`run`. It has no deadline: whoever
-        watches it calls :meth:`stop`.
+        For a transfer that nobody awaits. It has no deadline: whoever watches it calls
+        :meth:`stop`.
         """
 
         def ended(transfer: Transfer) -> None:
-            if transfer.drain is not None:
-                transfer.drain.cancel()
-            self._transfers.discard(transfer)
+            _cancel_drain(transfer)
             on_end(transfer)
 
         transfer.on_end = ended
 
+    def bound(
+        self, transfer: Transfer, timeout: float, undrained: Callable[[], None]
+    ) -> None:
+        """Bound the time that a transfer gets; whoever calls this awaits it.
+
+        Past ``timeout`` seconds it posts nothing further and ends when what is posted
+        has completed; should that take longer than the drain timeout, ``undrained`` is
+        called: whoever owns the queue moves its QP to ERR.
+        """
+        self.turns.forget()
+        transfer.undrained = undrained
+        transfer.timeout = timeout
+        transfer.due = transfer.began + timeout
+        # One timer for all: it is set anew when it has rung, which is seldom.
+        if transfer.due < self._timer_due:
+            self._set_timer(transfer.due)
+
     async def run(
-        self, transfer: Transfer, timeout: float, break_queue: Callable[[], None]
+        self, transfer: Transfer, cancelled: asyncio.CancelledError | None = None
     ) -> Outcome:
         """Wait until a transfer has ended and return how.
 
-        Past ``timeout`` seconds it posts nothing further and ends when what is
-        posted has completed; should that take longer than the drain timeout,
-        ``break_queue`` is called: whoever owns the queue moves its QP to ERR.
+        Args:
+          cancelled: What has ended an await of the transfer already.
 
         Raises:
           NotQuiescentError: The device may still read the source blocks.
@@ -245,25 +183,17 @@ class Scheduler:
         Cancellation:
           Posts nothing further; raised when the device is done with the blocks.
         """
-        loop = asyncio.get_running_loop()
-        self.turns.forget()
-        self._deadlines.add(
-            transfer, timeout, lambda: self._expire(transfer, break_queue)
-        )
-        cancelled: asyncio.CancelledError | None = None
         try:
+            if cancelled is not None:
+                self.stop(transfer)
             while not transfer.ended and not transfer.abandoned:
-                transfer.waiter = loop.create_future()
                 try:
-                    await transfer.waiter
+                    await transfer
                 except asyncio.CancelledError as error:
-                    self.stop(transfer, break_queue)
+                    self.stop(transfer)
                     cancelled = error
         finally:
-            self._deadlines.discard(transfer, timeout)
-            if transfer.drain is not None:
-                transfer.drain.cancel()
-            self._transfers.discard(transfer)
+            self.unbound(transfer)
         if transfer.abandoned:
             raise NotQuiescentError(
                 "the QP could be neither drained nor destroyed: the device may still "
@@ -273,41 +203,68 @@ class Scheduler:
             raise cancelled
         return transfer.outcome
 
+    def unbound(self, transfer: Transfer) -> None:
+        """Nobody waits for a transfer any more."""
+        transfer.due = 0.0
+        _cancel_drain(transfer)
+
     def close(self) -> None:
         """Forget the timer; nothing may be in flight. Twice is fine."""
-        self._deadlines.close()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        self._timer_due = math.inf
 
     def abandon(self, slot: int) -> None:
         """Give up on the transfers of a queue that cannot be brought to rest."""
-        abandoned = [t for t in self._transfers if t.slot == slot]
-        for transfer in abandoned:
-            transfer.abandoned = True
-        # Whoever watches one hears of it here, and it leaves the set.
-        for transfer in abandoned:
-            transfer.wake()
+        for transfer in self._engine.watches:
+            if transfer.slot == slot:
+                transfer.abandon()
 
-    def _expire(self, transfer: Transfer, break_queue: Callable[[], None]) -> None:
+    def _set_timer(self, due: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_due = due
+        self._timer = asyncio.get_running_loop().call_later(
+            max(0.0, due - time.monotonic()), self._look
+        )
+
+    def _look(self) -> None:
+        """Stop the transfers whose time is over."""
+        self._timer = None
+        self._timer_due = math.inf
         # What has completed meanwhile counts: look before judging.
-        self._completions.wake()
-        if not transfer.ended:
-            transfer.expired = True
-            self.stop(transfer, break_queue)
+        self._completions.catch_up()
+        now = time.monotonic()
+        bounded = [t for t in self._engine.watches if t.due and not t.expired]
+        for transfer in bounded:
+            if transfer.due <= now:
+                transfer.expired = True
+                self.stop(transfer)
+        first = min((t.due for t in bounded if not t.expired), default=math.inf)
+        if first < math.inf:
+            self._set_timer(first)
 
-    def stop(self, transfer: Transfer, break_queue: Callable[[], None]) -> None:
+    def stop(self, transfer: Transfer) -> None:
         """Post nothing further of a transfer; see that it ends.
 
-        Should what is posted not complete in the drain timeout, ``break_queue`` is
-        called.
+        Should what is posted not complete in the drain timeout, ``undrained`` of the
+        transfer is called.
         """
 
         def break_unless_ended() -> None:
-            if not transfer.ended:
-                break_queue()
+            if not transfer.ended and transfer.undrained is not None:
+                transfer.undrained()
 
         if transfer.drain is not None:
             return
         transfer.drain = asyncio.get_running_loop().call_later(
             self._drain_timeout, break_unless_ended
         )
-        for op_id in list(transfer.pending):
+        for op_id in transfer.pending:
             self._engine.cancel(op_id)
+
+
+def _cancel_drain(transfer: Transfer) -> None:
+    if transfer.drain is not None:
+        transfer.drain.cancel()

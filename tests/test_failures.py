@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from kvxfer import Client, Failure, Server
+from kvxfer import Client, Failure, Server, WriteResult
 from kvxfer.adapter import Adapter
 from kvxfer.errors import (
     BrokenPeerError,
@@ -170,6 +170,24 @@ async def test_a_timeout_leaves_the_connection_usable() -> None:
             assert (pair.target.memory == before).all()
             pair.source.memory[:] = kept
         await pair.check_write([1, 2], [3, 4])
+
+
+async def test_each_write_has_a_deadline_of_its_own() -> None:
+    async with connected(big(1), big(2), sq_depth=16) as pair:
+        ids = range(64)
+        timeouts = [60.0, 0.01, 50.0, 0.06, 0.03]
+        # Far longer than the longest of those that are to be over.
+        set_faults(pair.client, "act=delay,us=400000,times=1")
+        writes = [
+            asyncio.ensure_future(
+                pair.client.write_cache(pair.peer, ids, ids, timeout=timeout)
+            )
+            for timeout in timeouts
+        ]
+        ends = await asyncio.gather(*writes, return_exceptions=True)
+        for timeout, end in zip(timeouts, ends, strict=True):
+            late = isinstance(end, WriteTimeoutError)
+            assert late is (timeout < 1), (timeout, end)
 
 
 async def test_a_deadline_that_is_met_is_no_timeout() -> None:
