@@ -67,9 +67,9 @@ class Progress(NamedTuple):
     """What one call of :meth:`Engine.progress` found.
 
     ``finished`` are the operations that nobody watches; ``ended`` is who has to be told
-    that all he watches has ended. ``failed`` has the slots of queues that failed since the last call: their QPs
-    want to be moved to ERR. With ``more`` the budget was used up: call again soon,
-    no event may come.
+    that all he watches has ended. ``failed`` has the slots of queues that failed since
+    the last call: their QPs want to be moved to ERR. With ``more`` the budget was used
+    up: call again soon, no event may come.
     """
 
     finished: list

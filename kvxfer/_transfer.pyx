@@ -1,8 +1,8 @@
 # cython: language_level=3, embedsignature=True
 """The operations of one call, until the last of them has ended.
 
-Compiled, and of few objects: of a thousand writes in flight each is out of the caches when
-it ends, and what it consists of has to be fetched again, piece by piece.
+Compiled, and of few objects: of a thousand writes in flight each is out of the caches
+when it ends, and what it consists of has to be fetched again, piece by piece.
 """
 
 import enum

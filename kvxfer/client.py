@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, cast, overload
 
 from kvxfer._engine import RingArrival
+from kvxfer._transfer import Transfer
 from kvxfer.adapter import Adapter, finish
 from kvxfer.arguments import request_bytes, request_name, seconds_of
 from kvxfer.backoff import Backoffs
@@ -30,7 +31,7 @@ from kvxfer.host import DeviceState, Host
 from kvxfer.options import Options
 from kvxfer.peer import Peer, PeerState, WriteResult
 from kvxfer.request import Request
-from kvxfer.scheduler import Plan, Transfer
+from kvxfer.scheduler import Plan
 from kvxfer.sharding import MAX_SHARDS, Shard
 from kvxfer.stream_statistics import ClientStatistics
 from kvxfer.streams import Streams
@@ -546,8 +547,9 @@ class Client:
                 return ended
             if ended is not None:
                 request = b"" if request_id is None else request_id.encode()
-                peer.await_(ended, request, self.options.write_timeout)
-                return ended
+                transfer: Transfer = ended
+                peer.await_(transfer, request, self.options.write_timeout)
+                return transfer
         self._ensure_open()
         if peer.host is not self._host:
             raise UsageError(f"{peer!r} is a peer of another client")

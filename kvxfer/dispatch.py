@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable
 
+from kvxfer._transfer import Outcome, Transfer
 from kvxfer.errors import BrokenPeerError, ClosedResourceError, KVXferError
 from kvxfer.host import Host
 from kvxfer.outbound import Chunk, Tag
@@ -19,7 +20,6 @@ from kvxfer.peer import Peer
 from kvxfer.policy import Admission, Window
 from kvxfer.remotes import Remote, Stream
 from kvxfer.requests import End, EndCode, Key
-from kvxfer.scheduler import Outcome, Transfer
 from kvxfer.stream_statistics import Lacks, PeerLoad
 
 __all__ = ["Dispatcher"]

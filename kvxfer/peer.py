@@ -19,6 +19,7 @@ import msgspec
 from kvxfer import wire as messages
 from kvxfer._engine import CANCELLED_STATUS
 from kvxfer._quick import QuickWrites
+from kvxfer._transfer import Outcome, Transfer
 from kvxfer._version import __version__
 from kvxfer.adapter import Adapter, finish
 from kvxfer.blocks import AnyIds
@@ -42,14 +43,7 @@ from kvxfer.host import Host
 from kvxfer.link import Link
 from kvxfer.logs import Bound, bind
 from kvxfer.route import Route, build, geometry_from_wire, shards_to_wire
-from kvxfer.scheduler import (
-    PLAIN_KEY,
-    Outcome,
-    Plan,
-    Scheduler,
-    Transfer,
-    make_key,
-)
+from kvxfer.scheduler import PLAIN_KEY, Plan, Scheduler, make_key
 from kvxfer.sharding import Shard
 from kvxfer.verbs_types import Access
 

@@ -14,6 +14,7 @@ import time
 from typing import Protocol
 
 from kvxfer import wire
+from kvxfer._transfer import Transfer
 from kvxfer.control import Address, InviteListener
 from kvxfer.curve import CurveKeys, client_keys
 from kvxfer.errors import BrokenPeerError, KVXferError
@@ -21,7 +22,6 @@ from kvxfer.host import Host
 from kvxfer.peer import Peer
 from kvxfer.request import Home, Request
 from kvxfer.requests import End, EndCode, RequestState, end_code
-from kvxfer.scheduler import Transfer
 
 __all__ = ["Remote", "Remotes", "Stream"]
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from kvxfer import Client, Failure, Server, WriteResult
+from kvxfer import Client, Failure, Server
 from kvxfer.adapter import Adapter
 from kvxfer.errors import (
     BrokenPeerError,

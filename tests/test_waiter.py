@@ -201,7 +201,12 @@ def test_one_that_ends_the_loop_does_not_take_the_others_along() -> None:
     async def main() -> None:
         tasks = [asyncio.ensure_future(wait(w)) for w in ("a", "exit", "b", "c")]
         await asyncio.sleep(0)
-        await in_a_turn(lambda _turn: [w.wake() for w in waiters] and None)
+
+        def wake_all(_turn: Turn) -> None:
+            for waiter in waiters:
+                waiter.wake()
+
+        await in_a_turn(wake_all)
         await asyncio.wait(tasks[2:])
 
     loop = asyncio.new_event_loop()
