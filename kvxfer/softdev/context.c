@@ -164,6 +164,7 @@ static void after_fork_in_child(void)
 	 * and the next fork of this child would wait for it. */
 	while ((at = list_pop(&contexts)))
 		orphan(soft_of(at, struct soft_context, link));
+	held = NULL;
 	pthread_mutex_unlock(&contexts_lock);
 }
 
