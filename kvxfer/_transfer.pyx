@@ -40,7 +40,8 @@ cdef class Transfer(Watch):
       expired: They are over.
       drain: The timer that breaks the queue if what is posted does not complete in
         time, by calling ``undrained``.
-      abandoned: Its QP could be neither drained nor destroyed.
+      abandoned: Its QP could be neither drained nor destroyed; who sets it calls
+        ``tell``.
       on_end: Called once, where nobody waits, when it has ended or is abandoned.
       began: When it was made, on the same clock.
     """
@@ -94,11 +95,6 @@ cdef class Transfer(Watch):
         if on_end is not None:
             on_end(self)
         self.wake()
-
-    def abandon(self):
-        """It cannot be brought to an end: whoever waits for it is told so."""
-        self.abandoned = True
-        self.tell()
 
     @property
     def ended(self):

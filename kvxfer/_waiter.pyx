@@ -11,7 +11,6 @@ a future that a task calls: see ``asyncio.isfuture``, and ``Task.__step`` in CPy
 """
 
 from asyncio import CancelledError, get_running_loop
-from contextvars import copy_context
 
 # The turn that is under way. Loops in other threads have theirs: who finds that of
 # another loop here goes on in the next turn of its own, as with a future.
@@ -63,7 +62,7 @@ cdef class Waiter:
       Ends the await and nothing else: it may be awaited again.
     """
 
-    def __cinit__(self, *args, **kwargs):
+    def __cinit__(self):
         self._loop = get_running_loop()
 
     cpdef wake(self):
@@ -89,9 +88,6 @@ cdef class Waiter:
     def __await__(self):
         return self
 
-    def __iter__(self):
-        return self
-
     def __next__(self):
         if self._over:
             raise StopIteration
@@ -101,11 +97,9 @@ cdef class Waiter:
     def get_loop(self):
         return self._loop
 
-    def add_done_callback(self, callback, *, context=None):
+    def add_done_callback(self, callback, *, context):
         self._callback = callback
-        self._context = copy_context() if context is None else context
-        if self._over:
-            self._loop.call_soon(self._go_on)
+        self._context = context
 
     def cancel(self, msg=None):
         if self._over or self._cancelled or self._callback is None:

@@ -354,20 +354,23 @@ class Client(_Face[AsyncClient]):
         """
         if not isinstance(peer, Peer):
             raise UsageError(f"peer is {peer!r}, not what connect() returned")
-        write = self._endpoint._start_write
-        with entered(self._thread_now()) as thread:
-            return thread.run_begun(
-                lambda: write(
-                    peer._peer,
-                    local_block_ids,
-                    remote_block_ids,
-                    layer_idx,
-                    request_id=request_id,
-                    group=group,
-                    timeout=timeout,
-                ),
-                WriteResult,
+
+        def write() -> WriteResult | Coroutine[Any, Any, WriteResult]:
+            begun = self._endpoint._begin_write(
+                peer._peer,
+                local_block_ids,
+                remote_block_ids,
+                layer_idx,
+                request_id=request_id,
+                group=group,
+                timeout=timeout,
             )
+            if isinstance(begun, WriteResult):
+                return begun
+            return peer._peer.finish(begun)
+
+        with entered(self._thread_now()) as thread:
+            return thread.run_begun(write, WriteResult)
 
 
 class Server(_Face[AsyncServer]):

@@ -501,29 +501,6 @@ class Client:
             return peer.written(begun)
         return await peer.finish(begun)
 
-    def _start_write(
-        self,
-        peer: Peer,
-        local_block_ids: object,
-        remote_block_ids: object,
-        layer_idx: int | Iterable[int] | None,
-        *,
-        request_id: str | None,
-        group: str | None,
-        timeout: float | None,
-    ) -> WriteResult | Coroutine[Any, Any, WriteResult]:
-        """Begin a write: what it came to, or what has to be awaited at once."""
-        begun = self._begin_write(
-            peer,
-            local_block_ids,
-            remote_block_ids,
-            layer_idx,
-            request_id=request_id,
-            group=group,
-            timeout=timeout,
-        )
-        return begun if isinstance(begun, WriteResult) else peer.finish(begun)
-
     def _begin_write(
         self,
         peer: Peer,
@@ -535,7 +512,10 @@ class Client:
         group: str | None,
         timeout: float | None,
     ) -> WriteResult | Transfer:
-        """Begin a write: what it came to, or what has to be awaited at once."""
+        """Begin a write: what it came to, or what is to be given to a wait at once.
+
+        See ``Peer.await_``.
+        """
         if not isinstance(peer, Peer):
             raise UsageError(f"peer is {peer!r}, not what connect() returned")
         quick = peer.quick if peer.host is self._host else None

@@ -304,6 +304,9 @@ class Peer:
     def written(self, transfer: Transfer) -> WriteResult:
         """A write is done: count it, and say what it came to."""
         self.unbound(transfer)
+        return self._result_of(transfer)
+
+    def _result_of(self, transfer: Transfer) -> WriteResult:
         return self._result(
             transfer.layers,
             transfer.n_blocks,
@@ -367,10 +370,10 @@ class Peer:
             outcome = await self.scheduler.run(transfer, cancelled)
         except asyncio.CancelledError:
             self.host.counters.transfers["cancelled"] += 1
-            self._tell_failed(transfer, transfer.request, "cancelled")
+            self._tell_failed(transfer, "cancelled")
             raise
         except NotQuiescentError as error:
-            self._tell_failed(transfer, transfer.request, str(error))
+            self._tell_failed(transfer, str(error))
             error.peer = self.address
             error.request_id = transfer.request.decode() or None
             error.fenced = self._fenced
@@ -378,16 +381,8 @@ class Peer:
         finally:
             self._end_write()
         if outcome is not Outcome.DONE:
-            raise await self._failure(
-                transfer, outcome, transfer.request, transfer.timeout
-            )
-        return self._result(
-            transfer.layers,
-            transfer.n_blocks,
-            transfer.n_bytes,
-            transfer.n_wrs,
-            time.monotonic() - transfer.began,
-        )
+            raise await self._failure(transfer, outcome)
+        return self._result_of(transfer)
 
     def start(
         self,
@@ -509,15 +504,13 @@ class Peer:
             hint="Connect again.",
         ) from self.error
 
-    def _tell_failed(self, transfer: Transfer, request: bytes, reason: str) -> None:
+    def _tell_failed(self, transfer: Transfer, reason: str) -> None:
         done = set(transfer.layers_done)
         missing = [layer for layer in transfer.layers if layer not in done]
         if missing:
-            self._control.send_failed(request, missing, reason)
+            self._control.send_failed(transfer.request, missing, reason)
 
-    async def _failure(
-        self, transfer: Transfer, outcome: Outcome, request: bytes, timeout: float
-    ) -> KVXferError:
+    async def _failure(self, transfer: Transfer, outcome: Outcome) -> KVXferError:
         """Make the exception for a transfer that ended badly."""
         assert transfer.failures is not None
         layer = transfer.failures[0][0]
@@ -525,32 +518,26 @@ class Peer:
         self.host.counters.transfers["expired" if expired else "failed"] += 1
         if outcome is Outcome.EXPIRED:
             # All that was posted has been acknowledged: nothing can come late.
-            error: KVXferError = self._timeout_error(transfer, timeout)
-            self._tell_failed(transfer, request, str(error))
+            error: KVXferError = _timeout_error(transfer)
+            self._tell_failed(transfer, str(error))
             error.fenced = True
         else:
             layer, error = self.error_of(transfer)
             # While there is a control connection to say it by.
-            self._tell_failed(transfer, request, str(error))
+            self._tell_failed(transfer, str(error))
             self.break_("a write failed")
             assert self._breaking is not None
             await asyncio.shield(self._breaking)
             if transfer.expired:
-                cause, error = error, self._timeout_error(transfer, timeout)
+                cause, error = error, _timeout_error(transfer)
                 error.__cause__ = cause
             error.fenced = self._fenced
         error.peer = self.address
         error.layer = layer
-        error.request_id = request.decode() or None
-        self._log(request.decode()).info("a write failed: %s", error)
+        request = transfer.request.decode()
+        error.request_id = request or None
+        self._log(request).info("a write failed: %s", error)
         return error
-
-    def _timeout_error(self, transfer: Transfer, timeout: float) -> WriteTimeoutError:
-        done = len(transfer.layers_done)
-        return WriteTimeoutError(
-            f"not written within {timeout:g} s: {done} of {len(transfer.layers)} "
-            f"layers are done"
-        )
 
     def error_of(self, transfer: Transfer) -> tuple[int, KVXferError]:
         """Return layer and exception of the failure that came first."""
@@ -709,3 +696,11 @@ class Peer:
     def is_on(self, adapter: Adapter, qp_num: int | None) -> bool:
         """Say whether this peer is reached by a QP, or by a device if that is None."""
         return self._link is not None and self._link.is_on(adapter, qp_num)
+
+
+def _timeout_error(transfer: Transfer) -> WriteTimeoutError:
+    done = len(transfer.layers_done)
+    return WriteTimeoutError(
+        f"not written within {transfer.timeout:g} s: {done} of {len(transfer.layers)} "
+        f"layers are done"
+    )

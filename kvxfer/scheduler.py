@@ -217,9 +217,12 @@ class Scheduler:
 
     def abandon(self, slot: int) -> None:
         """Give up on the transfers of a queue that cannot be brought to rest."""
-        for transfer in self._engine.watches:
-            if transfer.slot == slot:
-                transfer.abandon()
+        abandoned = [t for t in self._engine.watches if t.slot == slot]
+        for transfer in abandoned:
+            transfer.abandoned = True
+        # Whoever is told of one may look at the others.
+        for transfer in abandoned:
+            transfer.tell()
 
     def _set_timer(self, due: float) -> None:
         if self._timer is not None:

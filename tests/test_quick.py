@@ -82,11 +82,11 @@ async def test_what_does_not_end_at_once_is_awaited(kind: Callable[..., Any]) ->
         assert pair.peer.quick is not None
         ids = np.random.default_rng(1).permutation(n)
         local, remote = kind(ids), kind(ids[::-1].copy())
-        begun = pair.client._start_write(
+        begun = pair.client._begin_write(
             pair.peer, local, remote, 0, request_id="r", group=None, timeout=None
         )
         assert not isinstance(begun, WriteResult)
-        result = await begun
+        result = await pair.peer.finish(begun)
         rows = pair.source.cache.group(None).rows(0)
         assert result.bytes == n * sum(place.block_bytes for _, place in rows)
         assert [len(a.block_ids) for a in await take(pair.server, 2)] == [1, n]

@@ -49,7 +49,7 @@ struct soft_windows;
 #define SOFT_BUCKETS 1024u  /* of each hash table; a power of two */
 #define SHM_MAX_REGIONS 256 /* memfds that an adapter shares with its peers */
 
-#define SOFT_BELLS 8u
+#define SOFT_BELLS 8u /* channels woken at the end of one hold of ctx->lock */
 #define CHUNK_BYTES (1u << 20)	/* moved at most per hold of ctx->lock */
 #define MAX_IOV 1024		/* the kernel's limit per call */
 #define MORE_IOV (MAX_IOV + 16) /* when long ranges are cut into pieces */

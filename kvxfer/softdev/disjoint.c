@@ -14,8 +14,8 @@
  * units themselves, and runs of them are several.
  */
 struct units {
-	uint64_t base,
-		end; /* where some range begins, and where all are over */
+	uint64_t base; /* where some range begins */
+	uint64_t end;  /* where all are over */
 	uint64_t size;
 	int shift; /* size is 1 << shift; -1: it is no power of two */
 };
