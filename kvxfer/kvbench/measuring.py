@@ -84,11 +84,6 @@ def measured_result(
     )
 
 
-# A signal that comes right before a wait does not end it: Python's handlers run when it
-# is over, so it must not be without end.
-_LOOK = 0.2
-
-
 def at_once(
     work: Callable[[T], None], workers: Sequence[T], stop: Callable[[], None]
 ) -> None:
@@ -125,15 +120,14 @@ def at_once(
             thread.start()
         # Not join(): CPython takes one that is interrupted for a thread's end.
         for ended in ends:
-            while not ended.wait(_LOOK):
-                pass
+            ended.wait()
     except BaseException:
         stop()
         for thread, ended in zip(threads, ends, strict=True):
             while thread.ident is not None and not ended.is_set():
                 # What they use is freed next: a second Ctrl-C makes it no quicker.
                 with suppress(BaseException):
-                    ended.wait(_LOOK)
+                    ended.wait()
         raise
     finally:
         for thread in threads:

@@ -183,6 +183,15 @@ def test_a_run_that_takes_too_long(
     assert "took" in capsys.readouterr().err
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C counts: a shell has what it puts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 )
