@@ -34,6 +34,29 @@ static void prefetch(const struct iovec *to, const struct iovec *from)
 		__builtin_prefetch((const char *)to->iov_base + i, 1, 0);
 }
 
+static void ask_for_lines(const struct iovec *range, bool to_write)
+{
+	size_t i;
+
+	for (i = 0; i < range->iov_len; i += LINE)
+		if (to_write)
+			__builtin_prefetch((char *)range->iov_base + i, 1, 2);
+		else
+			__builtin_prefetch((char *)range->iov_base + i, 0, 2);
+}
+
+void soft_ask_for(const struct iovec *ranges, int n, size_t bytes,
+		  bool to_write)
+{
+	int i;
+
+	for (i = 0; i < n && bytes >= ranges[i].iov_len; i++) {
+		bytes -= ranges[i].iov_len;
+		if (ranges[i].iov_len <= SOFT_SHORT_BYTES)
+			ask_for_lines(&ranges[i], to_write);
+	}
+}
+
 #ifdef __x86_64__
 static void copy_streaming(uint8_t *to, const uint8_t *from, size_t n)
 {

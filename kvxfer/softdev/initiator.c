@@ -14,6 +14,10 @@
 /* A process may have to wait this long for a CPU; a NIC never does. */
 #define MIN_RETRY_NS (20 * NS_PER_MS)
 
+/* Of short ranges one call sends so much: what was asked for is still to be in the
+ * cache when its turn comes. */
+#define SHORT_CALL_BYTES (256u << 10)
+
 static const struct soft_failure no_answer = { IBV_WC_RETRY_EXC_ERR,
 					       KVX_SOFT_NO_ANSWER };
 static const struct soft_failure peer_gone = { IBV_WC_RETRY_EXC_ERR,
@@ -139,7 +143,17 @@ static bool still_registered(struct soft_qp *qp, struct soft_tx *tx)
 	return true;
 }
 
-static int gather(struct soft_context *ctx, struct soft_tx *tx)
+/* How much one call is to send. */
+static size_t call_bytes(const struct soft_conn *conn)
+{
+	const struct soft_tx *tx = conn->tx;
+	bool is_short = tx->at_iov < tx->n_iov &&
+			tx->iov[tx->at_iov].iov_len < SOFT_SHORT_BYTES;
+
+	return is_short && !conn->shm ? SHORT_CALL_BYTES : CHUNK_BYTES;
+}
+
+static int gather(struct soft_context *ctx, struct soft_tx *tx, size_t limit)
 {
 	struct iovec *iov = ctx->local_iov;
 	size_t bytes = 0;
@@ -149,7 +163,7 @@ static int gather(struct soft_context *ctx, struct soft_tx *tx)
 		iov[n].iov_base = tx->head + tx->head_off;
 		iov[n++].iov_len = tx->head_len - tx->head_off;
 	}
-	for (i = tx->at_iov; i < tx->n_iov && bytes < CHUNK_BYTES; i++) {
+	for (i = tx->at_iov; i < tx->n_iov && bytes < limit; i++) {
 		iov[n++] = tx->iov[i];
 		bytes += tx->iov[i].iov_len;
 	}
@@ -190,7 +204,9 @@ static bool send_chunk(struct soft_qp *qp)
 		soft_qp_fail(qp, &no_memory, NULL);
 		return false;
 	}
-	n = gather(ctx, conn->tx);
+	n = gather(ctx, conn->tx, call_bytes(conn));
+	if (!conn->shm)
+		soft_ask_for(ctx->local_iov, n, CHUNK_BYTES, false);
 	sent = soft_stream_send(conn, ctx->local_iov, n,
 				conn->tx->at_iov < conn->tx->n_iov);
 	if (sent >= 0) {
