@@ -12,10 +12,6 @@
 #include "wire_cma.h"
 #include "wire_shm.h"
 
-/* Of short ranges that are to be filled, so much is asked for ahead: what a socket
- * holds when it is read. */
-#define ASKED_BYTES (128u << 10)
-
 /* The ranges of one chunk, in ctx->local_iov (to) and ctx->remote_iov (from). */
 struct chunk {
 	struct soft_conn *conn;
@@ -182,9 +178,6 @@ static enum chunk_result receive(struct chunk *chunk)
 
 	if (!conn->readable)
 		return CHUNK_WAIT;
-	if (!conn->shm)
-		soft_ask_for(conn->ctx->local_iov, chunk->n_local, ASKED_BYTES,
-			     true);
 	do {
 		got = soft_stream_recv(conn, conn->ctx->local_iov,
 				       chunk->n_local,

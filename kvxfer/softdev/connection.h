@@ -86,6 +86,8 @@ struct soft_conn {
 	bool outgoing;
 	/* From epoll, edge-triggered; cleared on EAGAIN. */
 	bool readable, writable;
+	/* Bytes that come next and were asked for; see stream.c. */
+	size_t asked_out, asked_in;
 	uint64_t deadline_ns; /* HELLO, DRAIN: close when it passes */
 	bool broken; /* reset by the peer: what is queued counts no more */
 	bool deaf;   /* out: what the peer says is lost */

@@ -45,16 +45,18 @@ static void ask_for_lines(const struct iovec *range, bool to_write)
 			__builtin_prefetch((char *)range->iov_base + i, 0, 2);
 }
 
-void soft_ask_for(const struct iovec *ranges, int n, size_t bytes,
-		  bool to_write)
+size_t soft_ask_for(const struct iovec *ranges, int n, size_t bytes,
+		    bool to_write)
 {
+	size_t done = 0;
 	int i;
 
-	for (i = 0; i < n && bytes >= ranges[i].iov_len; i++) {
-		bytes -= ranges[i].iov_len;
-		if (ranges[i].iov_len <= SOFT_SHORT_BYTES)
+	for (i = 0; i < n && done < bytes; i++) {
+		done += ranges[i].iov_len;
+		if (ranges[i].iov_len < SOFT_SHORT_BYTES)
 			ask_for_lines(&ranges[i], to_write);
 	}
+	return done;
 }
 
 #ifdef __x86_64__

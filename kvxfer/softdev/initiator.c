@@ -14,10 +14,6 @@
 /* A process may have to wait this long for a CPU; a NIC never does. */
 #define MIN_RETRY_NS (20 * NS_PER_MS)
 
-/* Of short ranges one call sends so much: what was asked for is still to be in the
- * cache when its turn comes. */
-#define SHORT_CALL_BYTES (256u << 10)
-
 static const struct soft_failure no_answer = { IBV_WC_RETRY_EXC_ERR,
 					       KVX_SOFT_NO_ANSWER };
 static const struct soft_failure peer_gone = { IBV_WC_RETRY_EXC_ERR,
@@ -150,7 +146,7 @@ static size_t call_bytes(const struct soft_conn *conn)
 	bool is_short = tx->at_iov < tx->n_iov &&
 			tx->iov[tx->at_iov].iov_len < SOFT_SHORT_BYTES;
 
-	return is_short && !conn->shm ? SHORT_CALL_BYTES : CHUNK_BYTES;
+	return is_short && !conn->shm ? SOFT_SHORT_CALL_BYTES : CHUNK_BYTES;
 }
 
 static int gather(struct soft_context *ctx, struct soft_tx *tx, size_t limit)
@@ -205,8 +201,6 @@ static bool send_chunk(struct soft_qp *qp)
 		return false;
 	}
 	n = gather(ctx, conn->tx, call_bytes(conn));
-	if (!conn->shm)
-		soft_ask_for(ctx->local_iov, n, CHUNK_BYTES, false);
 	sent = soft_stream_send(conn, ctx->local_iov, n,
 				conn->tx->at_iov < conn->tx->n_iov);
 	if (sent >= 0) {

@@ -7,23 +7,50 @@
 #include "frame.h"
 #include "wire_shm.h"
 
+/* Of what comes next from a socket; it seldom holds more when it is read. */
+#define RECV_AHEAD_BYTES (128u << 10)
+
+/* Have what a socket takes or fills next come to the cache, unless most of it was asked
+ * for when a call before moved less. */
+static void ask_ahead(size_t *asked, const struct iovec *iov, int n,
+		      size_t bytes, bool to_write)
+{
+	if (*asked < bytes / 2)
+		*asked = soft_ask_for(iov, n, bytes, to_write);
+}
+
+static void moved(size_t *asked, ssize_t done)
+{
+	if (done > 0)
+		*asked -= (size_t)done < *asked ? (size_t)done : *asked;
+}
+
 ssize_t soft_stream_send(struct soft_conn *conn, const struct iovec *iov, int n,
 			 bool user)
 {
 	struct msghdr message = { .msg_iov = (struct iovec *)iov,
 				  .msg_iovlen = (size_t)n };
+	ssize_t done;
 
 	if (conn->shm)
 		return soft_shm_send(conn, iov, n, user);
-	return sendmsg(conn->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+	ask_ahead(&conn->asked_out, iov, n, SOFT_SHORT_CALL_BYTES, false);
+	done = sendmsg(conn->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+	moved(&conn->asked_out, done);
+	return done;
 }
 
 ssize_t soft_stream_recv(struct soft_conn *conn, const struct iovec *iov, int n,
 			 bool user)
 {
+	ssize_t done;
+
 	if (conn->shm)
 		return soft_shm_recv(conn, iov, n, user);
-	return readv(conn->fd, iov, n);
+	ask_ahead(&conn->asked_in, iov, n, RECV_AHEAD_BYTES, true);
+	done = readv(conn->fd, iov, n);
+	moved(&conn->asked_in, done);
+	return done;
 }
 
 ssize_t soft_stream_skip(struct soft_conn *conn, size_t n)

@@ -75,12 +75,15 @@ struct soft_pairs {
 /* Copy those of [first, end). down: those before them are next, else those behind
  * them; as for a soft_part_fn. */
 void soft_copy_pairs(void *pairs, uint32_t first, uint32_t end, bool down);
-/* A system call copies ranges of up to so many bytes faster if they are on their way
- * to the cache before: each of them begins with some lines that nothing foresees. */
+/* A system call copies ranges below this size faster if they are on their way to the
+ * cache before: each of them begins with some lines that nothing foresees. So much of
+ * them is for one call, or the first are out of the cache when the last are asked for. */
 #define SOFT_SHORT_BYTES (4u << 10)
-/* Have those among the first bytes of the n ranges come. They may be unmapped. */
-void soft_ask_for(const struct iovec *ranges, int n, size_t bytes,
-		  bool to_write);
+#define SOFT_SHORT_CALL_BYTES (256u << 10)
+/* Have the short ones come, until so many bytes are seen to. They may be unmapped.
+ * Returns for how many bytes it has seen to. */
+size_t soft_ask_for(const struct iovec *ranges, int n, size_t bytes,
+		    bool to_write);
 /* Copy until either list is used up. Returns the bytes copied. */
 size_t soft_copy(const struct iovec *to, int n_to, const struct iovec *from,
 		 int n_from);
