@@ -100,6 +100,15 @@ def test_neighbours_at_the_target_are_gathered(
         assert (rig.target.memory == rig.expected(ours, range(32), [0])).all()
 
 
+def test_a_run_at_the_end_of_a_chain_is_one_wr() -> None:
+    with Rig(Shape(remote_stride=64, n_planes=1), notify=False, chain=16) as rig:
+        rig.let_go()
+        ids = [i for i in range(64) if i % 3]  # 21 runs of two
+        (end,) = rig.finish(rig.submit(ids, ids))
+        assert (end.status, end.n_wrs) == (SUCCESS, 21)
+        assert (rig.target.memory == rig.expected(ids, ids, [0])).all()
+
+
 @pytest.mark.parametrize(("max_wr_bytes", "n_wrs"), [(1000, 5), (999, 6), (5000, 1)])
 def test_blocks_longer_than_a_wr_are_split(max_wr_bytes: int, n_wrs: int) -> None:
     shape = Shape(

@@ -14,6 +14,7 @@
 
 #define KVX_MAX_CHAIN 64
 #define KVX_MAX_SGE 16
+#define KVX_NOWHERE UINT64_MAX /* no block begins there */
 
 /*
  * One plane of one layer, both ends. Where an end is registered in slices of so many
@@ -106,39 +107,42 @@ kvx_merge(struct ibv_send_wr *wr, struct kvx_blocks *b,
 	  const struct kvx_limits *limits, uint64_t total, bool sliced,
 	  uint32_t room)
 {
-	const struct kvx_plane *plane = b->plane;
+	/* Copies, as in kvx_fill(). */
+	const struct kvx_plane plane = *b->plane;
+	const uint32_t *const local = b->local, *const remote = b->remote;
+	const uint64_t most = limits->merge_bytes;
 	struct ibv_sge *sge = wr->sg_list;
 	uint64_t end = wr->wr.rdma.remote_addr + total;
+	uint64_t here = sge->addr + sge->length;
+	uint32_t at = b->at, lkey = plane.lkey;
 
-	while (b->at < b->n &&
-	       total + plane->block_bytes <= limits->merge_bytes &&
-	       plane->remote_base + b->remote[b->at] * plane->remote_stride ==
-		       end) {
-		const uint64_t from = plane->local_base +
-				      b->local[b->at] * plane->local_stride;
-		const uint32_t lkey = sliced ?
-					      kvx_lkey(plane, b->local[b->at]) :
-					      plane->lkey;
+	for (; at < b->n && total + plane.block_bytes <= most; at++) {
+		const uint64_t from = plane.local_base +
+				      local[at] * plane.local_stride;
 
+		if (plane.remote_base + remote[at] * plane.remote_stride != end)
+			break;
 		if (sliced && room-- == 0)
 			break;
-		if (from == sge->addr + sge->length &&
-		    (!sliced || lkey == sge->lkey)) {
-			sge->length += (uint32_t)plane->block_bytes;
+		if (sliced)
+			lkey = kvx_lkey(&plane, local[at]);
+		if (from == here && (!sliced || lkey == sge->lkey)) {
+			sge->length += (uint32_t)plane.block_bytes;
 		} else if ((uint32_t)wr->num_sge < limits->max_sge) {
 			*++sge = (struct ibv_sge){
 				.addr = from,
-				.length = (uint32_t)plane->block_bytes,
+				.length = (uint32_t)plane.block_bytes,
 				.lkey = lkey,
 			};
 			wr->num_sge++;
 		} else {
 			break;
 		}
-		total += plane->block_bytes;
-		end += plane->block_bytes;
-		b->at++;
+		here = from + plane.block_bytes;
+		total += plane.block_bytes;
+		end += plane.block_bytes;
 	}
+	b->at = at;
 	return total;
 }
 
@@ -198,6 +202,22 @@ static inline uint32_t kvx_fill_parts(struct kvx_template *t,
 }
 
 /*
+ * The number behind the last WR to be filled without another look: from `i` on, no
+ * more than `limit`, than there are blocks left, or than `enough` if there are `done`.
+ */
+static inline uint32_t kvx_stop(uint32_t i, uint32_t limit, uint32_t left,
+				uint64_t enough, uint32_t done)
+{
+	uint32_t room = i < limit ? limit - i : 0;
+
+	if (room > left)
+		room = left;
+	if (done >= enough)
+		return i;
+	return i + (room < enough - done ? room : (uint32_t)(enough - done));
+}
+
+/*
  * Fill WRs from number `i` to `limit`, until there are no blocks left or they
  * have `max_bytes` together. Returns the number behind the last WR; adds what
  * they carry to *n_bytes. The first has wr_id, those behind it the next ones.
@@ -210,47 +230,48 @@ static inline uint32_t kvx_fill(struct kvx_template *t, struct kvx_blocks *b,
 	/* Copies: the compiler must think that a WR may overlap them. */
 	const struct kvx_plane plane = *b->plane;
 	const uint32_t *const local = b->local, *const remote = b->remote;
-	const uint32_t n = b->n;
-	uint32_t at = b->at;
-	uint64_t bytes = 0;
-	uint64_t to, end;
+	const uint32_t n = b->n, first = b->at;
+	const uint64_t enough = max_bytes / plane.block_bytes +
+				(max_bytes % plane.block_bytes != 0);
+	uint64_t end = KVX_NOWHERE; /* of the WR before, on the remote side */
+	uint32_t at = first, stop;
 
 	if (plane.block_bytes > limits->max_wr_bytes || plane.lkeys ||
 	    plane.rkeys)
 		return kvx_fill_parts(t, b, limits, i, limit, wr_id, max_bytes,
 				      n_bytes);
-	if (at == n)
-		return i;
-	to = plane.remote_base + remote[at] * plane.remote_stride;
-	while (i < limit && bytes < max_bytes) {
-		struct ibv_send_wr *wr = &t->wrs[i];
+	wr_id -= i;
+	for (;;) {
+		stop = kvx_stop(i, limit, n - at, enough, at - first);
+		for (; i < stop; i++, at++) {
+			struct ibv_send_wr *wr = &t->wrs[i];
+			const uint64_t to = plane.remote_base +
+					    remote[at] * plane.remote_stride;
 
-		if (t->planes[i] != b->plane)
-			kvx_set_constants(t, i, b->plane);
-		wr->wr_id = wr_id++;
-		t->sges[i * KVX_MAX_SGE].addr = plane.local_base +
-						local[at] * plane.local_stride;
-		wr->wr.rdma.remote_addr = to;
-		i++;
-		bytes += plane.block_bytes;
-		if (++at == n)
+			if (to == end)
+				break;
+			if (t->planes[i] != b->plane)
+				kvx_set_constants(t, i, b->plane);
+			wr->wr_id = wr_id + i;
+			t->sges[i * KVX_MAX_SGE].addr =
+				plane.local_base +
+				local[at] * plane.local_stride;
+			wr->wr.rdma.remote_addr = to;
+			end = to + plane.block_bytes;
+		}
+		if (at == n || end == KVX_NOWHERE ||
+		    plane.remote_base + remote[at] * plane.remote_stride != end)
 			break;
-		end = to + plane.block_bytes;
-		to = plane.remote_base + remote[at] * plane.remote_stride;
-		if (to != end)
-			continue;
 		/* A run: this WR deviates from the template. */
 		t->planes[i - 1] = NULL;
 		b->at = at;
-		bytes += kvx_merge(wr, b, limits, plane.block_bytes, false, 0) -
-			 plane.block_bytes;
+		kvx_merge(&t->wrs[i - 1], b, limits, plane.block_bytes, false,
+			  0);
 		at = b->at;
-		if (at == n)
-			break;
-		to = plane.remote_base + remote[at] * plane.remote_stride;
+		end = KVX_NOWHERE;
 	}
+	*n_bytes += (uint64_t)(at - first) * plane.block_bytes;
 	b->at = at;
-	*n_bytes += bytes;
 	return i;
 }
 
