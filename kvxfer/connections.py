@@ -98,7 +98,7 @@ class Connections:
         self._host = host
         self._options = host.options
         self._portion_bytes = host.options.notify_ring_bytes // 4
-        self._portion_records = max(1, host.options.notify_receives // 4)
+        self._portion_records = max(1, host.options.notify_receives // 2)
         self._losses = losses
         self._flushers: dict[Adapter, Flusher] = {}
         self._broken_flushers: list[Flusher] = []
@@ -111,7 +111,11 @@ class Connections:
         return self._by_queue.get((adapter, slot))
 
     def consumed(self, incoming: Incoming, head: int) -> None:
-        """Give credit for the ring back, in portions of a quarter."""
+        """Give credit back: for a quarter of the ring, or half of the receives.
+
+        A record may be as long as a quarter of the ring, but needs one receive; and a
+        message costs either event loop as much as several arrivals.
+        """
         if incoming.released.is_set():
             return
         # Arrivals that waited for a consumer may come behind younger ones here.

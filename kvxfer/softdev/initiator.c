@@ -11,6 +11,8 @@
 #include "wire_shm.h"
 
 #define BACKOFF_MAX_MS 50
+/* What a socket is given at once. */
+#define LONG_CALL_BYTES (2u << 20)
 /* A process may have to wait this long for a CPU; a NIC never does. */
 #define MIN_RETRY_NS (20 * NS_PER_MS)
 
@@ -139,14 +141,16 @@ static bool still_registered(struct soft_qp *qp, struct soft_tx *tx)
 	return true;
 }
 
-/* How much one call is to send. */
+/* How much one call is to send. Nobody else gets the lock before it returns. */
 static size_t call_bytes(const struct soft_conn *conn)
 {
 	const struct soft_tx *tx = conn->tx;
 	bool is_short = tx->at_iov < tx->n_iov &&
 			tx->iov[tx->at_iov].iov_len < SOFT_SHORT_BYTES;
 
-	return is_short && !conn->shm ? SOFT_SHORT_CALL_BYTES : CHUNK_BYTES;
+	if (conn->shm)
+		return CHUNK_BYTES;
+	return is_short ? SOFT_SHORT_CALL_BYTES : LONG_CALL_BYTES;
 }
 
 static int gather(struct soft_context *ctx, struct soft_tx *tx, size_t limit)
