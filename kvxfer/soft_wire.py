@@ -8,7 +8,7 @@ __all__ = ["SMALL_BLOCK", "suited"]
 
 #: Bytes. The kernel takes about a microsecond for each range that one process reads out
 #: of another, whatever its length; in a stream a range costs a fraction of that. Blocks
-#: below this size are through sooner by tcp, although two threads read at a time:
+#: up to this size are through sooner by tcp, although two threads read at a time:
 #: `kvxfer bench --preset ordinary-small`.
 SMALL_BLOCK = 2048
 
@@ -33,5 +33,5 @@ def suited(wire: str, cache: KVCache) -> str:
         for layer in group.layers
         for _, place in group.rows(layer)
     )
-    largest = max(sizes, default=SMALL_BLOCK)
-    return "tcp" if largest < SMALL_BLOCK else wire
+    largest = max(sizes, default=0)
+    return "tcp" if 0 < largest <= SMALL_BLOCK else wire

@@ -35,8 +35,8 @@ PRESETS = {
         {**_INTERLEAVED, "memory": "ordinary", "against": "pvm-readv,tcp"},
     ),
     "ordinary-small": Preset(
-        "the same, of a cache whose blocks are all below 2 KiB",
-        {**_INTERLEAVED, "memory": "ordinary", "sizes": "1K"}
+        "the same, of a cache whose blocks have 2 KiB at the most",
+        {**_INTERLEAVED, "memory": "ordinary", "sizes": "1K,2K"}
         | {"against": "pvm-readv,tcp"},
     ),
     "tcp": Preset(
