@@ -8,8 +8,8 @@ __all__ = ["SMALL_BLOCK", "suited"]
 
 #: Bytes. The kernel takes about a microsecond for each range that one process reads out
 #: of another, whatever its length; in a stream a range costs a fraction of that. Blocks
-#: up to this size are through sooner by tcp, although two threads read at a time:
-#: `kvxfer bench --preset ordinary-small`.
+#: up to this size are through sooner by tcp, or as soon, although two threads read at a
+#: time: `kvxfer bench --preset ordinary-small`.
 SMALL_BLOCK = 2048
 
 

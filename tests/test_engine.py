@@ -21,7 +21,7 @@ from kvxfer.verbs_types import QPLimits
 from tests.engine_rig import Rig, Shape, as_array
 
 if TYPE_CHECKING:
-    from kvxfer._engine import Row
+    from kvxfer._engine import Pair, Row
 
 SUCCESS, FLUSHED, REM_ACCESS = 0, 5, 10
 
@@ -98,6 +98,23 @@ def test_neighbours_at_the_target_are_gathered(
         (end,) = rig.finish(rig.submit(ours, range(32)))
         assert (end.status, end.n_wrs) == (SUCCESS, n_wrs)
         assert (rig.target.memory == rig.expected(ours, range(32), [0])).all()
+
+
+class _AtTheTop(Rig):
+    """A peer that says that its only plane is the last byte that there is."""
+
+    def pair(self, index: int, **changes: int) -> Pair:
+        return super().pair(index, remote_base=2**64 - 1, **changes)
+
+
+def test_a_block_may_be_said_to_begin_anywhere() -> None:
+    shape = Shape(n_remote=1, block_bytes=1, n_planes=1, n_rows=1)
+    with _AtTheTop(shape, notify=False) as rig:
+        rig.let_go()
+        (end,) = rig.finish(rig.submit([3], [0]))
+        assert end.status != SUCCESS
+        assert end.n_wrs == 1
+        assert (rig.target.memory == rig.before).all()
 
 
 def test_a_run_at_the_end_of_a_chain_is_one_wr() -> None:

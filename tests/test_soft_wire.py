@@ -7,7 +7,7 @@ import pytest
 from kvxfer import Client, KVCache
 from tests.endpoints import QUICK, arena, connected, dial
 
-SMALL, LARGE = {"k": 2048, "v": 1024}, {"k": 4096, "scales": 64}
+SMALL, LARGE = {"k": 2048, "v": 1024}, {"k": 2056, "scales": 64}
 
 
 @pytest.mark.parametrize(

@@ -213,10 +213,11 @@ def sweep(
     async def until_stopped(stop: asyncio.Event) -> int:
         outputs.check()
         chosen = flags.choose(ours, against or (), target)
-        flags.check(workload, settings)
+        flags.check(chosen[0], workload, settings)
         present, absent = await asyncio.to_thread(
             flags.find_peers, chosen, settings.peer_python
         )
+        flags.require(chosen[0], absent)
         outcome = await measure(stop, present, workload, settings)
         if outcome is None:
             return 130

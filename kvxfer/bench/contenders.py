@@ -26,6 +26,7 @@ class Contender:
       packages: How that is installed.
       memory: ``shared`` or ``ordinary`` where it takes only the one.
       parameters: For its code.
+      ignores: Options of the bench that it takes no notice of, and does one of.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Contender:
     packages: str = ""
     memory: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    ignores: tuple[str, ...] = ()
 
     @property
     def is_peer(self) -> bool:
@@ -49,37 +51,61 @@ WRITE_CACHE = Contender(
 )
 REMOTE = Contender(OURS, "remote", "write_cache into a kvxfer serve elsewhere")
 
+_ALONE = ("--threads", "--depth")
+_ON_ONE_QP = (*_ALONE, "--qps")
 _LOOPBACK = {"UCX_NET_DEVICES": "lo"}
 _MOONCAKE: dict[str, Any] = {
     "module": "mooncake.engine",
     "packages": "numpy mooncake-transfer-engine-non-cuda",
+    "ignores": _ALONE,
 }
-_NIXL: dict[str, Any] = {"module": "nixl", "packages": "numpy torch nixl"}
+_NIXL: dict[str, Any] = {
+    "module": "nixl",
+    "packages": "numpy torch nixl",
+    "ignores": _ALONE,
+}
 
 OTHERS: tuple[Contender, ...] = (
-    Contender("no-asyncio", "engine", "kvxfer's engine, without asyncio"),
-    Contender("verbs", "verbs", "a bare C loop posts the table to the same device"),
-    Contender("read", "read", "the same with RDMA READ"),
     Contender(
-        "memcpy", "memcpy", "memcpy in one process, private memory", memory="ordinary"
+        "no-asyncio",
+        "engine",
+        "kvxfer's engine, without asyncio",
+        ignores=_ON_ONE_QP,
+    ),
+    Contender(
+        "verbs",
+        "verbs",
+        "a bare C loop posts the table to the same device",
+        ignores=_ON_ONE_QP,
+    ),
+    Contender("read", "read", "the same with RDMA READ", ignores=_ON_ONE_QP),
+    Contender(
+        "memcpy",
+        "memcpy",
+        "memcpy in one process, private memory",
+        memory="ordinary",
+        ignores=_ALONE,
     ),
     Contender(
         "shm-memcpy",
         "memcpy",
         "memcpy in one process, memory of KVCache.allocate",
         memory="shared",
+        ignores=_ALONE,
     ),
     Contender(
         "pvm-readv",
         "pvm-readv",
         "process_vm_readv by the target, 1024 blocks a call",
         memory="ordinary",
+        ignores=_ALONE,
     ),
     Contender(
         "tcp",
         "tcp",
         "sendmsg and readv on loopback, 4 MiB buffers",
         memory="ordinary",
+        ignores=_ALONE,
     ),
     Contender(
         "mooncake",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -278,8 +278,11 @@ def choose(ours: str, against: Iterable[str], target: str | None) -> list[Conten
     return [who.REMOTE]
 
 
-def check(workload: Workload, settings: Settings) -> None:
+def check(ours: Contender, workload: Workload, settings: Settings) -> None:
     """Refuse what cannot be measured, before anything is started.
+
+    Args:
+      ours: The contender that the others are compared with.
 
     Raises:
       UsageError: With the value, the limit and what to change.
@@ -287,6 +290,12 @@ def check(workload: Workload, settings: Settings) -> None:
     planes = settings.extra["plane_names"]
     if len(set(planes)) < len(planes) or not all(planes):
         raise UsageError(f"--planes {','.join(planes)}: a name is empty or there twice")
+    unheeded = settings.unheeded(ours)
+    if unheeded:
+        raise UsageError(
+            f"{ours.name} does one batch at a time, from one thread, on one QP: "
+            f"{unheeded[0]} is for --contender {who.OURS}"
+        )
     remote = settings.extra.get("target") is not None
     if remote and len(workload.sizes) != 1:
         raise UsageError(
@@ -350,6 +359,16 @@ def find_peers(
         else:
             present.append(contender)
     return present, absent
+
+
+def require(ours: Contender, absent: Mapping[str, str]) -> None:
+    """Refuse to measure the others alone.
+
+    Raises:
+      UsageError: The contender that they are compared with is not there.
+    """
+    if ours.name in absent:
+        raise UsageError(f"{ours.name} cannot be measured: {absent[ours.name]}")
 
 
 def _import_problem(contender: Contender, python: str) -> str:

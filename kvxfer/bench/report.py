@@ -203,7 +203,12 @@ class Report:
                 "seed": workload.seed,
             },
             "contenders": [
-                {"name": c.name, "what": c.what, "peer": c.is_peer}
+                {
+                    "name": c.name,
+                    "what": c.what,
+                    "peer": c.is_peer,
+                    "unheeded": self.settings.unheeded(c),
+                }
                 for c in self.contenders
             ],
             "windows": windows,
@@ -238,6 +243,10 @@ class Report:
         found = compare(self.outcome.windows, self.ours)
         if found:
             console.print(_comparison(self.ours, found, self.by_time))
+        for contender in self.contenders:
+            unheeded = self.settings.unheeded(contender)
+            if unheeded:
+                console.print(f"{contender.name} does without {', '.join(unheeded)}.")
         if any(str(row["device"]).startswith("soft") for row in rows):
             console.print(SOFTWARE)
         n_disturbed = sum(row["disturbed"] for row in rows)

@@ -67,6 +67,19 @@ class Settings:
     patience: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def unheeded(self, contender: Contender) -> list[str]:
+        """List what was asked for that a contender takes no notice of."""
+        asked = {
+            "--threads": self.threads,
+            "--depth": self.depth,
+            "--qps": self.options.get("qps_per_connection", 1),
+        }
+        return [
+            f"{option} {asked[option]}"
+            for option in contender.ignores
+            if asked[option] > 1
+        ]
+
 
 @dataclass
 class Outcome:

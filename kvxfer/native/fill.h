@@ -14,7 +14,6 @@
 
 #define KVX_MAX_CHAIN 64
 #define KVX_MAX_SGE 16
-#define KVX_NOWHERE UINT64_MAX /* no block begins there */
 
 /*
  * One plane of one layer, both ends. Where an end is registered in slices of so many
@@ -202,8 +201,9 @@ static inline uint32_t kvx_fill_parts(struct kvx_template *t,
 }
 
 /*
- * The number behind the last WR to be filled without another look: from `i` on, no
- * more than `limit`, than there are blocks left, or than `enough` if there are `done`.
+ * The number behind the last WR to be filled without another look, from number `i` on:
+ * `limit` at most, no more WRs than blocks are left, and no more than are missing where
+ * `done` blocks of `enough` are filled.
  */
 static inline uint32_t kvx_stop(uint32_t i, uint32_t limit, uint32_t left,
 				uint64_t enough, uint32_t done)
@@ -233,16 +233,19 @@ static inline uint32_t kvx_fill(struct kvx_template *t, struct kvx_blocks *b,
 	const uint32_t n = b->n, first = b->at;
 	const uint64_t enough = max_bytes / plane.block_bytes +
 				(max_bytes % plane.block_bytes != 0);
-	uint64_t end = KVX_NOWHERE; /* of the WR before, on the remote side */
-	uint32_t at = first, stop;
+	uint64_t end; /* of the WR before, on the remote side */
+	uint32_t at = first, begin, stop;
 
 	if (plane.block_bytes > limits->max_wr_bytes || plane.lkeys ||
 	    plane.rkeys)
 		return kvx_fill_parts(t, b, limits, i, limit, wr_id, max_bytes,
 				      n_bytes);
 	wr_id -= i;
-	for (;;) {
+	while (at < n) {
+		begin = i;
 		stop = kvx_stop(i, limit, n - at, enough, at - first);
+		/* There is none yet, and the first block begins anywhere else. */
+		end = ~(plane.remote_base + remote[at] * plane.remote_stride);
 		for (; i < stop; i++, at++) {
 			struct ibv_send_wr *wr = &t->wrs[i];
 			const uint64_t to = plane.remote_base +
@@ -259,7 +262,7 @@ static inline uint32_t kvx_fill(struct kvx_template *t, struct kvx_blocks *b,
 			wr->wr.rdma.remote_addr = to;
 			end = to + plane.block_bytes;
 		}
-		if (at == n || end == KVX_NOWHERE ||
+		if (at == n || i == begin ||
 		    plane.remote_base + remote[at] * plane.remote_stride != end)
 			break;
 		/* A run: this WR deviates from the template. */
@@ -268,7 +271,6 @@ static inline uint32_t kvx_fill(struct kvx_template *t, struct kvx_blocks *b,
 		kvx_merge(&t->wrs[i - 1], b, limits, plane.block_bytes, false,
 			  0);
 		at = b->at;
-		end = KVX_NOWHERE;
 	}
 	*n_bytes += (uint64_t)(at - first) * plane.block_bytes;
 	b->at = at;

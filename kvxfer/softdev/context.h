@@ -7,8 +7,8 @@
  *   contexts_lock   the process's list of contexts; held across fork
  *   ctx->lock       the QP and MR tables, every change of a QP's state, all
  *                   connections, and all execution that touches user memory.
- *                   The device thread works in chunks (<= CHUNK_BYTES or one
- *                   frame) and lets go between them, so whoever takes this lock
+ *                   The device thread works in chunks (<= CHUNK_BYTES, one
+ *                   frame or one call of a socket) and lets go between them, so whoever takes this lock
  *                   knows that no byte is moving: what the copier copies,
  *                   the device thread waits for. That is the promise of
  *                   dereg_mr, destroy_qp and modify_qp to ERR or RESET.
@@ -50,7 +50,7 @@ struct soft_windows;
 #define SHM_MAX_REGIONS 256 /* memfds that an adapter shares with its peers */
 
 #define SOFT_BELLS 8u /* channels woken at the end of one hold of ctx->lock */
-#define CHUNK_BYTES (1u << 20)	/* moved at most per hold of ctx->lock */
+#define CHUNK_BYTES (1u << 20)	/* copied at most per hold of ctx->lock */
 #define MAX_IOV 1024		/* the kernel's limit per call */
 #define MORE_IOV (MAX_IOV + 16) /* when long ranges are cut into pieces */
 

@@ -11,7 +11,7 @@
 #include "wire_shm.h"
 
 #define BACKOFF_MAX_MS 50
-/* What a socket is given at once. */
+/* Of long ranges a socket is given so many at once that they have this together. */
 #define LONG_CALL_BYTES (2u << 20)
 /* A process may have to wait this long for a CPU; a NIC never does. */
 #define MIN_RETRY_NS (20 * NS_PER_MS)

@@ -155,7 +155,7 @@ static bool put_iov(struct soft_tx *tx, uint64_t addr, uint64_t len)
 {
 	struct iovec *last = tx->n_iov ? &tx->iov[tx->n_iov - 1] : NULL;
 
-	/* A range stays below a chunk, so that a send does as well. */
+	/* A range stays below a chunk: a call sends its limit and a range at most. */
 	if (last && (uintptr_t)last->iov_base + last->iov_len == addr &&
 	    last->iov_len + len <= CHUNK_BYTES) {
 		last->iov_len += len;

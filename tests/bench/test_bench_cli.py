@@ -199,6 +199,23 @@ async def test_other_engines_that_are_not_there(tmp_path: Path) -> None:
     assert {w["contender"] for w in found["windows"]} == {"kvxfer"}
 
 
+async def test_who_does_one_at_a_time_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    code, out, _ = await bench(
+        *(*TINY, "--sizes", "1K", "--threads", "2", "--against", "memcpy,no-asyncio"),
+        *("--qps", "2", "--json", str(path)),
+    )
+    assert code == 0
+    assert "memcpy does without --threads 2." in out
+    assert "no-asyncio does without --threads 2, --qps 2." in out
+    found = json.loads(path.read_text())["contenders"]
+    assert {c["name"]: c["unheeded"] for c in found} == {
+        "kvxfer": [],
+        "memcpy": ["--threads 2"],
+        "no-asyncio": ["--threads 2", "--qps 2"],
+    }
+
+
 def test_the_other_engines_python_needs_no_extension() -> None:
     """What runs there is found without anything but numpy."""
     code = (
@@ -247,6 +264,13 @@ def test_presets_are_options_of_the_sweep(name: str) -> None:
         (["--contender", "writes:many"], ["writes:many", "writes:1000x4M"]),
         (["--against", "kvxfer:device=soft0"], ["one device", "--device"]),
         (["--against", "memcpy,memcpy"], ["memcpy", "twice"]),
+        (["--no-asyncio", "--threads", "2"], ["no-asyncio", "--threads 2"]),
+        (["--contender", "memcpy", "--depth", "3"], ["memcpy", "--depth 3"]),
+        (["--op", "read", "--qps", "2"], ["read", "--qps 2", "--contender kvxfer"]),
+        (
+            ["--sizes", "1K", "--contender", "nixl", "--peer-python", "/usr/bin/false"],
+            ["nixl cannot be measured", "/usr/bin/false -m pip install"],
+        ),
         (["--plot", "out.pdf"], ["out.pdf", ".svg"]),
         (["--json", "/nowhere/out.json"], ["/nowhere"]),
         (["--target", "127.0.0.1:1", "--against", "tcp"], ["--target"]),
