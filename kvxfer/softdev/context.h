@@ -8,9 +8,10 @@
  *   ctx->lock       the QP and MR tables, every change of a QP's state, all
  *                   connections, and all execution that touches user memory.
  *                   The device thread works in chunks (<= CHUNK_BYTES, one
- *                   frame or one call of a socket) and lets go between them, so whoever takes this lock
- *                   knows that no byte is moving: what the copier copies,
- *                   the device thread waits for. That is the promise of
+ *                   frame or one call of a socket) and lets go between
+ *                   them, so whoever takes this lock knows that no byte is
+ *                   moving: what the copier copies, the device thread waits
+ *                   for. That is the promise of
  *                   dereg_mr, destroy_qp and modify_qp to ERR or RESET.
  *                   Taken through soft_lock(), which is fair.
  *   qp->sq_lock     what post_send changes. A change of state takes it as well,
