@@ -382,3 +382,91 @@ def post_blocks(QueuePair qp not None, uintptr_t local_base,
     if err < 0:
         raise completion_error(
             bad.status, wr_id=bad.wr_id, qp_num=bad.qp_num, vendor_err=bad.vendor_err)
+
+
+# -- how near the processors are ------------------------------------------------------
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <time.h>
+
+    /* One word goes there and one comes back; each has a cache line of its own. */
+    static inline uint64_t word_of(const void *at)
+    {
+        return __atomic_load_n((const uint64_t *)at, __ATOMIC_ACQUIRE);
+    }
+    static inline void set_word(void *at, uint64_t value)
+    {
+        __atomic_store_n((uint64_t *)at, value, __ATOMIC_RELEASE);
+    }
+    static inline uint64_t clock_ns(void)
+    {
+        struct timespec now;
+
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+    }
+    """
+    uint64_t word_of(const void *at) nogil
+    void set_word(void *at, uint64_t value) nogil
+    uint64_t clock_ns() nogil
+
+cdef enum:
+    TRIPS = 64            # there and back, between two looks at the clock
+    BACK = 16             # where the word that comes back lies
+
+cdef uint64_t NO_MORE = <uint64_t>-1
+
+
+def answer_words(uint64_t[::1] words not None):
+    """Send each word back that comes, until :func:`ask_words` lets go."""
+    cdef:
+        uint64_t seen = 0
+        uint64_t word = 0
+    with nogil:
+        while word != NO_MORE:
+            word = word_of(&words[0])
+            if word != seen:
+                set_word(&words[BACK], word)
+                seen = word
+
+
+def ask_words(uint64_t[::1] words not None, uint64_t most_ns):
+    """Have words sent back by :func:`answer_words`, which runs in another thread.
+
+    Args:
+      words: 32 zeros, shared by the two.
+      most_ns: How long.
+
+    Returns:
+      Nanoseconds of a word there and back, in the fastest 64 of them that followed each
+      other; 0 where there were no 64.
+    """
+    cdef:
+        uint64_t end = clock_ns() + most_ns
+        uint64_t best = 0
+        uint64_t start
+        uint64_t took
+        uint64_t word = 0
+        int spins
+        int _i
+        bint late = False
+    with nogil:
+        while not late:
+            start = clock_ns()
+            for _i in range(TRIPS):
+                word += 1
+                spins = 0
+                set_word(&words[0], word)
+                while word_of(&words[BACK]) != word and not late:
+                    spins += 1
+                    late = spins % 1024 == 0 and clock_ns() >= end
+                if late:
+                    break
+            took = clock_ns() - start
+            if not late and (best == 0 or took < best):
+                best = took
+            late = late or clock_ns() >= end
+        set_word(&words[0], NO_MORE)
+    return best / <double>TRIPS

@@ -53,7 +53,7 @@ class Steps:
         if window is not None:
             self._progress.advance(self._task)
             size = format_size(window["block_bytes"])
-            text += f": {size} {window['gb_per_s']:.2f} GB/s"
+            text += f": {window['batch']} x {size}, {window['gb_per_s']:.2f} GB/s"
         self._progress.update(self._task, description=text)
 
 
@@ -68,7 +68,7 @@ async def measure(
     seconds = runner.seconds_for(len(contenders), workload, settings)
     if seconds > 60:
         click.echo(f"kvxfer: this takes about {seconds / 60:.0f} minutes", err=True)
-    total = settings.rounds * len(contenders) * len(workload.sizes)
+    total = settings.rounds * len(contenders) * len(workload.cases)
     with Steps(total) as steps:
 
         async def work() -> None:
@@ -102,7 +102,7 @@ def _plan(
     threads, depth = given.pop("threads"), given.pop("depth")
     workload = Workload(
         given.pop("sizes"),
-        given.pop("batch"),
+        given.pop("batches"),
         given.pop("pool"),
         given.pop("pattern"),
         len(planes),
@@ -121,7 +121,7 @@ def _plan(
         extra={
             "plane_names": planes,
             "verify": not null,
-            "by_time": null or workload.batch == 1,
+            "by_time": null or workload.batches == (1,),
         },
     )
     return workload, settings
@@ -201,11 +201,11 @@ def sweep(
     Every contender moves the same blocks, in pairs of processes that take turns, and
     what was moved is checked. GB is 1e9 bytes.
     """
-    workload, settings = _plan(given, null=null, remote=target is not None)
-    settings = dataclasses.replace(
-        settings,
+    workload, asked = _plan(given, null=null, remote=target is not None)
+    asked = dataclasses.replace(
+        asked,
         peer_python=peer_python or sys.executable,
-        extra={**settings.extra, "target": target, "dtype": dtype or "bf16"},
+        extra={**asked.extra, "target": target, "dtype": dtype or "bf16"},
     )
     ours = contender or ("read" if op == "read" else "")
     ours = ours or ("no-asyncio" if no_asyncio else who.OURS)
@@ -213,11 +213,14 @@ def sweep(
     async def until_stopped(stop: asyncio.Event) -> int:
         outputs.check()
         chosen = flags.choose(ours, against or (), target)
-        flags.check(chosen[0], workload, settings)
+        flags.check(chosen[0], workload, asked)
         present, absent = await asyncio.to_thread(
-            flags.find_peers, chosen, settings.peer_python
+            flags.find_peers, chosen, asked.peer_python
         )
         flags.require(chosen[0], absent)
+        settings = dataclasses.replace(
+            asked, together=flags.fit_together(workload.pool_bytes, len(present))
+        )
         outcome = await measure(stop, present, workload, settings)
         if outcome is None:
             return 130
@@ -267,7 +270,7 @@ def main() -> None:
 
     Every contender moves the same blocks, in pairs of processes that take turns, and
     what was moved is checked. GB is 1e9 bytes. Without a command it sweeps over block
-    sizes.
+    sizes and numbers of blocks.
     """
 
 

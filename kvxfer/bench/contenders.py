@@ -27,6 +27,8 @@ class Contender:
       memory: ``shared`` or ``ordinary`` where it takes only the one.
       parameters: For its code.
       ignores: Options of the bench that it takes no notice of, and does one of.
+      restless: It keeps a processor busy while it waits for its turn, and so is
+        stopped meanwhile.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Contender:
     memory: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     ignores: tuple[str, ...] = ()
+    restless: bool = False
 
     @property
     def is_peer(self) -> bool:
@@ -63,6 +66,8 @@ _NIXL: dict[str, Any] = {
     "module": "nixl",
     "packages": "numpy torch nixl",
     "ignores": _ALONE,
+    # The target's progress thread polls.
+    "restless": True,
 }
 
 OTHERS: tuple[Contender, ...] = (

@@ -21,7 +21,7 @@ from kvxfer.adapter import Adapter
 from kvxfer.bench import _limits
 from kvxfer.bench.side import Control, Initiator, Job, Target
 from kvxfer.bench.transfer import Pool, options_of
-from kvxfer.bench.workload import Tables
+from kvxfer.bench.workload import Case, Tables
 from kvxfer.errors import InternalError, completion_error
 from kvxfer.link import Link
 from kvxfer.verbs_types import Access
@@ -175,7 +175,6 @@ class ByEngine(_Direct):
 
     def prepare(self, tables: Tables) -> None:
         """Choose the row, and take the credit for what the target has consumed."""
-        self.tables = tables
         self._rows_asked = [self.workload.sizes.index(tables.block_bytes)]
         self._n_wrs = 0
         self._news = select.poll()
@@ -209,8 +208,7 @@ class ByEngine(_Direct):
 
     def facts(self) -> dict[str, Any]:
         """Say also how many WRs it took."""
-        n_blocks = self.workload.batch * self.workload.planes
-        return {**super().facts(), "wrs_per_block": self._n_wrs / n_blocks}
+        return {**super().facts(), "wrs_per_block": self._n_wrs / self.blocks_of_batch}
 
 
 class ByLoop(_Direct):
@@ -219,8 +217,7 @@ class ByLoop(_Direct):
     read = False
 
     def prepare(self, tables: Tables) -> None:
-        """Take the tables."""
-        self.tables = tables
+        """Nothing is to be done."""
 
     def batch(self, source_set: int, target_set: int) -> None:
         """Move one batch, plane by plane."""
@@ -262,11 +259,12 @@ class ByReading(ByLoop):
         """Have our memory there; the target has the contents."""
         self.ends.pool.touch()
 
-    def begin_size(self, tables: Tables) -> None:
+    def begin(self, tables: Tables) -> None:
         """Forget what was read before."""
+        self.tables = tables
         self.ends.pool.touch()
         self.checked = Target(self.job, self.ends.pool.planes)
-        self.checked.begin_size(tables.block_bytes)
+        self.checked.begin(Case(tables.block_bytes, tables.batch))
         self.prepare(tables)
 
     def peek(self, sets: list[tuple[int, int]]) -> int | None:

@@ -20,7 +20,13 @@ from kvxfer.bench.peers import find_mooncake_bench
 from kvxfer.bench.presets import PRESETS
 from kvxfer.bench.report import Report
 from kvxfer.bench.runner import Settings
-from kvxfer.bench.workload import Workload, format_size, parse_size, parse_sizes
+from kvxfer.bench.workload import (
+    Workload,
+    format_size,
+    parse_batches,
+    parse_size,
+    parse_sizes,
+)
 from kvxfer.errors import UsageError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -82,10 +88,12 @@ def workload_options(function: _F) -> _F:
             ),
             click.option(
                 "--batch",
-                type=positive,
-                default=1538,
+                "batches",
+                metavar="COUNTS",
+                callback=reading(parse_batches),
+                default="1538",
                 show_default=True,
-                help="Blocks of a batch.",
+                help="Blocks of a batch: by commas; A..B goes up by doubling.",
             ),
             click.option(
                 "--planes",
@@ -321,6 +329,11 @@ def check_memory(pool_bytes: int, sides: int) -> None:
         )
 
 
+def fit_together(pool_bytes: int, pairs: int) -> bool:
+    """Say whether this machine has memory for so many pairs at the same time."""
+    return 2 * pairs * pool_bytes + _MARGIN_BYTES <= command.available_bytes()
+
+
 def quick(given: dict[str, Any], n_planes: int) -> None:
     """Where ``--quick`` was given, make small what the command line does not say.
 
@@ -328,8 +341,9 @@ def quick(given: dict[str, Any], n_planes: int) -> None:
     """
     if not given.pop("quick"):
         return
-    batches = 2 * given["threads"] * given["depth"] * n_planes
-    least = batches * given["batch"] * max(given["sizes"]) + (n_planes << 20)
+    in_flight = 2 * given["threads"] * given["depth"] * n_planes
+    most = max(given["batches"]) * max(given["sizes"])
+    least = in_flight * most + (n_planes << 20)
     limits = {"pool": max(_QUICK_POOL, least), "window": _QUICK_WINDOW, "rounds": 2}
     source = click.get_current_context().get_parameter_source
     for name, limit in limits.items():

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kvxfer.bench import _limits
 from kvxfer.bench.side import Control, Initiator, Job, Target
 from kvxfer.bench.transfer import Pool
-from kvxfer.bench.workload import Ids, Tables, unseen_blocks, wrong_blocks
+from kvxfer.bench.workload import Case, Ids, Tables, unseen_blocks, wrong_blocks
 from kvxfer.errors import UsageError
 
 _BUFFER_BYTES = 4 << 20
@@ -73,7 +73,6 @@ class Copy(Initiator):
     def prepare(self, tables: Tables) -> None:
         """Forget what was copied before."""
         self.target.touch()
-        self.tables = tables
         size = tables.block_bytes
         self._from = flat(self.source, tables.source, size)
         self._to = flat(self.target, tables.target, size)
@@ -141,12 +140,12 @@ class Asked(Initiator):
         assert self.control is not None
         self.control.ask("source", base=self.pool.bases[0], pid=os.getpid())
 
-    def begin_size(self, tables: Tables) -> None:
-        """End the size before, then begin."""
+    def begin(self, tables: Tables) -> None:
+        """End the case before, then begin."""
         if self._begun:
             _limits.ask(self.socket.fileno(), _OVER, 0)
         self._begun = True
-        super().begin_size(tables)
+        super().begin(tables)
 
     def prepare(self, tables: Tables) -> None:
         """Make the table over all planes."""
@@ -196,7 +195,7 @@ def tune(connection: socket.socket) -> None:
 
 
 class AskedTarget(Target):
-    """Serves one size at a time in a thread; the main one answers the initiator."""
+    """Serves one case at a time in a thread; the main one answers the initiator."""
 
     def __init__(self, job: Job, pool: Pool, connection: socket.socket) -> None:
         super().__init__(job, pool.planes)
@@ -206,12 +205,14 @@ class AskedTarget(Target):
         self._pid = 0
         self._thread: threading.Thread | None = None
 
-    def begin_size(self, size: int) -> None:
-        """Serve the next size once the one before has ended."""
+    def begin(self, case: Case) -> None:
+        """Serve the next case once the one before has ended."""
         if self._thread is not None:
             self._thread.join()
-        super().begin_size(size)
-        self._thread = threading.Thread(target=self._move, args=[size], daemon=True)
+        super().begin(case)
+        self._thread = threading.Thread(
+            target=self._move, args=[case.block_bytes], daemon=True
+        )
         self._thread.start()
 
     def _move(self, size: int) -> None:

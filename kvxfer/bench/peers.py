@@ -26,7 +26,7 @@ from kvxfer.bench.side import (
     map_pool,
     workload_of,
 )
-from kvxfer.bench.workload import Tables, contents
+from kvxfer.bench.workload import Case, Tables, contents
 
 _LOOPBACK = "127.0.0.1"
 _NIXL = ("nixl", "nixl_cu12", "nixl_cu13")
@@ -187,17 +187,18 @@ class MooncakeBench(Initiator):
         if not ready.wait(20) or not self._segment or self._server.poll() is not None:
             raise RuntimeError("transfer_engine_bench does not come up as a target")
 
-    def measure(self, size: int) -> dict[str, Any]:
-        """Run it for one size; it takes its own window, in whole seconds."""
+    def measure(self, case: Case) -> dict[str, Any]:
+        """Run it for one case; it takes its own window, in whole seconds."""
         seconds = max(1, round(self.job["window"]))
         us = os.getpid()
+        size, batch = case.block_bytes, case.batch * self.workload.planes
         ours = _children_seconds()
         done = subprocess.run(
             [
                 *(*self._common, "--mode=initiator", "--operation=write"),
                 f"--local_server_name={_LOOPBACK}:13371",
                 f"--segment_id={self._segment}",
-                f"--batch_size={self.workload.batch * self.workload.planes}",
+                f"--batch_size={batch}",
                 *(f"--block_size={size}", "--threads=1", f"--duration={seconds}"),
                 *("--report_unit=GB", "--report_precision=4"),
             ],
@@ -214,11 +215,10 @@ class MooncakeBench(Initiator):
         if match is None:
             raise RuntimeError(f"transfer_engine_bench: {done.stderr[-300:]}")
         took, n_batches = float(match[1]), int(match[2])
-        n_blocks = n_batches * self.workload.batch * self.workload.planes
+        n_blocks = n_batches * batch
         each = 1e6 * took / max(1, n_batches)
         gb = n_blocks * size / 1e9
         return {
-            "block_bytes": size,
             "batches": n_batches,
             "seconds": took,
             "bytes": n_blocks * size,

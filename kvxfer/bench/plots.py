@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvxfer.bench.report import SOFTWARE, Report, figure, summarize
+from kvxfer.bench.report import (
+    SOFTWARE,
+    Report,
+    case_of,
+    figure,
+    names_of,
+    summarize,
+)
 from kvxfer.bench.workload import format_size
 from kvxfer.errors import KVXferError, UsageError
 
@@ -38,24 +45,26 @@ def need_matplotlib(option: str) -> None:
 
 def _figure(report: Report) -> Any:
     rows = summarize(report.outcome.windows)
-    latency = f"us for a batch of {report.workload.batch} blocks, p50"
+    latency = f"us for a batch of {_batches(report)} blocks, p50"
     shown = {"gb_per_s": "GB/s (1e9 bytes)", "p50_us": latency}
     if all(str(row["device"]).startswith("null") for row in rows):
         del shown["gb_per_s"]  # nothing has moved
     figures: Any = importlib.import_module("matplotlib.figure")
     drawing = figures.Figure(figsize=(5.5 * len(shown), 4.5), layout="constrained")
-    sizes = sorted({row["block_bytes"] for row in rows})
+    load = report.workload
+    by_batch = len(load.sizes) == 1 < len(load.batches)
+    across = "batch" if by_batch else "block_bytes"
+    places = sorted({row[across] for row in rows})
+    names = [f"{x:,}" if by_batch else format_size(x) for x in places]
     all_axes = drawing.subplots(1, len(shown), squeeze=False)[0]
     for axes, (key, name) in zip(all_axes, shown.items(), strict=True):
-        for contender in report.contenders:
-            own = [row for row in rows if row["contender"] == contender.name]
-            if own:
-                _draw(axes, own, key, contender.name, ends=key == "gb_per_s")
+        for label, own in _lines(report, rows, by_batch).items():
+            _draw(axes, own, across, key, label, ends=key == "gb_per_s")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks(sizes, [format_size(size) for size in sizes])
+        axes.set_xticks(places, names)
         axes.minorticks_off()
-        axes.set_xlabel("block")
+        axes.set_xlabel("blocks of a batch" if by_batch else "block")
         axes.set_ylabel(name)
         axes.grid(True, which="both", alpha=0.3)
     all_axes[0].legend()
@@ -63,19 +72,39 @@ def _figure(report: Report) -> Any:
     return drawing
 
 
+def _batches(report: Report) -> str:
+    return ", ".join(f"{batch:,}" for batch in report.workload.batches)
+
+
+def _lines(
+    report: Report, rows: Sequence[Mapping[str, Any]], by_batch: bool
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Sort rows into lines of the drawing: a contender's, of each batch if several."""
+    apart = not by_batch and len(report.workload.batches) > 1
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for contender in report.contenders:
+        for row in rows:
+            if row["contender"] == contender.name:
+                label = contender.name
+                label += f", {row['batch']:,} a batch" if apart else ""
+                found.setdefault(label, []).append(row)
+    return found
+
+
 def _draw(
     axes: Any,
     rows: Sequence[Mapping[str, Any]],
+    across: str,
     key: str,
     name: str,
     ends: bool = False,
 ) -> None:
-    sizes = [row["block_bytes"] for row in rows]
-    (line,) = axes.plot(sizes, [row[key] for row in rows], marker="o", label=name)
+    places = [row[across] for row in rows]
+    (line,) = axes.plot(places, [row[key] for row in rows], marker="o", label=name)
     if ends:
         low = [row["low_gb_per_s"] for row in rows]
         high = [row["high_gb_per_s"] for row in rows]
-        axes.fill_between(sizes, low, high, color=line.get_color(), alpha=0.15)
+        axes.fill_between(places, low, high, color=line.get_color(), alpha=0.15)
 
 
 def caption(report: Report) -> str:
@@ -86,7 +115,7 @@ def caption(report: Report) -> str:
         for w in report.outcome.windows
         if w.get("device") is not None
     }
-    text = f"{load.batch} {load.pattern} blocks a batch"
+    text = f"{_batches(report)} {load.pattern} blocks a batch"
     if ways:
         text += f", {', '.join(sorted(ways))}"
     if any(way.startswith("soft") for way in ways):
@@ -154,14 +183,14 @@ def _tables(report: Report) -> list[str]:
         rows = [r for r in document["summary"] if r["contender"] == contender.name]
         if rows:
             lines = [
-                [format_size(r["block_bytes"]), *(figure(r[key]) for key in _COLUMNS)]
+                [*names_of(case_of(r)), *(figure(r[key]) for key in _COLUMNS)]
                 for r in rows
             ]
             title = f"{contender.name}: {contender.what}"
-            found.append(_table(title, ["block", *_COLUMNS.values()], lines))
+            found.append(_table(title, ["block", "batch", *_COLUMNS.values()], lines))
     lines = [
         [
-            *(row["against"], format_size(row["block_bytes"])),
+            *(row["against"], *names_of(case_of(row))),
             *(figure(row["rate_ratio"][key]) for key in ("median", "low", "high")),
             str(row["pairs"]),
         ]
@@ -169,7 +198,7 @@ def _tables(report: Report) -> list[str]:
     ]
     if lines:
         title = f"GB/s of {report.ours} over the others, pairs of the same round"
-        header = ["against", "block", "median", "low", "high", "pairs"]
+        header = ["against", "block", "batch", "median", "low", "high", "pairs"]
         found.append(_table(title, header, lines))
     return found
 

@@ -63,14 +63,14 @@ PRESETS = {
     ),
     "latency": Preset(
         "one block of 64 KiB: what asyncio adds",
-        {**_SMALL, "sizes": "64K", "batch": 1, "against": "no-asyncio"},
+        {**_SMALL, "sizes": "64K", "batches": "1", "against": "no-asyncio"},
     ),
     "concurrency": Preset(
         "1000 awaits of 4 MiB at once, beside the same bytes in ten",
         {
             **_INTERLEAVED,
             "sizes": "64K",
-            "batch": 16000,
+            "batches": "16000",
             "contender": "writes:1000x4M",
             "against": "writes:10x400M",
         },

@@ -25,10 +25,10 @@ from rich.table import Table
 from kvxfer._version import __version__
 from kvxfer.bench.contenders import Contender
 from kvxfer.bench.runner import Event, Outcome, Settings
-from kvxfer.bench.workload import Workload, format_size
+from kvxfer.bench.workload import Case, Workload, format_size
 from kvxfer.errors import KVXferError
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the JSON."""
 
 _CONFIDENCE = 0.95
@@ -73,20 +73,24 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(statistics.median(ordered), ordered[cut], ordered[n - 1 - cut])
 
 
+def case_of(row: Mapping[str, Any]) -> Case:
+    """Return what a window, or a row made of windows, is of."""
+    return Case(row["block_bytes"], row["batch"])
+
+
 def _median(windows: Iterable[Event], key: str) -> float | None:
     values = [w[key] for w in windows if w.get(key) is not None]
     return statistics.median(values) if values else None
 
 
 def summarize(windows: Sequence[Event]) -> list[dict[str, Any]]:
-    """Return one row a contender and size: medians over the rounds."""
-    groups: dict[tuple[str, int], list[Event]] = {}
+    """Return one row a contender and case: medians over the rounds."""
+    groups: dict[tuple[str, Case], list[Event]] = {}
     for window in windows:
-        place = window["contender"], window["block_bytes"]
-        groups.setdefault(place, []).append(window)
+        groups.setdefault((window["contender"], case_of(window)), []).append(window)
     rows = []
-    for (name, size), group in groups.items():
-        row: dict[str, Any] = {"contender": name, "block_bytes": size}
+    for (name, case), group in groups.items():
+        row: dict[str, Any] = {"contender": name, **dataclasses.asdict(case)}
         row |= {key: _median(group, key) for key in _MEDIANS}
         row["rounds"] = len(group)
         row["low_gb_per_s"] = min(w["gb_per_s"] for w in group)
@@ -99,25 +103,25 @@ def summarize(windows: Sequence[Event]) -> list[dict[str, Any]]:
         row["wire"] = group[-1].get("wire")
         row["page_bytes"] = group[-1].get("page_bytes")
         rows.append(row)
-    return sorted(rows, key=lambda row: row["block_bytes"])
+    return sorted(rows, key=case_of)
 
 
 def compare(windows: Sequence[Event], ours: str) -> list[dict[str, Any]]:
     """Compare ``ours`` with each other contender, by pairs of the same round.
 
     Returns:
-      For each of them and each size three intervals: ``rate_ratio`` of throughput,
+      For each of them and each case three intervals: ``rate_ratio`` of throughput,
       ``p50_ratio`` and ``p50_difference_us`` of the time of a batch.
     """
-    places = {(w["contender"], w["block_bytes"], w["round"]): w for w in windows}
-    found: dict[tuple[str, int], list[tuple[Event, Event]]] = {}
-    for (name, size, number), other in places.items():
-        mine = places.get((ours, size, number))
+    places = {(w["contender"], case_of(w), w["round"]): w for w in windows}
+    found: dict[tuple[str, Case], list[tuple[Event, Event]]] = {}
+    for (name, case, number), other in places.items():
+        mine = places.get((ours, case, number))
         if name != ours and mine is not None and other["gb_per_s"] > 0:
-            found.setdefault((name, size), []).append((mine, other))
+            found.setdefault((name, case), []).append((mine, other))
     rows: list[dict[str, Any]] = []
-    for (name, size), pairs in found.items():
-        row = {"contender": ours, "against": name, "block_bytes": size}
+    for (name, case), pairs in found.items():
+        row = {"contender": ours, "against": name, **dataclasses.asdict(case)}
         row["pairs"] = len(pairs)
         values = {
             "rate_ratio": [a["gb_per_s"] / b["gb_per_s"] for a, b in pairs],
@@ -128,7 +132,7 @@ def compare(windows: Sequence[Event], ours: str) -> list[dict[str, Any]]:
             row
             | {key: dataclasses.asdict(interval(each)) for key, each in values.items()}
         )
-    return sorted(rows, key=lambda row: (row["against"], row["block_bytes"]))
+    return sorted(rows, key=lambda row: (row["against"], case_of(row)))
 
 
 def machine() -> dict[str, Any]:
@@ -191,12 +195,13 @@ class Report:
                 "depth": self.settings.depth,
                 "threads": self.settings.threads,
                 "memory": self.settings.memory,
+                "together": self.settings.together,
                 "options": self.settings.options,
                 "complete": self.outcome.complete,
             },
             "workload": {
                 "block_bytes": list(workload.sizes),
-                "batch": workload.batch,
+                "batch": list(workload.batches),
                 "planes": workload.planes,
                 "pool_bytes": workload.pool_bytes,
                 "pattern": workload.pattern,
@@ -249,6 +254,13 @@ class Report:
                 console.print(f"{contender.name} does without {', '.join(unheeded)}.")
         if any(str(row["device"]).startswith("soft") for row in rows):
             console.print(SOFTWARE)
+        words = [w["word_ns"] for w in self.outcome.windows if w.get("word_ns")]
+        if words:
+            console.print(
+                "A word between two processors took "
+                f"{figure(statistics.median(words))} ns there and back "
+                f"({figure(min(words))} to {figure(max(words))})."
+            )
         n_disturbed = sum(row["disturbed"] for row in rows)
         if n_disturbed:
             console.print(
@@ -308,7 +320,7 @@ def _table(contender: Contender, rows: list[dict[str, Any]]) -> Table:
     null = str(rows[-1]["device"]).startswith("null")
     amounts = ("ns/block",) if null else ("GB/s", "low-high", "blocks/s")
     for name in (
-        *("block", *amounts, "p50 us", "p99 us"),
+        *("block", "batch", *amounts, "p50 us", "p99 us"),
         *("CPU s/GB, from", "to", "WRs/block", "verified blocks"),
     ):
         table.add_column(name, justify="right")
@@ -322,7 +334,7 @@ def _table(contender: Contender, rows: list[dict[str, Any]]) -> Table:
                 f"{row['blocks_per_s']:,.0f}",
             )
         table.add_row(
-            format_size(row["block_bytes"]),
+            *names_of(case_of(row)),
             *amounts,
             figure(row["p50_us"]),
             figure(row["p99_us"]),
@@ -332,6 +344,11 @@ def _table(contender: Contender, rows: list[dict[str, Any]]) -> Table:
             _checked(row),
         )
     return table
+
+
+def names_of(case: Case) -> tuple[str, str]:
+    """Return how the bytes of a block and the blocks of a batch are shown."""
+    return format_size(case.block_bytes), f"{case.batch:,}"
 
 
 def _with_ends(of: Mapping[str, float]) -> str:
@@ -347,20 +364,21 @@ def _comparison(ours: str, rows: list[dict[str, Any]], by_time: bool) -> Table:
         title_justify="left",
     )
     table.add_column("block", justify="right")
+    table.add_column("batch", justify="right")
     for name in names:
         table.add_column(f"/ {name}", justify="right")
         if by_time:
             table.add_column(f"- {name}, us", justify="right")
     keys = ("p50_ratio", "p50_difference_us") if by_time else ("rate_ratio",)
     cells = {
-        (row["block_bytes"], row["against"]): [_with_ends(row[key]) for key in keys]
+        (case_of(row), row["against"]): [_with_ends(row[key]) for key in keys]
         for row in rows
     }
-    for size in sorted({row["block_bytes"] for row in rows}):
+    for case in sorted({case_of(row) for row in rows}):
         line = [
             cell
             for name in names
-            for cell in cells.get((size, name), ["-"] * len(keys))
+            for cell in cells.get((case, name), ["-"] * len(keys))
         ]
-        table.add_row(format_size(size), *line)
+        table.add_row(*names_of(case), *line)
     return table

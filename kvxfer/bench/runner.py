@@ -1,8 +1,10 @@
-"""Runs contenders in turn: rounds, a pair of processes at a time, in random order.
+"""Runs contenders in turn: rounds, pairs of processes, in random order.
 
-Two figures that are compared were taken in the same round, so that what the machine
-does differently from minute to minute touches both. Nothing of a pair is left when the
-next one starts, or when this ends, however it ends.
+What is compared was measured one after the other: the same case of all contenders,
+whose pairs live for a round and wait while it is not their turn. So what the machine
+does differently from minute to minute touches all of them. Where memory does not hold
+all pairs at once, each lives alone and measures all cases of its round. Nothing of a
+pair is left when this ends, however it ends.
 """
 
 from __future__ import annotations
@@ -16,14 +18,15 @@ import random
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvxfer.bench.contenders import Contender
+from kvxfer.bench.nearness import word_round_trip
 from kvxfer.bench.side import Job
-from kvxfer.bench.workload import Workload
+from kvxfer.bench.workload import Case, Workload
 
 #: Where the package lies, for a Python that does not have it.
 _HOME = str(Path(__file__).parent.parent.parent)
@@ -34,7 +37,8 @@ _BOOT = (
 _STOP_SECONDS = 5.0
 #: What a pair takes besides its windows: start, memory, checks.
 _PAIR_SECONDS = 4.0
-_SIZE_SECONDS = 0.5
+_CASE_SECONDS = 0.5
+_PATIENCE = 120.0
 
 Event = dict[str, Any]
 
@@ -52,7 +56,9 @@ class Settings:
       memory: ``shared`` or ``ordinary``, where the contender leaves the choice.
       options: Options of kvxfer, on both sides.
       peer_python: The Python that has the other engines.
-      patience: Seconds that one pair may take; 0 is by the windows.
+      patience: Seconds that a pair may take for its start or a case; 0 is by the
+        windows.
+      together: Whether the pairs of all contenders live at the same time.
       extra: What else a job needs.
     """
 
@@ -65,6 +71,7 @@ class Settings:
     options: dict[str, Any] = field(default_factory=dict)
     peer_python: str = sys.executable
     patience: float = 0.0
+    together: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     def unheeded(self, contender: Contender) -> list[str]:
@@ -86,7 +93,7 @@ class Outcome:
     """What came of a run.
 
     Attributes:
-      windows: One entry a contender, size and round.
+      windows: One entry a contender, case and round.
       failures: What went wrong, with the contender's name.
       complete: Whether all rounds were run.
     """
@@ -123,7 +130,7 @@ def job_for(
 
 def seconds_for(n_contenders: int, workload: Workload, settings: Settings) -> float:
     """Estimate how long a run takes."""
-    of_a_pair = _PAIR_SECONDS + len(workload.sizes) * (settings.window + _SIZE_SECONDS)
+    of_a_pair = _PAIR_SECONDS + len(workload.cases) * (settings.window + _CASE_SECONDS)
     return settings.rounds * n_contenders * of_a_pair
 
 
@@ -131,68 +138,200 @@ class PairError(Exception):
     """A pair did not do what it was to do; the text says why."""
 
 
-async def events_of(
-    contender: Contender, job: Job, python: str, patience: float
-) -> AsyncGenerator[Event, None]:
-    """Run one pair and give what it reports.
+class Pair:
+    """The processes of one contender, from their start to their end.
 
-    Raises:
-      PairError: It failed, ended early or took longer than ``patience`` seconds.
-
-    Cancellation:
-      The processes are killed before it is raised.
+    Args:
+      patience: Seconds that it may take to start, and to measure a case.
     """
-    with tempfile.TemporaryFile() as log:
-        process = await asyncio.create_subprocess_exec(
-            *(python, *job["boot"], "initiator", json.dumps(job)),
-            stdin=asyncio.subprocess.DEVNULL,
+
+    def __init__(
+        self, contender: Contender, job: Job, python: str, patience: float
+    ) -> None:
+        self.contender = contender
+        self._job = job
+        self._python = python
+        self._patience = patience
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill()
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Start both processes; they map their memory and connect.
+
+        Raises:
+          PairError: They do not.
+        """
+        self._process = await asyncio.create_subprocess_exec(
+            *(self._python, *self._job["boot"], "initiator", json.dumps(self._job)),
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            stderr=log,
-            env={**os.environ, **contender.environ},
+            stderr=self._log,
+            env={**os.environ, **self.contender.environ},
             # Ctrl-C is for us; what we kill takes its target along.
             start_new_session=True,
         )
-        assert process.stdout is not None
-        done = False
+        await self._hear("ready")
+        self._pause(signal.SIGSTOP)
+
+    async def measure(self, case: Case) -> Event:
+        """Have one case measured; return its window.
+
+        Raises:
+          PairError: It failed, ended, or took longer than its patience.
+        """
+        assert self._process is not None and self._process.stdin is not None
+        question = json.dumps(dataclasses.astuple(case)) + "\n"
+        self._pause(signal.SIGCONT)
+        self._process.stdin.write(question.encode())
+        window = await self._hear("window")
+        self._pause(signal.SIGSTOP)
+        return window
+
+    async def finish(self) -> None:
+        """Let the two end by themselves.
+
+        Raises:
+          PairError: They do not.
+        """
+        assert self._process is not None and self._process.stdin is not None
+        self._pause(signal.SIGCONT)
+        self._process.stdin.close()
+        await self._hear("done")
+        await self._end(_STOP_SECONDS)
+
+    async def kill(self) -> None:
+        """Have nothing left of it. Twice is fine."""
+        await self._end(0)
+        self._log.close()
+
+    def _pause(self, number: signal.Signals) -> None:
+        """Stop both processes, or let them go on, where they cannot wait in peace."""
+        if self.contender.restless and self._process is not None:
+            # The two are a session of their own.
+            os.killpg(self._process.pid, number)
+
+    async def _hear(self, name: str) -> Event:
+        """Wait for what it reports next, which must be ``name``."""
+        assert self._process is not None and self._process.stdout is not None
         try:
-            deadline = asyncio.get_running_loop().time() + patience
-            while not done:
-                left = deadline - asyncio.get_running_loop().time()
-                try:
-                    line = await asyncio.wait_for(process.stdout.readline(), left)
-                except asyncio.TimeoutError:
-                    raise PairError(f"not done after {patience:g} s") from None
-                if not line:
-                    break
-                event: Event = json.loads(line)
-                if event["event"] == "failed":
-                    raise PairError(event["error"] + _tail(log))
-                done = event["event"] == "done"
-                yield event
-            if not done:
-                raise PairError("it ended before it was done" + _tail(log))
+            line = await asyncio.wait_for(
+                self._process.stdout.readline(), self._patience
+            )
+        except asyncio.TimeoutError:
+            raise PairError(f"not {name} after {self._patience:g} s") from None
+        event: Event = json.loads(line or '{"event": "failed", "error": ""}')
+        if event["event"] != name:
+            raise PairError((event.get("error") or "it ended early") + self._tail())
+        del event["event"]
+        return event
+
+    async def _end(self, seconds: float) -> None:
+        """See it end, by force after ``seconds``."""
+        process = self._process
+        if process is None:
+            return
+        ending = asyncio.ensure_future(process.communicate())
+        try:
+            await asyncio.wait({ending}, timeout=seconds)
         finally:
-            await _end(process, _STOP_SECONDS if done else 0)
+            if process.returncode is None:
+                # Not process.kill(): it may reap the process under asyncio's feet.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            await ending
+            self._process = None
+
+    def _tail(self) -> str:
+        """Return the last lines that it wrote to stderr, indented."""
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").splitlines()[-8:]
+        return "".join(f"\n    {line}" for line in lines if line.strip())
 
 
-async def _end(process: asyncio.subprocess.Process, seconds: float) -> None:
-    """See a process end, by force after ``seconds``."""
-    ending = asyncio.ensure_future(process.communicate())
-    try:
-        await asyncio.wait({ending}, timeout=seconds)
-    finally:
-        if process.returncode is None:
-            # Not process.kill(): it may reap the process under asyncio's feet.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
-        await ending
+class _Run:
+    """One run: the contenders that are left, and what came of the others.
 
+    Args:
+      on_step: See :func:`run`.
+    """
 
-def _tail(log: Any) -> str:
-    """Return the last lines that a pair wrote to stderr, indented."""
-    log.seek(0)
-    lines = log.read().decode(errors="replace").splitlines()[-8:]
-    return "".join(f"\n    {line}" for line in lines if line.strip())
+    def __init__(
+        self,
+        contenders: list[Contender],
+        workload: Workload,
+        settings: Settings,
+        on_step: Callable[[int, str, Event | None], None],
+    ) -> None:
+        self.left = list(contenders)
+        self.outcome = Outcome()
+        self._workload = workload
+        self._settings = settings
+        self._on_step = on_step
+        self._shuffle = random.Random(workload.seed).shuffle
+
+    async def round(self, number: int) -> None:
+        """Measure everybody who is left once."""
+        order = list(self.left)
+        self._shuffle(order)
+        if self._settings.together:
+            await self._turns(number, order)
+            return
+        for contender in order:
+            await self._turns(number, [contender])
+
+    async def _turns(self, number: int, contenders: list[Contender]) -> None:
+        """Measure some whose pairs live at the same time, in turns case by case."""
+        settings = self._settings
+        patience = settings.patience or _PATIENCE + 20 * settings.window
+        pairs: list[Pair] = []
+        try:
+            for contender in contenders:
+                job = job_for(contender, self._workload, settings, number)
+                python = settings.peer_python if contender.is_peer else sys.executable
+                pair = Pair(contender, job, python, patience)
+                pairs.append(pair)
+                self._on_step(number, contender.name, None)
+                async with self._leaving_out(pair):
+                    await pair.start()
+            for case in self._workload.cases:
+                self._shuffle(pairs)
+                for pair in pairs:
+                    if pair.contender not in self.left:
+                        continue
+                    async with self._leaving_out(pair):
+                        await self._window(number, pair, case)
+            for pair in pairs:
+                if pair.contender in self.left:
+                    async with self._leaving_out(pair):
+                        await pair.finish()
+        finally:
+            for pair in pairs:
+                await pair.kill()
+
+    @contextlib.asynccontextmanager
+    async def _leaving_out(self, pair: Pair) -> AsyncIterator[None]:
+        """Go on without a contender that fails."""
+        try:
+            yield
+        except PairError as error:
+            name = pair.contender.name
+            self.outcome.failures.append({"contender": name, "error": str(error)})
+            self.left.remove(pair.contender)
+            await pair.kill()
+
+    async def _window(self, number: int, pair: Pair, case: Case) -> None:
+        name = pair.contender.name
+        word_ns = await asyncio.to_thread(word_round_trip)
+        window = {
+            "contender": name,
+            "round": number,
+            **dataclasses.asdict(case),
+            "planes": self._workload.planes,
+            "word_ns": word_ns,
+            **await pair.measure(case),
+        }
+        self.outcome.windows.append(window)
+        self._on_step(number, name, window)
 
 
 async def run(
@@ -203,7 +342,7 @@ async def run(
 ) -> Outcome:
     """Run all rounds.
 
-    A contender that fails is left out of the rounds that follow.
+    A contender that fails is left out of what follows.
 
     Args:
       on_step: Called with the round, the contender's name, and a window or None when
@@ -212,36 +351,8 @@ async def run(
     Cancellation:
       Nothing is left running.
     """
-    outcome = Outcome()
-    shuffle = random.Random(workload.seed).shuffle
-    patience = settings.patience or 120 + 20 * settings.window * len(workload.sizes)
-    left = list(contenders)
+    going = _Run(contenders, workload, settings, on_step)
     for number in range(settings.rounds):
-        order = list(left)
-        shuffle(order)
-        for contender in order:
-            on_step(number, contender.name, None)
-            job = job_for(contender, workload, settings, number)
-            python = settings.peer_python if contender.is_peer else sys.executable
-            try:
-                async with contextlib.aclosing(
-                    events_of(contender, job, python, patience)
-                ) as events:
-                    async for event in events:
-                        if event.pop("event") == "window":
-                            window = {
-                                "contender": contender.name,
-                                "round": number,
-                                "batch": workload.batch,
-                                "planes": workload.planes,
-                                **event,
-                            }
-                            outcome.windows.append(window)
-                            on_step(number, contender.name, window)
-            except PairError as error:
-                outcome.failures.append(
-                    {"contender": contender.name, "error": str(error)}
-                )
-                left.remove(contender)
-    outcome.complete = True
-    return outcome
+        await going.round(number)
+    going.outcome.complete = True
+    return going.outcome

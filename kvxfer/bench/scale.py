@@ -27,10 +27,10 @@ from kvxfer import Client, KVCache, Server, command
 from kvxfer.bench import flags, runner
 from kvxfer.bench.contenders import Contender
 from kvxfer.bench.report import SCHEMA, figure, machine, write_text
-from kvxfer.bench.runner import Settings
+from kvxfer.bench.runner import Pair, Settings
 from kvxfer.bench.side import Control, Initiator, Job
 from kvxfer.bench.transfer import options_of
-from kvxfer.bench.workload import Workload, format_size, parse_size
+from kvxfer.bench.workload import Case, Workload, format_size, parse_size
 
 _FEW = 1000
 _MAP_NORESERVE = 0x4000  # mmap exports it only from Python 3.13 on
@@ -69,7 +69,7 @@ def _cache(job: Job) -> KVCache:
 class Scale(Initiator):
     """Opens a client, connects, writes one block of each layer."""
 
-    def measure(self, size: int) -> dict[str, Any]:
+    def measure(self, case: Case) -> dict[str, Any]:
         """Do it all, once."""
         return asyncio.run(self._measure())
 
@@ -134,12 +134,15 @@ async def _rounds(
                 f"{n_blocks} blocks", "scale", "", parameters={"blocks": n_blocks}
             )
             job = runner.job_for(contender, workload, settings, number)
-            async with contextlib.aclosing(
-                runner.events_of(contender, job, sys.executable, _PATIENCE)
-            ) as events:
-                async for event in events:
-                    if event.pop("event") == "window":
-                        rows.append({"round": number, "blocks": n_blocks, **event})
+            pair = Pair(contender, job, sys.executable, _PATIENCE)
+            try:
+                await pair.start()
+                (case,) = workload.cases
+                found = await pair.measure(case)
+                rows.append({"round": number, "blocks": n_blocks, **found})
+                await pair.finish()
+            finally:
+                await pair.kill()
     return rows
 
 
@@ -206,7 +209,7 @@ def main(
     given = {"device": device, "soft_wire": wire}
     options = {name: value for name, value in given.items() if value is not None}
     command.load_options(None, **options)
-    workload = Workload((block_bytes,), batch=1)
+    workload = Workload((block_bytes,), (1,))
     extra = {"layers": layers, "block_bytes": block_bytes}
     settings = Settings(rounds=rounds, options=options, extra=extra)
     few = min(blocks, _FEW)

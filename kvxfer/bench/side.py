@@ -3,8 +3,9 @@
 A contender has an *initiator*, which moves the blocks and takes the time, and mostly a
 *target* in a process of its own, whose memory it writes. The initiator starts the
 target and speaks with it over two pipes, one JSON object a line, outside the timed
-windows. The initiator is itself started by ``runner``, to which it reports on its
-standard output, one JSON object a window.
+windows. The initiator is itself started by ``runner``, which asks it for one case
+after the other on its standard input; it reports on its standard output, one JSON
+object a window.
 
 Runs in other engines' Python as well: standard library and numpy alone.
 """
@@ -27,7 +28,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvxfer.bench.workload import Tables, Workload, unseen_blocks, wrong_blocks
+from kvxfer.bench.workload import (
+    Case,
+    Tables,
+    Workload,
+    unseen_blocks,
+    wrong_blocks,
+)
 
 Job = dict[str, Any]
 """What a pair is to do; made by ``runner``, plain JSON."""
@@ -44,7 +51,8 @@ _PR_SET_PDEATHSIG = 1
 def workload_of(job: Job) -> Workload:
     """Return the workload that a job describes."""
     fields = dict(job["workload"])
-    fields["sizes"] = tuple(fields["sizes"])
+    for name in ("sizes", "batches"):
+        fields[name] = tuple(fields[name])
     return Workload(**fields)
 
 
@@ -145,16 +153,16 @@ class Target:
         self._workload = workload_of(job)
         self._tables: Tables | None = None
 
-    def begin_size(self, size: int) -> None:
-        """Forget what was written, and make ready for blocks of ``size`` bytes."""
-        self._tables = self._workload.tables(size)
+    def begin(self, case: Case) -> None:
+        """Forget what was written, and make ready for a case."""
+        self._tables = self._workload.tables(case)
         for words, _ in self.planes:
             words[:] = 0
 
     @property
     def tables(self) -> Tables:
-        """The tables of the size at hand."""
-        assert self._tables is not None, "no size was begun"
+        """The tables of the case at hand."""
+        assert self._tables is not None, "no case was begun"
         return self._tables
 
     def _count(self, sets: Iterable[tuple[int, int]], check: Callable[..., int]) -> int:
@@ -174,8 +182,8 @@ class Target:
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
         """Do what the initiator asks for; return the answer."""
         command = message["command"]
-        if command == "size":
-            self.begin_size(message["size"])
+        if command == "case":
+            self.begin(Case(*message["case"]))
             return {}
         if command == "cpu":
             return {"seconds": cpu_seconds()}
@@ -222,7 +230,7 @@ def start_target(job: Job) -> tuple[subprocess.Popen[bytes], Control, dict[str, 
 class Initiator:
     """The side that moves blocks. Contenders are sub-classes.
 
-    The windows of all block sizes are taken in one life, so memory is mapped once.
+    The windows of all cases are taken in one life, so memory is mapped once.
     """
 
     #: Whether there is a target process to start.
@@ -231,6 +239,7 @@ class Initiator:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.workload = workload_of(job)
+        self.tables: Tables
         self.process: subprocess.Popen[bytes] | None = None
         self.control: Control | None = None
 
@@ -244,7 +253,7 @@ class Initiator:
         """Take what the target says first."""
 
     def prepare(self, tables: Tables) -> None:
-        """Make ready for one block size."""
+        """Make ready for one case; ``tables`` are kept already."""
         raise NotImplementedError
 
     def batch(self, source_set: int, target_set: int) -> None:
@@ -254,7 +263,7 @@ class Initiator:
     @property
     def blocks_of_batch(self) -> int:
         """How many blocks a batch moves, all planes together."""
-        return self.workload.batch * self.workload.planes
+        return self.tables.batch * self.workload.planes
 
     def facts(self) -> dict[str, Any]:
         """Say how it went: ``device``, ``wire``, ``wrs_per_block``.
@@ -272,10 +281,11 @@ class Initiator:
 
     # -- windows ---------------------------------------------------------------
 
-    def begin_size(self, tables: Tables) -> None:
+    def begin(self, tables: Tables) -> None:
         """Tell the target, then make ready."""
+        self.tables = tables
         if self.control is not None:
-            self.control.ask("size", size=tables.block_bytes)
+            self.control.ask("case", case=[tables.block_bytes, tables.batch])
         self.prepare(tables)
 
     def target_cpu(self) -> float:
@@ -303,9 +313,9 @@ class Initiator:
             self.batch(*tables.pick(0, window.next(0)))
             window.note(time.perf_counter() - start)
 
-    def measure(self, size: int) -> dict[str, Any]:
+    def measure(self, case: Case) -> dict[str, Any]:
         """Warm up, take the window, check what it left; return it all."""
-        return measure(self, size)
+        return measure(self, case)
 
 
 @dataclass
@@ -380,15 +390,15 @@ def _timed(side: Initiator, tables: Tables, counts: list[int]) -> dict[str, Any]
     }
 
 
-def measure(side: Initiator, size: int) -> dict[str, Any]:
+def measure(side: Initiator, case: Case) -> dict[str, Any]:
     """Do what :meth:`Initiator.measure` says, as contenders do without a word.
 
     A window in which other processes used the machine is taken again, twice at most;
     the least disturbed counts.
     """
     workload = side.workload
-    tables = workload.tables(size)
-    side.begin_size(tables)
+    tables = workload.tables(case)
+    side.begin(tables)
     counts = [0] * workload.lanes
     warm = Window(0.0, 0, counts, warm=1)
     side.run_batches(tables, warm)
@@ -412,11 +422,10 @@ def measure(side: Initiator, size: int) -> dict[str, Any]:
     sets = [pair for lane in lanes for pair in tables.last(lane, counts[lane], at_most)]
     wrong = side.verify(sets) if checked else None
     return {
-        "block_bytes": size,
         **found,
         "disturbed": found["foreign_cores"] > limit,
         "verified_blocks": (
-            None if wrong is None else len(sets) * workload.batch * workload.planes
+            None if wrong is None else len(sets) * case.batch * workload.planes
         ),
         "wrong_blocks": wrong,
         "unseen_blocks": unseen,
@@ -424,13 +433,25 @@ def measure(side: Initiator, size: int) -> dict[str, Any]:
     }
 
 
-def run_initiator(side: Initiator, report: Callable[..., None]) -> None:
-    """Measure all block sizes and report each."""
+def run_initiator(
+    side: Initiator, asked: Iterable[str], report: Callable[..., None]
+) -> None:
+    """Measure each case that is asked for, until no more are."""
     side.open()
-    for size in side.workload.sizes:
-        report(event="window", **side.measure(size))
+    report(event="ready")
+    for line in asked:
+        report(event="window", **side.measure(Case(*json.loads(line))))
     side.close()
     report(event="done")
+
+
+def questions() -> Iterable[str]:
+    """Take standard input for ourselves; who else reads it finds nothing there."""
+    lines = os.fdopen(os.dup(0))
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return lines
 
 
 def reporter() -> Callable[..., None]:
@@ -467,7 +488,7 @@ def main(find: Callable[[str], Making], arguments: list[str]) -> None:
             find(job["kind"])[1](job, control)
         else:
             tell = reporter()
-            run_initiator(find(job["kind"])[0](job), tell)
+            run_initiator(find(job["kind"])[0](job), questions(), tell)
     except Exception as error:  # noqa: BLE001 - the other process tells the user
         name = "" if isinstance(error, TargetError) else f"{type(error).__name__}: "
         tell(event="failed", error=f"{name}{error}")

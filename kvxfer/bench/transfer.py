@@ -234,7 +234,7 @@ class Writes(Transfer):
           UsageError: They are no whole blocks, or a piece is more than a batch.
         """
         super().prepare(tables)
-        size, batch = tables.block_bytes, self.workload.batch
+        size, batch = tables.block_bytes, tables.batch
         each, rest = divmod(self.job["write_bytes"], size * self.workload.planes)
         if rest or not 0 < each <= batch:
             raise UsageError(
@@ -276,8 +276,8 @@ class Writes(Transfer):
 class Remote(Transfer):
     """Writes into a ``kvxfer serve`` that somebody else runs.
 
-    Its blocks are what they are: the workload has one size. Whether the bytes are
-    right is checked there, with ``--verify``.
+    Its blocks are what they are: the workload has one size of them. Whether the bytes
+    are right is checked there, with ``--verify``.
     """
 
     has_target = False

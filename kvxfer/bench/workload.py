@@ -9,7 +9,7 @@ pool is larger than the caches.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,19 +41,43 @@ def parse_size(text: str) -> int:
     return n_bytes
 
 
+def parse_count(text: str) -> int:
+    """Read how many blocks a batch has.
+
+    Raises:
+      UsageError: It is no number, or 0.
+    """
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise UsageError(f"{text!r} is not a number of blocks such as 1538")
+    return int(text)
+
+
 def parse_sizes(text: str) -> tuple[int, ...]:
     """Read sizes by commas; ``1K..256K`` is every power of two between the two.
 
     Raises:
       UsageError: A part is no size, or a range runs backwards.
     """
+    return _parse_list(text, parse_size)
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """Read numbers of blocks by commas; ``64..1024`` goes up by doubling.
+
+    Raises:
+      UsageError: A part is no such number, or a range runs backwards.
+    """
+    return _parse_list(text, parse_count)
+
+
+def _parse_list(text: str, parse: Callable[[str], int]) -> tuple[int, ...]:
     found: list[int] = []
     for part in text.split(","):
         first, dots, last = part.partition("..")
-        low = parse_size(first)
-        high = parse_size(last) if dots else low
+        low = parse(first)
+        high = parse(last) if dots else low
         if high < low:
-            raise UsageError(f"{part!r} runs backwards: the smaller size comes first")
+            raise UsageError(f"{part!r} runs backwards: the smaller one comes first")
         while low <= high:
             found.append(low)
             low *= 2
@@ -84,13 +108,26 @@ def parse_pattern(text: str) -> int:
     return int(number)
 
 
+@dataclass(frozen=True, order=True)
+class Case:
+    """One measurement of a sweep.
+
+    Attributes:
+      block_bytes: Bytes of a block.
+      batch: Blocks of one batch, in each plane.
+    """
+
+    block_bytes: int
+    batch: int
+
+
 @dataclass(frozen=True)
 class Workload:
     """What is moved, the same for every contender.
 
     Attributes:
-      sizes: Bytes of a block, one measurement each.
-      batch: Blocks of one batch, in each plane.
+      sizes: Bytes of a block.
+      batches: Blocks of one batch, in each plane; each with every size.
       pool_bytes: Memory of each side, all planes together.
       pattern: How the blocks of a batch lie: ``random``, ``contiguous``, ``runs:N``.
       planes: Planes of a block: 2 moves K and V of the same ids.
@@ -99,7 +136,7 @@ class Workload:
     """
 
     sizes: tuple[int, ...]
-    batch: int = 1538
+    batches: tuple[int, ...] = (1538,)
     pool_bytes: int = 2 << 30
     pattern: str = "random"
     planes: int = 1
@@ -115,17 +152,25 @@ class Workload:
             earlier batch left could not be told from what the last one wrote.
         """
         parse_pattern(self.pattern)
-        for size in self.sizes:
+        for case in self.cases:
+            size, batch = case.block_bytes, case.batch
             if size % _WORD:
                 raise UsageError(f"blocks of {size} bytes: multiples of {_WORD} only")
-            need = 2 * self.lanes * self.batch * size * self.planes
+            run = parse_pattern(self.pattern) or batch
+            in_runs = -(-batch // run) * run
+            need = 2 * self.lanes * in_runs * size * self.planes
             if need > self.plane_bytes * self.planes:
                 raise UsageError(
                     f"a pool of {format_size(self.pool_bytes)} does not hold twice the "
-                    f"{self.lanes} x {self.batch} blocks of {format_size(size)} in "
+                    f"{self.lanes} x {in_runs} blocks of {format_size(size)} in "
                     f"flight, which take {need} bytes: a larger --pool, fewer --batch, "
-                    "--depth or --threads, or smaller --sizes"
+                    "--depth or --threads, smaller --sizes, or shorter runs"
                 )
+
+    @property
+    def cases(self) -> list[Case]:
+        """List what is measured: every size with every number of blocks."""
+        return [Case(size, batch) for size in self.sizes for batch in self.batches]
 
     @property
     def plane_bytes(self) -> int:
@@ -136,11 +181,12 @@ class Workload:
         """Return how many blocks of ``size`` bytes a plane of the pool has."""
         return self.plane_bytes // size
 
-    def tables(self, size: int) -> Tables:
-        """Make the tables for blocks of ``size`` bytes, the same in every process."""
+    def tables(self, case: Case) -> Tables:
+        """Make the tables of a case, the same in every process."""
+        size, batch = case.block_bytes, case.batch
         slots = self.n_blocks(size)
-        run = parse_pattern(self.pattern) or self.batch
-        n_runs = -(-self.batch // run)
+        run = parse_pattern(self.pattern) or batch
+        n_runs = -(-batch // run)
         sets = max(1, min(MAX_SETS, slots // run // n_runs))
         sets = max(1, sets // self.lanes) * self.lanes
         random = np.random.default_rng([self.seed, size])
@@ -148,7 +194,7 @@ class Workload:
         def one() -> Ids:
             runs = random.permutation(slots // run)[: sets * n_runs]
             ids = runs[:, None] * run + np.arange(run)[None, :]
-            table = ids.reshape(sets, n_runs * run)[:, : self.batch]
+            table = ids.reshape(sets, n_runs * run)[:, :batch]
             return np.ascontiguousarray(table, dtype=np.int64)
 
         return Tables(size, one(), one(), self.lanes)
@@ -162,6 +208,11 @@ class Tables:
     source: Ids
     target: Ids
     lanes: int = 1
+
+    @property
+    def batch(self) -> int:
+        """Blocks of one batch, in each plane."""
+        return int(self.source.shape[1])
 
     @property
     def sets(self) -> int:

@@ -20,6 +20,7 @@ from kvxfer.bench import contenders
 from kvxfer.bench.cli import main, sweep
 from kvxfer.bench.presets import PRESETS
 from kvxfer.options import OPTIONS
+from tests.bench.processes import descendants, gone
 from tests.endpoints import SOON
 from tests.patience import patient
 from tests.test_cli import running, serving
@@ -82,6 +83,31 @@ async def test_a_sweep_on_each_wire(wire: str, tmp_path: Path) -> None:
     assert found["method"]["complete"]
     with lines.open() as file:
         assert len(list(csv.DictReader(file))) == 4
+
+
+async def test_a_sweep_over_batches(tmp_path: Path) -> None:
+    lines = tmp_path / "out.csv"
+    found = await document(
+        tmp_path,
+        *("--sizes", "1K,2K", "--batch", "1,8..16", "--against", "memcpy"),
+        *("--csv", str(lines)),
+    )
+    cases = {(size, batch) for size in (1024, 2048) for batch in (1, 8, 16)}
+    for rows in (found["windows"], found["summary"]):
+        for name in ("kvxfer", "memcpy"):
+            own = [row for row in rows if row["contender"] == name]
+            assert {(row["block_bytes"], row["batch"]) for row in own} == cases
+            assert len(own) == 6
+    for window in found["windows"]:
+        each = window["batch"] * window["block_bytes"]
+        assert window["bytes"] == window["batches"] * each
+        assert window["verified_blocks"] == 2 * window["batch"]
+        assert window["wrong_blocks"] == 0
+    compared = found["comparisons"]
+    assert {(row["block_bytes"], row["batch"]) for row in compared} == cases
+    assert found["workload"]["batch"] == [1, 8, 16]
+    with lines.open() as file:
+        assert {line["batch"] for line in csv.DictReader(file)} == {"1", "8", "16"}
 
 
 async def test_several_in_flight_of_several_threads(tmp_path: Path) -> None:
@@ -253,6 +279,9 @@ def test_presets_are_options_of_the_sweep(name: str) -> None:
     [
         (["--sizes", "1T"], ["1T", "not a size"]),
         (["--sizes", "1001"], ["1001", "multiples of 8"]),
+        (["--batch", "0"], ["'0'", "number of blocks"]),
+        (["--batch", "8..4"], ["8..4", "backwards"]),
+        (["--batch", "1K"], ["'1K'", "1538"]),
         (["--pattern", "zigzag"], ["zigzag", "runs:N"]),
         (["--sizes", "1M"], ["1M", "--pool", "--batch"]),
         (["--pool", "900G"], ["900G", "available", "--pool"]),
@@ -301,26 +330,6 @@ async def test_a_device_that_is_not_there() -> None:
 
 
 # -- the end ------------------------------------------------------------------------
-
-
-def descendants(pid: int) -> set[int]:
-    found: set[int] = set()
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found |= {child, *descendants(child)}
-    return found
-
-
-def gone(pids: set[int]) -> bool:
-    """Whether none of these processes runs any more."""
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if state != "Z":
-            return False
-    return True
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

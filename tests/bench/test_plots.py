@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 
 from kvxfer.bench import plots
+from kvxfer.bench.report import Report
+from kvxfer.bench.workload import Workload
 from kvxfer.errors import UsageError
 from tests.bench.test_report import report, window
 
@@ -61,6 +64,35 @@ def test_the_null_device_has_no_bandwidth(tmp_path: Path) -> None:
     assert plots.caption(report(windows)).endswith("null0 (null): nothing moves")
     assert len(plots._figure(report(windows)).axes) == 1
     assert len(plots._figure(report(WINDOWS)).axes) == 2
+
+
+def lines(of: Report) -> tuple[set[str], list[str]]:
+    axes = plots._figure(of).axes[0]
+    ticks = [label.get_text() for label in axes.get_xticklabels()]
+    return {line.get_label() for line in axes.lines}, ticks
+
+
+@drawing
+def test_several_batches_are_lines_of_their_own() -> None:
+    windows = [{**w, "batch": batch} for w in WINDOWS for batch in (10, 2000)]
+    load = Workload((1024, 4096), (10, 2000), pool_bytes=1 << 20)
+    of = dataclasses.replace(report(windows), workload=load)
+    assert lines(of) == (
+        {
+            *("kvxfer, 10 a batch", "kvxfer, 2,000 a batch"),
+            *("memcpy, 10 a batch", "memcpy, 2,000 a batch"),
+        },
+        ["1K", "4K"],
+    )
+
+
+@drawing
+def test_batches_of_one_size_are_drawn_along_the_axis() -> None:
+    windows = [window("kvxfer", 0, 1.0, batch=batch) for batch in (10, 2000)]
+    load = Workload((1024,), (10, 2000), pool_bytes=1 << 20)
+    of = dataclasses.replace(report(windows), workload=load)
+    assert lines(of) == ({"kvxfer"}, ["10", "2,000"])
+    assert plots.caption(of).startswith("10, 2,000 random blocks a batch")
 
 
 def test_a_nic_is_not_called_a_memory_copy() -> None:

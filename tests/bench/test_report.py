@@ -50,7 +50,7 @@ def report(
 ) -> Report:
     return Report(
         contenders=[WRITE_CACHE, OTHER],
-        workload=Workload((1024,), batch=10, pool_bytes=1 << 20),
+        workload=Workload((1024,), (10,), pool_bytes=1 << 20),
         settings=Settings(rounds=3, extra={"by_time": by_time}),
         outcome=Outcome(windows, complete=True),
         absent=absent,
@@ -106,6 +106,7 @@ def test_comparisons_are_of_the_same_round() -> None:
         "contender": "kvxfer",
         "against": "memcpy",
         "block_bytes": 1024,
+        "batch": 10,
         "pairs": 2,
         "rate_ratio": always(2.0),
         "p50_ratio": always(1.25),
@@ -121,7 +122,7 @@ def test_the_table() -> None:
     line = next(li for li in text.splitlines() if "1,500,000" in li)
     cells = [cell.strip() for cell in line.strip("│ ").split("│")]
     assert cells == [
-        *("1K", "1.50", "1.50-1.50", "1,500,000", "100", "200"),
+        *("1K", "10", "1.50", "1.50-1.50", "1,500,000", "100", "200"),
         *("0.500", "0.250", "1.00", "20"),
     ]
     assert "0.500 (0.500 to 0.500)" in text
@@ -160,7 +161,7 @@ def test_json_holds_everything(tmp_path: Path) -> None:
     windows = [window("kvxfer", 0, 1.5), window("memcpy", 0, 3.0)]
     report(windows, nixl="not installed").write_json(tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["schema"] == 1
+    assert found["schema"] == 2
     assert set(found) == {
         *("schema", "kvxfer", "command", "machine", "method", "workload"),
         *("contenders", "windows", "summary", "comparisons", "failures", "absent"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvxfer.bench.side import Initiator, Window, measure
-from kvxfer.bench.workload import Tables, Workload
+from kvxfer.bench.workload import Case, Tables, Workload
 
 
 class LastFirst(Initiator):
@@ -39,6 +39,6 @@ class LastFirst(Initiator):
 
 
 def test_what_is_looked_at_has_been_moved_whichever_lane_came_first() -> None:
-    side = LastFirst(Workload((1024,), batch=4, pool_bytes=1 << 20, lanes=4))
-    measure(side, 1024)
+    side = LastFirst(Workload((1024,), (4,), pool_bytes=1 << 20, lanes=4))
+    measure(side, Case(1024, 4))
     assert len(side.looked) == 1
