@@ -21,6 +21,7 @@ from rich.table import Table
 from kvxfer import KVCache, logs
 from kvxfer.errors import ControlError, KVXferError, OptionError, UsageError
 from kvxfer.options import Options, remarks
+from kvxfer.sizes import format_size
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,6 +30,7 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
 
 _PAGE_BYTES = 4096
 _CACHE_KEYS = {
@@ -50,6 +52,10 @@ class CacheShape:
     """The cache of a command. The defaults are one node of Llama-3.1-8B.
 
     16 tokens a block, 8 KV heads of 128, bfloat16: 32 KiB a plane.
+
+    Attributes:
+      sizes: Instead of ``block_bytes``: a group of blocks of each of these sizes, all
+        of as many bytes as ``blocks`` of the largest; named by :func:`format_size`.
     """
 
     layers: int = 32
@@ -57,6 +63,15 @@ class CacheShape:
     block_bytes: int = 32768
     planes: tuple[str, ...] = ("k", "v")
     dtype: str = "bf16"
+    sizes: tuple[int, ...] = ()
+
+    @property
+    def groups(self) -> dict[str, tuple[int, int]]:
+        """Bytes of a block and number of blocks of each group, by its name."""
+        if not self.sizes:
+            return {"main": (self.block_bytes, self.blocks)}
+        each = self.blocks * max(self.sizes)
+        return {format_size(size): (size, each // size) for size in self.sizes}
 
     def allocate(self) -> KVCache:
         """Make the cache; its memory is taken as it is touched.
@@ -64,26 +79,32 @@ class CacheShape:
         Raises:
           UsageError: The shape is none, or the machine has not so much memory.
         """
-        n_bytes = self.layers * self.blocks * self.block_bytes * len(self.planes)
+        of_a_plane = sum(size * n_blocks for size, n_blocks in self.groups.values())
+        n_bytes = self.layers * of_a_plane * len(self.planes)
         available = available_bytes()
         if n_bytes > available:
             raise UsageError(
                 f"{self} take {n_bytes} bytes, and {available} are available: "
                 "fewer --blocks or --layers"
             )
-        return KVCache.allocate(
-            n_layers=self.layers,
-            n_blocks=self.blocks,
-            block_bytes=self.block_bytes,
-            planes=self.planes,
-            dtype=self.dtype,
-        )
+        caches = {
+            name: KVCache.allocate(
+                n_layers=self.layers,
+                n_blocks=n_blocks,
+                block_bytes=size,
+                planes=self.planes,
+                dtype=self.dtype,
+            )
+            for name, (size, n_blocks) in self.groups.items()
+        }
+        return KVCache.grouped(caches)
 
     def __str__(self) -> str:
-        return (
-            f"{self.layers} layers x {self.blocks} blocks x {self.block_bytes} bytes "
-            f"({', '.join(self.planes)})"
+        sizes = ", ".join(
+            f"{n_blocks} blocks x {size} bytes"
+            for size, n_blocks in self.groups.values()
         )
+        return f"{self.layers} layers x {sizes} ({', '.join(self.planes)})"
 
 
 def available_bytes() -> int:
@@ -98,8 +119,9 @@ async def fill_in(cache: KVCache, stop: asyncio.Event) -> bool:
     """Touch all of a cache, as an engine has before use; false if stopped."""
 
     def touch(layer: int) -> None:
-        for plane in cache.group().planes:
-            cache.view(layer, plane.name)[:, ::_PAGE_BYTES] = 0
+        for group in cache.groups:
+            for plane in group.planes:
+                cache.view(layer, plane.name, group.name).reshape(-1)[::_PAGE_BYTES] = 0
 
     for layer in cache.layers:
         if stop.is_set():
@@ -206,6 +228,22 @@ def geometry_options(command: _F) -> _F:
     ):
         wrapper = option(wrapper)
     return wrapper  # type: ignore[return-value]
+
+
+def reading(
+    parse: Callable[[str], _T],
+) -> Callable[[click.Context, click.Parameter, str | None], _T | None]:
+    """Return a callback for click; what ``parse`` refuses is wrong use."""
+
+    def read(
+        context: click.Context, parameter: click.Parameter, text: str | None
+    ) -> _T | None:
+        try:
+            return None if text is None else parse(text)
+        except UsageError as error:
+            raise click.BadParameter(str(error)) from error
+
+    return read
 
 
 def check_address(

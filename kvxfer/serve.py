@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import click
 from kvxfer import Arrival, KVCache, Server, command, metrics, pattern
 from kvxfer.options import Options
 from kvxfer.share import Share
+from kvxfer.sizes import parse_sizes
 
 
 async def _follow(
@@ -28,14 +30,15 @@ async def _follow(
 ) -> int:
     """Say what arrives until the server closes; return how many blocks are wrong."""
     n_wrong = 0
-    planes = {plane.name: i for i, plane in enumerate(cache.group().planes)}
+    # Those of all groups.
+    planes = {plane.name: i for i, plane in enumerate(cache.groups[0].planes)}
     async for arrival in server.arrivals():
         if share is not None:
             share.tell(arrival)
         event = _event(arrival)
         text = (
             f"arrival: {arrival.peer} request {arrival.request_id or '-'} "
-            f"layer {arrival.layer}, {len(arrival.block_ids)} blocks, "
+            f"{_group(arrival)}layer {arrival.layer}, {len(arrival.block_ids)} blocks, "
             f"{arrival.bytes} bytes"
         )
         if verify:
@@ -59,9 +62,13 @@ def _wrong_blocks(
 ) -> list[int]:
     found: set[int] = set()
     for name, index in planes.items():
-        view = cache.view(arrival.layer, name)
+        view = cache.view(arrival.layer, name, arrival.group)
         found.update(pattern.wrong(view, arrival.block_ids, index, arrival.layer))
     return sorted(found)
+
+
+def _group(arrival: Arrival) -> str:
+    return "" if arrival.group == "main" else f"group {arrival.group}, "
 
 
 def _event(arrival: Arrival) -> dict[str, Any]:
@@ -69,6 +76,7 @@ def _event(arrival: Arrival) -> dict[str, Any]:
         "event": "arrival",
         "peer": arrival.peer,
         "request_id": arrival.request_id,
+        "group": arrival.group,
         "layer": arrival.layer,
         "blocks": len(arrival.block_ids),
         "bytes": arrival.bytes,
@@ -197,6 +205,14 @@ def _octal(context: click.Context, option: click.Parameter, text: str) -> int:
     metavar="OCTAL",
     help="Permissions of PATH: who may write to it may attach.",
 )
+@click.option(
+    "--sizes",
+    metavar="SIZES",
+    callback=command.reading(parse_sizes),
+    help="Instead of --block-bytes: a group of blocks of each size, as 1K,4K or "
+    "1K..256K, all of as many bytes as --blocks of the largest; for kvxfer bench "
+    "--target.",
+)
 @click.option("--verify", is_flag=True, help="Check every byte that kvxfer push sent.")
 @click.option(
     "--grace",
@@ -212,6 +228,7 @@ def _octal(context: click.Context, option: click.Parameter, text: str) -> int:
 def main(
     shape: command.CacheShape,
     config: Path | None,
+    sizes: tuple[int, ...] | None,
     verify: bool,
     machine: bool,
     grace: float,
@@ -225,6 +242,7 @@ def main(
     Options not given come from KVXFER_* variables, then from --config.
     """
     options = command.load_options(config, **overrides)
+    shape = dataclasses.replace(shape, sizes=sizes or ())
     command.log(options, verbose=verbose)
     command.run(
         lambda stop: _serve(

@@ -18,7 +18,7 @@ from typing import Any
 
 from kvxfer.bench.presets import PRESETS
 from kvxfer.bench.report import figure
-from kvxfer.bench.workload import format_size
+from kvxfer.sizes import format_size
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"

@@ -110,6 +110,7 @@ async def test_an_endpoint_and_a_push(number: int, host: str, tmp_path: Path) ->
             assert event == {
                 "event": "arrival",
                 "request_id": "r1",
+                "group": "main",
                 "layer": layer,
                 "blocks": 40,
                 "bytes": 2 * 40 * 512,

@@ -133,9 +133,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fastdeploy": {"blocking", "cuda", "devices", "interfaces", "logs"},
     "testing": {"__init__"},
     # Programs: the public names and nothing behind them.
+    "sizes": set(),
     "pattern": {"blocks"},
     "metrics": {"__init__"},
-    "command": {"__init__", "logs"},
+    "command": {"__init__", "logs", "sizes"},
     "share": {"__init__", "shared_messages"},
     "serve": {"command", "metrics", "pattern", "share"},
     "push": {"command", "pattern"},
@@ -151,7 +152,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench/side": {"bench"},
     "bench/pair": {"bench"},
     "bench/peers": {"bench"},
-    "bench/workload": set(),
+    "bench/workload": {"sizes"},
     "bench/_limits": {"_verbs"},
     # What the public API does not show: the path without asyncio.
     "bench/direct": {"bench", "devices", "link"},

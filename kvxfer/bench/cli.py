@@ -19,7 +19,8 @@ from kvxfer.bench.flags import Outputs
 from kvxfer.bench.presets import PRESETS
 from kvxfer.bench.report import Report
 from kvxfer.bench.runner import Event, Outcome, Settings
-from kvxfer.bench.workload import Workload, format_size
+from kvxfer.bench.workload import Workload
+from kvxfer.sizes import format_size
 
 _WIDTH = 150
 
@@ -164,7 +165,7 @@ def _plan(
 @click.option(
     "--against",
     metavar="NAMES",
-    callback=flags.reading(flags.names),
+    callback=command.reading(flags.names),
     help="Whom to compare with, by commas, in the same rounds.",
 )
 @click.option(
@@ -178,7 +179,8 @@ def _plan(
     "--target",
     metavar="HOST:PORT",
     callback=command.check_address,
-    help="Write into a kvxfer serve that runs there; --sizes is its block size.",
+    help="Write into a kvxfer serve that runs there. One of --sizes is its block size; "
+    "several are those of its own --sizes.",
 )
 @click.option("--dtype", help="With --target: tag of its element type.  [bf16]")
 @flags.transfer_options

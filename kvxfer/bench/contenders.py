@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvxfer.bench.workload import parse_size
 from kvxfer.errors import UsageError
+from kvxfer.sizes import parse_size
 
 OURS = "kvxfer"
 

@@ -20,37 +20,15 @@ from kvxfer.bench.peers import find_mooncake_bench
 from kvxfer.bench.presets import PRESETS
 from kvxfer.bench.report import Report
 from kvxfer.bench.runner import Settings
-from kvxfer.bench.workload import (
-    Workload,
-    format_size,
-    parse_batches,
-    parse_size,
-    parse_sizes,
-)
+from kvxfer.bench.workload import Workload, parse_batches
 from kvxfer.errors import UsageError
+from kvxfer.sizes import format_size, parse_size, parse_sizes
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_T = TypeVar("_T")
 
 _MARGIN_BYTES = 512 << 20
 _QUICK_POOL, _QUICK_WINDOW = 64 << 20, 0.05
 _IMPORT_SECONDS = 60
-
-
-def reading(
-    parse: Callable[[str], _T],
-) -> Callable[[click.Context, click.Parameter, str | None], _T | None]:
-    """Return a callback for click; what ``parse`` refuses is wrong use."""
-
-    def read(
-        context: click.Context, parameter: click.Parameter, text: str | None
-    ) -> _T | None:
-        try:
-            return None if text is None else parse(text)
-        except UsageError as error:
-            raise click.BadParameter(str(error)) from error
-
-    return read
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -81,7 +59,7 @@ def workload_options(function: _F) -> _F:
             click.option(
                 "--sizes",
                 metavar="SIZES",
-                callback=reading(parse_sizes),
+                callback=command.reading(parse_sizes),
                 default="1K..256K",
                 show_default=True,
                 help="Bytes of a block: by commas; A..B is every power of two between.",
@@ -90,7 +68,7 @@ def workload_options(function: _F) -> _F:
                 "--batch",
                 "batches",
                 metavar="COUNTS",
-                callback=reading(parse_batches),
+                callback=command.reading(parse_batches),
                 default="1538",
                 show_default=True,
                 help="Blocks of a batch: by commas; A..B goes up by doubling.",
@@ -98,7 +76,7 @@ def workload_options(function: _F) -> _F:
             click.option(
                 "--planes",
                 metavar="NAMES",
-                callback=reading(names),
+                callback=command.reading(names),
                 help="Names of the planes, by commas.  [kv; with --target k,v]",
             ),
             click.option(
@@ -110,7 +88,7 @@ def workload_options(function: _F) -> _F:
             click.option(
                 "--pool",
                 metavar="SIZE",
-                callback=reading(parse_size),
+                callback=command.reading(parse_size),
                 default="2G",
                 show_default=True,
                 help="Memory of each side; larger than the caches, so that it is cold.",
@@ -305,12 +283,9 @@ def check(ours: Contender, workload: Workload, settings: Settings) -> None:
             f"{unheeded[0]} is for --contender {who.OURS}"
         )
     remote = settings.extra.get("target") is not None
-    if remote and len(workload.sizes) != 1:
-        raise UsageError(
-            "--target has blocks of one size: say which, for example --sizes 32K"
-        )
     workload.check()
-    check_memory(workload.pool_bytes, 1 if remote else 2)
+    # For an endpoint elsewhere each size has memory of its own, as it has there.
+    check_memory(workload.pool_bytes, len(workload.sizes) if remote else 2)
 
 
 def check_memory(pool_bytes: int, sides: int) -> None:

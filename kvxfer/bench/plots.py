@@ -19,8 +19,8 @@ from kvxfer.bench.report import (
     names_of,
     summarize,
 )
-from kvxfer.bench.workload import format_size
 from kvxfer.errors import KVXferError, UsageError
+from kvxfer.sizes import format_size
 
 _KINDS = (".png", ".svg")
 

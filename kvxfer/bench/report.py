@@ -25,8 +25,9 @@ from rich.table import Table
 from kvxfer._version import __version__
 from kvxfer.bench.contenders import Contender
 from kvxfer.bench.runner import Event, Outcome, Settings
-from kvxfer.bench.workload import Case, Workload, format_size
+from kvxfer.bench.workload import Case, Workload
 from kvxfer.errors import KVXferError
+from kvxfer.sizes import format_size
 
 SCHEMA = 2
 """Version of the JSON."""

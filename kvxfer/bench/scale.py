@@ -24,13 +24,14 @@ from rich.console import Console
 from rich.table import Table
 
 from kvxfer import Client, KVCache, Server, command
-from kvxfer.bench import flags, runner
+from kvxfer.bench import runner
 from kvxfer.bench.contenders import Contender
 from kvxfer.bench.report import SCHEMA, figure, machine, write_text
 from kvxfer.bench.runner import Pair, Settings
 from kvxfer.bench.side import Control, Initiator, Job
 from kvxfer.bench.transfer import options_of
-from kvxfer.bench.workload import Case, Workload, format_size, parse_size
+from kvxfer.bench.workload import Case, Workload
+from kvxfer.sizes import format_size, parse_size
 
 _FEW = 1000
 _MAP_NORESERVE = 0x4000  # mmap exports it only from Python 3.13 on
@@ -179,7 +180,7 @@ def _print(rows: list[dict[str, Any]], what: str) -> None:
 @click.option(
     "--block-bytes",
     metavar="SIZE",
-    callback=flags.reading(parse_size),
+    callback=command.reading(parse_size),
     default="512",
     show_default=True,
     help="Bytes of a block; address space alone, unless a NIC pins it.",

@@ -29,6 +29,7 @@ from kvxfer.bench.side import (
 )
 from kvxfer.bench.workload import Tables, contents
 from kvxfer.errors import UsageError
+from kvxfer.sizes import format_size
 
 T = TypeVar("T")
 
@@ -276,8 +277,9 @@ class Writes(Transfer):
 class Remote(Transfer):
     """Writes into a ``kvxfer serve`` that somebody else runs.
 
-    Its blocks are what they are: the workload has one size of them. Whether the bytes
-    are right is checked there, with ``--verify``.
+    A workload of one size of blocks is for its group ``main``; for several it must have
+    been started with the same sizes. Whether the bytes are right is checked there, with
+    ``--verify``.
     """
 
     has_target = False
@@ -287,32 +289,41 @@ class Remote(Transfer):
         job, workload = self.job, self.workload
         self.options = options_of(job)
         self.lanes = [Lane(i) for i in range(job["threads"])]
-        size = workload.sizes[0]
         self.planes = job["plane_names"]
-        self.cache = KVCache.allocate(
-            n_layers=1,
-            n_blocks=workload.n_blocks(size),
-            block_bytes=size,
-            planes=self.planes,
-            dtype=job["dtype"],
+        several = len(workload.sizes) > 1
+        self.cache = KVCache.grouped(
+            {
+                format_size(size) if several else "main": KVCache.allocate(
+                    n_layers=1,
+                    n_blocks=workload.n_blocks(size),
+                    block_bytes=size,
+                    planes=self.planes,
+                    dtype=job["dtype"],
+                )
+                for size in workload.sizes
+            }
         )
-        for name in self.planes:
-            self.cache.view(0, name)[:, ::_CHUNK] = 0
+        for group in self.cache.groups:
+            for name in self.planes:
+                view = self.cache.view(0, name, group.name)
+                view.reshape(-1)[::_CHUNK] = 0
         self.join(self.cache, job["target"])
 
     def prepare(self, tables: Tables) -> None:
         """Fill the blocks with what belongs where they go."""
-        there = self.lanes[0].peer.n_blocks()
-        if there < self.workload.n_blocks(tables.block_bytes):
+        size = tables.block_bytes
+        several = len(self.workload.sizes) > 1
+        self.group = format_size(size) if several else "main"
+        peer = self.lanes[0].peer
+        here, there = self.workload.n_blocks(size), peer.n_blocks(self.group)
+        if there < here:
             raise UsageError(
-                f"the target has {there} blocks, and --pool asks for "
-                f"{self.workload.n_blocks(tables.block_bytes)}: start it with more "
-                "--blocks, or give a smaller --pool"
+                f"the target has {there} blocks of {format_size(size)}, and --pool "
+                f"asks for {here}: start it with more --blocks, or make --pool smaller"
             )
-        self.layer = self.lanes[0].peer.layers()[0]
-        self.group = "main"
+        self.layer = peer.layers(self.group)[0]
         for number, name in enumerate(self.planes):
-            view = self.cache.view(0, name)
+            view = self.cache.view(0, name, self.group)
             for ours, theirs in zip(tables.source, tables.target, strict=True):
                 pattern.fill(view, ours, theirs, number, self.layer)
 
@@ -320,7 +331,11 @@ class Remote(Transfer):
         mine = tables.sets_of_a_lane
         at = flight * mine + n % mine  # the contents belong to the pair of ids
         lane.last = await lane.client.write_cache(
-            lane.peer, tables.source[at], tables.target[at], self.layer
+            lane.peer,
+            tables.source[at],
+            tables.target[at],
+            self.layer,
+            group=self.group,
         )
 
     def verify(self, sets: list[tuple[int, int]]) -> int | None:

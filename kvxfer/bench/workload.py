@@ -8,37 +8,22 @@ pool is larger than the caches.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvxfer.errors import UsageError
+from kvxfer.sizes import format_size, parse_list
 
 Ids = NDArray[np.int64]
 
 MAX_SETS = 64
 """Sets of a table; with more the tables themselves would fill the caches."""
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_SIZE = re.compile(r"(\d+)([KMG]?)(?:iB|B)?", re.IGNORECASE)
 _WORD = 8
 _PAGE = 4096
-
-
-def parse_size(text: str) -> int:
-    """Read ``4096``, ``64K``, ``2M`` or ``1G``; the letters are powers of 1024.
-
-    Raises:
-      UsageError: It is none of these, or 0.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    n_bytes = int(match[1]) * _UNITS[match[2].upper()] if match else 0
-    if n_bytes < 1:
-        raise UsageError(f"{text!r} is not a size such as 4096, 64K, 2M or 1G")
-    return n_bytes
 
 
 def parse_count(text: str) -> int:
@@ -52,44 +37,13 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
-def parse_sizes(text: str) -> tuple[int, ...]:
-    """Read sizes by commas; ``1K..256K`` is every power of two between the two.
-
-    Raises:
-      UsageError: A part is no size, or a range runs backwards.
-    """
-    return _parse_list(text, parse_size)
-
-
 def parse_batches(text: str) -> tuple[int, ...]:
     """Read numbers of blocks by commas; ``64..1024`` goes up by doubling.
 
     Raises:
       UsageError: A part is no such number, or a range runs backwards.
     """
-    return _parse_list(text, parse_count)
-
-
-def _parse_list(text: str, parse: Callable[[str], int]) -> tuple[int, ...]:
-    found: list[int] = []
-    for part in text.split(","):
-        first, dots, last = part.partition("..")
-        low = parse(first)
-        high = parse(last) if dots else low
-        if high < low:
-            raise UsageError(f"{part!r} runs backwards: the smaller one comes first")
-        while low <= high:
-            found.append(low)
-            low *= 2
-    return tuple(dict.fromkeys(found))
-
-
-def format_size(n_bytes: int) -> str:
-    """Return ``64K`` for 65536; what is no multiple of 1024 stays a number."""
-    for letter in "GMK":
-        if n_bytes % _UNITS[letter] == 0:
-            return f"{n_bytes // _UNITS[letter]}{letter}"
-    return str(n_bytes)
+    return parse_list(text, parse_count)
 
 
 def parse_pattern(text: str) -> int:

@@ -304,7 +304,6 @@ def test_presets_are_options_of_the_sweep(name: str) -> None:
         (["--json", "/nowhere/out.json"], ["/nowhere"]),
         (["--target", "127.0.0.1:1", "--against", "tcp"], ["--target"]),
         (["--target", "nowhere"], ["nowhere", "HOST:PORT"]),
-        (["--target", "127.0.0.1:1"], ["--target", "one size", "--sizes"]),
     ],
 )
 def test_wrong_use(arguments: list[str], words: list[str]) -> None:
@@ -355,6 +354,36 @@ async def test_no_process_outlives_it(number: int) -> None:
                 await asyncio.sleep(0.01)
 
         await asyncio.wait_for(ended(), SOON)
+
+
+async def test_a_target_with_blocks_of_several_sizes(tmp_path: Path) -> None:
+    sizes = ("--sizes", "512,4K..8K")
+    async with serving(*sizes, "--verify", "--blocks", "64") as (serve, endpoint):
+        path = tmp_path / "out.json"
+        target = ("--target", endpoint, "--window", "0.001", "--planes", "k,v")
+        code, out, err = await bench(
+            *(*target, *sizes, "--batch", "4,8", "--pool", "1M", "--json", str(path))
+        )
+        assert (code, err) == (0, "")
+        windows = json.loads(path.read_text())["windows"]
+        assert [(w["block_bytes"], w["batch"]) for w in windows] == [
+            (size, batch) for size in (512, 4096, 8192) for batch in (4, 8)
+        ]
+        seen: set[tuple[str, int]] = set()
+        while len(seen) < 6:
+            event = await serve.event()
+            assert event["verified"]
+            seen.add((event["group"], event["blocks"]))
+        assert seen == {(name, n) for name in ("512", "4K", "8K") for n in (4, 8)}
+        # It takes those sizes together, or none of them.
+        code, _, err = await bench(
+            *(*target, "--sizes", "512", "--batch", "4", "--pool", "64K")
+        )
+        assert code == 1 and "group 4K" in err and "present at the peer" in err
+        code, _, err = await bench(*target, *sizes, "--batch", "4", "--pool", "2M")
+        assert code == 1 and "1024 blocks of 512" in err and "--blocks" in err
+        code, out, _ = await serve.end(signal.SIGTERM)
+        assert code == 0, out
 
 
 async def test_a_target_that_somebody_else_runs(tmp_path: Path) -> None:

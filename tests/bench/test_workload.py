@@ -12,15 +12,13 @@ from kvxfer.bench.workload import (
     Tables,
     Workload,
     contents,
-    format_size,
     parse_batches,
     parse_pattern,
-    parse_size,
-    parse_sizes,
     unseen_blocks,
     wrong_blocks,
 )
 from kvxfer.errors import UsageError
+from kvxfer.sizes import format_size, parse_size, parse_sizes
 
 SIZE = 1024
 
