@@ -207,8 +207,9 @@ class Pair:
     def _pause(self, number: signal.Signals) -> None:
         """Stop both processes, or let them go on, where they cannot wait in peace."""
         if self.contender.restless and self._process is not None:
-            # The two are a session of their own.
-            os.killpg(self._process.pid, number)
+            # The two are a session of their own. If they are gone we hear it next.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
 
     async def _hear(self, name: str) -> Event:
         """Wait for what it reports next, which must be ``name``."""

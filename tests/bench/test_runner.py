@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import signal
 import sys
 from typing import Any
 
@@ -93,6 +94,29 @@ async def test_who_cannot_wait_in_peace_is_stopped_meanwhile() -> None:
     finally:
         await pair.kill()
     assert gone(both)
+
+
+@pytest.mark.parametrize("restless", [False, True])
+async def test_one_that_is_killed_while_it_waits(restless: bool) -> None:
+    contender = dataclasses.replace(contenders.find("tcp"), restless=restless)
+    job = runner.job_for(contender, LOAD, Settings(extra={"plane_names": ["kv"]}), 0)
+    before = descendants(os.getpid())
+    pair = runner.Pair(contender, job, sys.executable, SOON)
+    try:
+        await pair.start()
+        both = descendants(os.getpid()) - before
+        for pid in both:
+            os.kill(pid, signal.SIGKILL)
+
+        async def ended() -> None:
+            while not gone(both):  # noqa: ASYNC110 - no event tells of it
+                await asyncio.sleep(0.001)
+
+        await asyncio.wait_for(ended(), SOON)
+        with pytest.raises(runner.PairError, match="it ended early"):
+            await pair.measure(LOAD.cases[0])
+    finally:
+        await pair.kill()
 
 
 async def test_one_that_takes_too_long() -> None:
