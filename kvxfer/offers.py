@@ -19,10 +19,9 @@ from typing import Protocol
 import numpy as np
 
 from kvxfer import wire
-from kvxfer.blocks import Ids, as_ids
+from kvxfer.blocks import Ids
 from kvxfer.control import Inviter
 from kvxfer.errors import (
-    LayoutError,
     NotQuiescentError,
     ProtocolError,
     UsageError,
@@ -30,10 +29,10 @@ from kvxfer.errors import (
 from kvxfer.handover import Mailbox
 from kvxfer.host import Host
 from kvxfer.inbound import Announce, Complete, LayerDone, Quiet
-from kvxfer.layout import Group
 from kvxfer.notify import Record
 from kvxfer.positions import Window
 from kvxfer.requests import End, EndCode, Key, end_code
+from kvxfer.taken import Taken, as_windows
 from kvxfer.ticket import Ticket
 from kvxfer.waiting import MAX_FINISHED, Ending, take_all
 from kvxfer.writers import Writer, Writers
@@ -75,7 +74,7 @@ class Offers:
         self._mailbox = Mailbox("server")
         self._lock = threading.Lock()
         self._live: dict[str, Ticket] = {}
-        self._taken: dict[str, Ids] = {}
+        self._taken = Taken(host.cache)
         self._by_generation: dict[int, Ticket] = {}
         self._ended: collections.OrderedDict[int, End | None]
         self._ended = collections.OrderedDict()
@@ -112,7 +111,7 @@ class Offers:
                 f"{needed} sources, and {len(addresses)} addresses: give each source "
                 "its own address"
             )
-        windows = self._windows(blocks, first_block)
+        windows = as_windows(self._host.cache, blocks, first_block)
         if checksum and not self._host.cache.on_host:
             raise UsageError(
                 "checksum=True is for caches in host memory: the processor computes "
@@ -124,7 +123,7 @@ class Offers:
             ticket = self._live.get(request_id)
             if ticket is None:
                 ticket = Ticket(self, request_id, windows, needed, lease, checksum)
-                self._take(windows)
+                self._taken.take(windows)
                 self._live[request_id] = ticket
             elif not _extends(ticket, windows, needed, addresses):
                 raise UsageError(f"request {request_id!r} is offered already")
@@ -132,58 +131,6 @@ class Offers:
         found = ticket
         self._mailbox.post(lambda: self._start(found, addresses))
         return ticket
-
-    def _windows(
-        self, blocks: Mapping[str, object], first_block: int | Mapping[str, int]
-    ) -> dict[str, Window]:
-        given: object = blocks
-        if not isinstance(given, Mapping) or not given:
-            raise UsageError(
-                "the blocks offered are a mapping of group to block ids, such as "
-                '{"main": [3, 5]}'
-            )
-        windows = {}
-        for name, ids in blocks.items():
-            group = self._host.cache.group(name)
-            first = first_block
-            if isinstance(first, Mapping):
-                first = first.get(name, 0)
-            if isinstance(first, bool) or not 0 <= first < 1 << 31:
-                raise UsageError(f"first_block is {first!r}, not a position")
-            found = np.array(as_ids(ids, f"block ids of group {name!r}"))
-            limit = min(
-                place.n_blocks
-                for layer in group.layers
-                for _, place in group.rows(layer)
-            )
-            if found.size and not 0 <= found.min() <= found.max() < limit:
-                raise LayoutError(
-                    f"group {name!r}: block ids {int(found.min())} to "
-                    f"{int(found.max())} are offered, of {limit} blocks"
-                )
-            windows[name] = Window(first, found)
-        total = sum(map(len, windows.values()))
-        if total > wire.MAX_OFFERED_BLOCKS:
-            raise UsageError(
-                f"{total} blocks in one offer, at most {wire.MAX_OFFERED_BLOCKS}"
-            )
-        return windows
-
-    def _take(self, windows: dict[str, Window]) -> None:
-        """Mark blocks as offered; the lock is held."""
-        for name, window in windows.items():
-            taken = self._taken.get(name)
-            if taken is None:
-                n_blocks = max(_sizes(self._host.cache.group(name)))
-                taken = self._taken[name] = np.zeros(n_blocks, np.int64)
-            both = window.block_ids[taken[window.block_ids] != 0]
-            if both.size:
-                raise UsageError(
-                    f"block {int(both[0])} of group {name!r} is offered to another "
-                    "request that is not over"
-                )
-        for name, window in windows.items():
-            self._taken[name][window.block_ids] = 1
 
     def abort(self, ticket: Ticket, end: End) -> Ending:
         """See ``Ticket.abort``."""
@@ -414,8 +361,7 @@ class Offers:
         with self._lock:
             self._live.pop(ticket.request_id, None)
             if not ticket._quarantined:
-                for name, window in ticket._windows.items():
-                    self._taken[name][window.block_ids] = 0
+                self._taken.release(ticket._windows)
         self._finished.append(ticket)
         ticket._over.wake()
         for waiters in list(ticket._layers.values()):
@@ -451,10 +397,9 @@ class Offers:
         Raises:
           ProtocolError: It has written where it must not.
         """
-        taken = self._taken.get(record.group)
-        if taken is not None and taken[record.block_ids].any():
+        block = self._taken.first_of(record.group, record.block_ids)
+        if block is not None:
             self.refused += 1
-            block = int(record.block_ids[taken[record.block_ids] != 0][0])
             raise ProtocolError(
                 f"a write under no offer names block {block} of group "
                 f"{record.group!r}, which is offered to a request"
@@ -553,8 +498,3 @@ def _extends(
             for name, window in windows.items()
         )
     )
-
-
-def _sizes(group: Group) -> list[int]:
-    """The numbers of blocks of a group's planes, layer by layer."""
-    return [place.n_blocks for layer in group.layers for _, place in group.rows(layer)]

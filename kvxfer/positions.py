@@ -138,6 +138,11 @@ class Window:
         """The position behind the last one offered."""
         return self.first_block + len(self)
 
+    @property
+    def ascending(self) -> Ids:
+        """The block ids, sorted."""
+        return self._sorted
+
     def positions_of(self, block_ids: Ids) -> Ids:
         """Return the positions of some of the blocks.
 
