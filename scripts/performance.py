@@ -136,7 +136,7 @@ def time_table(document: Row) -> str:
 
 
 def scale_table(document: Row) -> str:
-    """Return what a small and a large cache cost."""
+    """Return what a small and a large cache cost, of either kind of memory."""
     rows = document["rows"]
     keys = {
         "open_s": ("opened, ms", 1e3),
@@ -145,18 +145,21 @@ def scale_table(document: Row) -> str:
         "target_bytes": ("server grew, KB", 1e-3),
     }
     lines = []
-    for n_blocks in dict.fromkeys(row["blocks"] for row in rows):
-        own = [row for row in rows if row["blocks"] == n_blocks]
+    for cache in dict.fromkeys((row["blocks"], row["memory"]) for row in rows):
+        own = [row for row in rows if (row["blocks"], row["memory"]) == cache]
+        n_blocks, memory = cache
         lines.append(
             [
-                f"{n_blocks:,} x {document['layers']}",
+                f"{n_blocks:,} x {document['layers']}, {memory}",
+                f"{own[0]['used']:,}",
                 *(
                     figure(statistics.median(row[key] for row in own) * factor)
                     for key, (_, factor) in keys.items()
                 ),
             ]
         )
-    return table(["blocks x layers", *(name for name, _ in keys.values())], lines)
+    header = ["blocks x layers, memory", "of them used"]
+    return table([*header, *(name for name, _ in keys.values())], lines)
 
 
 def text_for(name: str) -> str:
@@ -166,6 +169,7 @@ def text_for(name: str) -> str:
     kernel = machine["kernel"].partition("-")[0]
     where = f"{machine['processors']} processors, Linux {kernel}"
     if name == SCALE:
+        where += f"; blocks of {document['block_bytes']} bytes"
         return f"{scale_table(document)}\n\n{where}."
     method = document["method"]
     disturbed = sum(bool(w.get("disturbed")) for w in document["windows"])

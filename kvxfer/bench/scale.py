@@ -1,8 +1,10 @@
-"""``kvxfer bench scale``: what a large cache costs, before a byte of it has moved.
+"""``kvxfer bench scale``: what a large cache costs, whatever is moved of it.
 
 Two processes again, a client and a server, each over a cache of that many blocks and
-layers whose memory is never touched. What their memory grows by is what kvxfer keeps
-for it; a cache of a few blocks beside it shows how much of that is for each block.
+layers. The same number of blocks is written and offered of a large cache and of a small
+one, from the first to the last, so that whatever is kept for blocks is in memory. What
+the memory of the processes grows by, that of the blocks themselves left out, is what
+kvxfer keeps; the difference of the two caches is what it keeps for each block.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import asyncio
 import contextlib
 import json
 import mmap
-import os
 import statistics
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -34,41 +36,85 @@ from kvxfer.bench.workload import Case, Workload
 from kvxfer.sizes import format_size, parse_size
 
 _FEW = 1000
+# Of 200,000 blocks one in 400: each page of what has 8 bytes a block is touched.
+_USED = 500
 _MAP_NORESERVE = 0x4000  # mmap exports it only from Python 3.13 on
 _PLANES = ("k", "v")
+_MEMORY = ("ordinary", "shared")
+_REQUEST = "scale"
 _PATIENCE = 120.0
 _COLUMNS = {
-    "cache_s": "cache made, ms",
-    "open_s": "opened, ms",
-    "connect_s": "connected, ms",
-    "write_s": "first write, ms",
-    "initiator_bytes": "client grew, KB",
-    "target_bytes": "server grew, KB",
+    "cache_s": ("cache made, ms", 1e3),
+    "open_s": ("opened, ms", 1e3),
+    "connect_s": ("connected, ms", 1e3),
+    "write_s": ("first write, ms", 1e3),
+    "initiator_bytes": ("client grew, KB", 1e-3),
+    "target_bytes": ("server grew, KB", 1e-3),
 }
 
 
-def resident_bytes() -> int:
-    """Return the memory of this process."""
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes(cache: KVCache | None = None) -> int:
+    """Return what is in memory of this process, all but the blocks of caches.
+
+    Args:
+      cache: The only one of this process. Memory files of peers may be mapped as well.
+    """
+    low, high = (0, 0) if cache is None else _range(cache)
+    found = 0
+    of_blocks = False
+    with open("/proc/self/smaps") as smaps:
+        for line in smaps:
+            name, *rest = line.split()
+            if not name.endswith(":"):
+                first, last = (int(end, 16) for end in name.split("-"))
+                of_blocks = low <= first and last <= high
+                of_blocks |= "/memfd:kvxfer-cache" in line
+            elif name == "Rss:" and not of_blocks:
+                found += int(rest[0]) * 1024
+    return found
+
+
+def _range(cache: KVCache) -> tuple[int, int]:
+    """Return where the pages of a cache begin and end."""
+    places = [
+        place
+        for group in cache.groups
+        for layer in group.layers
+        for _, place in group.rows(layer)
+    ]
+    end = max(place.end for place in places)
+    return min(place.base for place in places), -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _cache(job: Job) -> KVCache:
-    """Describe a cache in address space that has no memory yet."""
+    """Make a cache of which nothing has been touched."""
     layers, n_blocks, size = job["layers"], job["blocks"], job["block_bytes"]
+    if job["memory"] == "shared":
+        return KVCache.allocate(
+            n_layers=layers, n_blocks=n_blocks, block_bytes=size, planes=_PLANES
+        )
     memory = mmap.mmap(
         -1,
         layers * len(_PLANES) * n_blocks * size,
         flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE,
     )
+    # The kernel makes one mapping of two alike that meet. No other is like this one,
+    # so the blocks can be told from what lies beside them.
+    memory.madvise(mmap.MADV_DONTFORK)
     whole = np.frombuffer(memory, np.uint8).reshape(
         len(_PLANES), layers, n_blocks, size
     )
     return KVCache.from_tensors(dict(zip(_PLANES, whole, strict=True)), layer_axis=0)
 
 
+def _used(job: Job) -> NDArray[np.int64]:
+    """Choose the blocks that are written and offered: the same number of any cache."""
+    n_blocks = job["blocks"]
+    return np.linspace(0, n_blocks - 1, min(n_blocks, _USED)).astype(np.int64)
+
+
 class Scale(Initiator):
-    """Opens a client, connects, writes one block of each layer."""
+    """Opens a client, connects, writes blocks, and writes them again for an offer."""
 
     def measure(self, case: Case) -> dict[str, Any]:
         """Do it all, once."""
@@ -80,6 +126,7 @@ class Scale(Initiator):
 
     async def _measure(self) -> dict[str, Any]:
         clock, found = time.perf_counter, {}
+        ids, last = _used(self.job), [self.job["blocks"] - 1]
         before = resident_bytes()
         start = clock()
         cache = _cache(self.job)
@@ -87,37 +134,63 @@ class Scale(Initiator):
         async with contextlib.AsyncExitStack() as stack:
             start = clock()
             client = await stack.enter_async_context(
-                Client(cache, options_of(self.job))
+                Client(cache, options_of(self.job), listen="127.0.0.1:0")
             )
             found["open_s"] = clock() - start
             host, _, port = self._endpoint.rpartition(":")
             start = clock()
             peer = await client.connect(host, int(port))
             found["connect_s"] = clock() - start
-            found["initiator_bytes"] = resident_bytes() - before
-            assert self.control is not None
-            grown = await asyncio.to_thread(self.control.ask, "memory")
-            found["target_bytes"] = grown["bytes"]
             start = clock()
-            last = [self.job["blocks"] - 1]
             result = await client.write_cache(peer, last, last)
             found["write_s"] = clock() - start
-        return {**found, "device": result.device, "wire": result.wire}
+            await client.write_cache(peer, ids, ids)
+            request = client.open(_REQUEST)
+            request.ready(None, ids, final=True)
+            assert self.control is not None
+            grown = await asyncio.to_thread(
+                self.control.ask, "offer", address=client.listening
+            )
+            # The offer stands: both sides have all that they keep for it.
+            after = resident_bytes(cache)
+            request.finish()
+            await request.sent()
+        return {
+            **found,
+            "used": len(ids),
+            "initiator_bytes": after - before,
+            "target_bytes": grown["bytes"],
+            "device": result.device,
+            "wire": result.wire,
+        }
+
+
+def _offer(server: Server, job: Job, address: str) -> None:
+    """Offer blocks and wait until they are written in all layers; in a thread."""
+    ticket = server.offer(address, _REQUEST, {"main": _used(job)})
+    for layer in range(job["layers"]):
+        ticket.join_layer(layer, _PATIENCE)
 
 
 async def _serve(job: Job, control: Control) -> None:
     before = resident_bytes()
-    async with Server(_cache(job), options_of(job), port=0) as server:
-        control.send(endpoint=server.endpoint)
+    cache = _cache(job)
+    async with Server(cache, options_of(job), port=0) as server:
 
         def answer() -> None:
-            while True:
-                command_ = control.receive()["command"]
-                control.send(bytes=resident_bytes() - before)
-                if command_ == "quit":
-                    return
+            while (message := control.receive())["command"] != "quit":
+                _offer(server, job, message["address"])
+                control.send(bytes=resident_bytes(cache) - before)
+            control.send()
 
+        async def take() -> None:
+            async for _ in server.arrivals():
+                pass
+
+        taking = asyncio.ensure_future(take())
+        control.send(endpoint=server.endpoint)
         await asyncio.get_running_loop().run_in_executor(None, answer)
+    await taking
 
 
 def serve(job: Job, control: Control) -> None:
@@ -126,13 +199,17 @@ def serve(job: Job, control: Control) -> None:
 
 
 async def _rounds(
-    blocks: list[int], workload: Workload, settings: Settings
+    caches: list[tuple[int, str]], workload: Workload, settings: Settings
 ) -> list[dict[str, Any]]:
     rows = []
     for number in range(settings.rounds):
-        for n_blocks in blocks:
+        for n_blocks, memory in caches:
             contender = Contender(
-                f"{n_blocks} blocks", "scale", "", parameters={"blocks": n_blocks}
+                f"{n_blocks} blocks",
+                "scale",
+                "",
+                memory=memory,
+                parameters={"blocks": n_blocks},
             )
             job = runner.job_for(contender, workload, settings, number)
             pair = Pair(contender, job, sys.executable, _PATIENCE)
@@ -140,7 +217,8 @@ async def _rounds(
                 await pair.start()
                 (case,) = workload.cases
                 found = await pair.measure(case)
-                rows.append({"round": number, "blocks": n_blocks, **found})
+                own = {"round": number, "blocks": n_blocks, "memory": memory}
+                rows.append({**own, **found})
                 await pair.finish()
             finally:
                 await pair.kill()
@@ -149,16 +227,19 @@ async def _rounds(
 
 def _print(rows: list[dict[str, Any]], what: str) -> None:
     table = Table(title=f"{what}; medians", title_justify="left")
-    table.add_column("blocks", justify="right")
-    for name in _COLUMNS.values():
+    for name in ("blocks", "of them used"):
         table.add_column(name, justify="right")
-    for n_blocks in dict.fromkeys(row["blocks"] for row in rows):
-        own = [row for row in rows if row["blocks"] == n_blocks]
-        cells = []
-        for key in _COLUMNS:
-            value = statistics.median(row[key] for row in own)
-            cells.append(figure(value * 1e3 if key.endswith("_s") else value / 1e3))
-        table.add_row(f"{n_blocks:,}", *cells)
+    for name in ("memory", "wire"):
+        table.add_column(name)
+    for name, _ in _COLUMNS.values():
+        table.add_column(name, justify="right")
+    for key in dict.fromkeys((row["blocks"], row["memory"]) for row in rows):
+        own = [row for row in rows if (row["blocks"], row["memory"]) == key]
+        n_blocks, memory = key
+        cells = [f"{n_blocks:,}", f"{own[0]['used']:,}", memory, own[0]["wire"]]
+        for name, (_, factor) in _COLUMNS.items():
+            cells.append(figure(statistics.median(row[name] for row in own) * factor))
+        table.add_row(*cells)
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
@@ -181,9 +262,15 @@ def _print(rows: list[dict[str, Any]], what: str) -> None:
     "--block-bytes",
     metavar="SIZE",
     callback=command.reading(parse_size),
-    default="512",
+    default="16",
     show_default=True,
-    help="Bytes of a block; address space alone, unless a NIC pins it.",
+    help="Bytes of a block; of those that are not used no more than address space, "
+    "unless the memory is shared or a NIC pins it.",
+)
+@click.option(
+    "--memory",
+    type=click.Choice(_MEMORY),
+    help="shared: as KVCache.allocate makes it. ordinary: private memory.  [both]",
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--device", help="auto, soft, or a NIC as NAME[:PORT].  [auto]")
@@ -198,6 +285,7 @@ def main(
     blocks: int,
     layers: int,
     block_bytes: int,
+    memory: str | None,
     rounds: int,
     device: str | None,
     wire: str | None,
@@ -205,7 +293,10 @@ def main(
 ) -> None:
     """Show what a cache of many blocks costs: connecting, and memory.
 
-    Beside it stands a cache of a few blocks: the difference is what is kept for blocks.
+    A client writes some of its blocks, in all layers, and writes them again under an
+    offer that the server makes; then the memory of both is looked at, that of the
+    blocks themselves left out. Beside it stands a cache of a few blocks, of which as
+    many are used: the difference is what is kept for blocks.
     """
     given = {"device": device, "soft_wire": wire}
     options = {name: value for name, value in given.items() if value is not None}
@@ -214,13 +305,14 @@ def main(
     extra = {"layers": layers, "block_bytes": block_bytes}
     settings = Settings(rounds=rounds, options=options, extra=extra)
     few = min(blocks, _FEW)
-    sizes = list(dict.fromkeys([few, blocks]))
+    kinds = _MEMORY if memory is None else (memory,)
+    caches = [(n, kind) for kind in kinds for n in dict.fromkeys([few, blocks])]
 
     async def until_stopped(stop: asyncio.Event) -> int:
         rows: list[dict[str, Any]] = []
 
         async def work() -> None:
-            rows.extend(await _rounds(sizes, workload, settings))
+            rows.extend(await _rounds(caches, workload, settings))
 
         try:
             if not await command.until(stop, work()):
@@ -230,7 +322,8 @@ def main(
             return command.EXIT_FAILED
         what = (
             f"{layers} layers x {', '.join(_PLANES)}, blocks of "
-            f"{format_size(block_bytes)}, {rows[-1]['device']} ({rows[-1]['wire']})"
+            f"{format_size(block_bytes)}, {rows[-1]['device']}; used: written, and "
+            "written under an offer, in all layers"
         )
         _print(rows, what)
         if json_path is not None:

@@ -197,16 +197,36 @@ async def test_many_awaits_beside_few(tmp_path: Path) -> None:
 async def test_what_a_large_cache_costs(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     code, out, err = await bench(
-        *("scale", "--blocks", "50000", "--layers", "4"),
+        *("scale", "--blocks", "2000000", "--layers", "1"),
         *("--rounds", "1", "--json", str(path)),
     )
     assert (code, err) == (0, "")
-    assert "50,000" in out and "1,000" in out
-    few, many = json.loads(path.read_text())["rows"]
-    assert (few["blocks"], many["blocks"]) == (1000, 50000)
-    # Whatever it keeps, it is not so much as a byte a block and layer more.
-    for side in ("initiator_bytes", "target_bytes"):
-        assert many[side] - few[side] < 4 * 49000
+    assert "2,000,000" in out and "1,000" in out
+    rows = {(r["memory"], r["blocks"]): r for r in json.loads(path.read_text())["rows"]}
+    assert list(rows) == [
+        *(("ordinary", 1000), ("ordinary", 2_000_000)),
+        *(("shared", 1000), ("shared", 2_000_000)),
+    ]
+    for memory in ("ordinary", "shared"):
+        few, many = rows[memory, 1000], rows[memory, 2_000_000]
+        assert few["used"] == many["used"] == 500
+        # A bit for each of two connections, or for what is offered. Whatever has a byte
+        # a block or more is looked at in 480 pages at least, by the blocks used.
+        for side in ("initiator_bytes", "target_bytes"):
+            assert many[side] - few[side] < 2_000_000 / 2
+
+
+async def test_a_large_cache_of_one_kind_of_memory(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    code, out, err = await bench(
+        *("scale", "--blocks", "20", "--layers", "2", "--memory", "shared"),
+        *("--wire", "shm", "--rounds", "1", "--json", str(path)),
+    )
+    assert (code, err) == (0, "")
+    assert "shm" in out and "ordinary" not in out
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["memory"], row["blocks"], row["used"]) == ("shared", 20, 20)
+    assert row["initiator_bytes"] > 0 and row["target_bytes"] > 0
 
 
 async def test_other_engines_that_are_not_there(tmp_path: Path) -> None:
