@@ -7,17 +7,27 @@ import html
 import importlib
 import importlib.util
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvxfer.bench.report import (
+from kvxfer.bench.contenders import Contender
+from kvxfer.bench.labels import (
+    COPIES,
+    NOTHING,
     SOFTWARE,
+    all_null,
+    any_software,
+    kind_of,
+)
+from kvxfer.bench.report import (
     Report,
     case_of,
     figure,
     names_of,
     summarize,
+    title_of,
 )
 from kvxfer.errors import KVXferError, UsageError
 from kvxfer.sizes import format_size
@@ -47,7 +57,7 @@ def _figure(report: Report) -> Any:
     rows = summarize(report.outcome.windows)
     latency = f"us for a batch of {_batches(report)} blocks, p50"
     shown = {"gb_per_s": "GB/s (1e9 bytes)", "p50_us": latency}
-    if all(str(row["device"]).startswith("null") for row in rows):
+    if all_null(rows):
         del shown["gb_per_s"]  # nothing has moved
     figures: Any = importlib.import_module("matplotlib.figure")
     drawing = figures.Figure(figsize=(5.5 * len(shown), 4.5), layout="constrained")
@@ -100,7 +110,10 @@ def _draw(
     ends: bool = False,
 ) -> None:
     places = [row[across] for row in rows]
-    (line,) = axes.plot(places, [row[key] for row in rows], marker="o", label=name)
+    # Who has no such figure has a line all the same: else the colours of the others
+    # would not be those of the legend.
+    values = [math.nan if row[key] is None else row[key] for row in rows]
+    (line,) = axes.plot(places, values, marker="o", label=name)
     if ends:
         low = [row["low_gb_per_s"] for row in rows]
         high = [row["high_gb_per_s"] for row in rows]
@@ -110,18 +123,16 @@ def _draw(
 def caption(report: Report) -> str:
     """Say in one line what was measured, and what it is not."""
     load = report.workload
-    ways = {
-        f"{w['device']} ({w['wire']})"
-        for w in report.outcome.windows
-        if w.get("device") is not None
-    }
+    named = [w for w in report.outcome.windows if w.get("device") is not None]
+    ways = {f"{w['device']} ({w['wire']})" for w in named}
+    kinds = {kind_of(w) for w in named}
     text = f"{_batches(report)} {load.pattern} blocks a batch"
     if ways:
         text += f", {', '.join(sorted(ways))}"
-    if any(way.startswith("soft") for way in ways):
-        text += ": memory copies, not a NIC"
-    if any(way.startswith("null") for way in ways):
-        text += ": nothing moves"
+    if COPIES in kinds:
+        text += f": {COPIES}, not a NIC"
+    if NOTHING in kinds:
+        text += f": {NOTHING}"
     return text
 
 
@@ -149,19 +160,22 @@ th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #dd
 img { max-width: 100%; }
 caption { text-align: left; font-weight: 600; padding: .5rem 0; }
 """
-_COLUMNS = {
+_AMOUNTS = {
     "gb_per_s": "GB/s",
     "low_gb_per_s": "low",
     "high_gb_per_s": "high",
     "blocks_per_s": "blocks/s",
-    "p50_us": "p50 us",
-    "p99_us": "p99 us",
-    "cpu_initiator_s_per_gb": "CPU s/GB, from",
-    "cpu_target_s_per_gb": "to",
+}
+_TIMES = {"p50_us": "p50 us", "p99_us": "p99 us"}
+_COSTS = {"cpu_initiator_s_per_gb": "CPU s/GB, from", "cpu_target_s_per_gb": "to"}
+_COUNTS = {
     "wrs_per_block": "WRs/block",
     "verified_blocks": "verified blocks",
     "wrong_blocks": "wrong",
 }
+_RATIO = {"rate_ratio": ""}
+_RATIOS_BY_TIME = {"p50_ratio": "", "p50_difference_us": "us more"}
+_ENDS = ("median", "low", "high")
 
 
 def _table(caption_: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -176,30 +190,42 @@ def _table(caption_: str, header: Sequence[str], lines: Sequence[Sequence[str]])
     )
 
 
-def _tables(report: Report) -> list[str]:
-    document = report.document()
+def _cases(contender: Contender, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of one contender; of what moved nothing it has no bandwidth."""
+    null = all_null(rows)
+    columns = _TIMES | _COUNTS if null else _AMOUNTS | _TIMES | _COSTS | _COUNTS
+    lines = []
+    for row in rows:
+        each = [figure(1e9 / row["blocks_per_s"])] if null else []
+        cells = [figure(row[key]) for key in columns]
+        lines.append([*names_of(case_of(row)), *each, *cells])
+    header = ["block", "batch", *(["ns/block"] if null else []), *columns.values()]
+    return _table(title_of(contender, rows[-1]), header, lines)
+
+
+def _comparisons(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:
+    by_time = report.by_time
+    keys = _RATIOS_BY_TIME if by_time else _RATIO
+    lines = []
+    for row in rows:
+        found = [row[key] or dict.fromkeys(_ENDS) for key in keys]
+        cells = [figure(each[end]) for each in found for end in _ENDS]
+        case = names_of(case_of(row))
+        lines.append([row["against"], *case, *cells, str(row["pairs"])])
+    what = "p50 of a batch" if by_time else "GB/s"
+    title = f"{what}: {report.ours} over the others, pairs of the same round"
+    ends = [f"{what} {end}".strip() for what in keys.values() for end in _ENDS]
+    return _table(title, ["against", "block", "batch", *ends, "pairs"], lines)
+
+
+def _tables(report: Report, document: Mapping[str, Any]) -> list[str]:
     found = []
     for contender in report.contenders:
         rows = [r for r in document["summary"] if r["contender"] == contender.name]
         if rows:
-            lines = [
-                [*names_of(case_of(r)), *(figure(r[key]) for key in _COLUMNS)]
-                for r in rows
-            ]
-            title = f"{contender.name}: {contender.what}"
-            found.append(_table(title, ["block", "batch", *_COLUMNS.values()], lines))
-    lines = [
-        [
-            *(row["against"], *names_of(case_of(row))),
-            *(figure(row["rate_ratio"][key]) for key in ("median", "low", "high")),
-            str(row["pairs"]),
-        ]
-        for row in document["comparisons"]
-    ]
-    if lines:
-        title = f"GB/s of {report.ours} over the others, pairs of the same round"
-        header = ["against", "block", "batch", "median", "low", "high", "pairs"]
-        found.append(_table(title, header, lines))
+            found.append(_cases(contender, rows))
+    if document["comparisons"]:
+        found.append(_comparisons(report, document["comparisons"]))
     return found
 
 
@@ -214,9 +240,7 @@ def write_page(report: Report, path: Path) -> None:
     data = base64.b64encode(image.getvalue()).decode()
     document = report.document()
     facts = {**document["machine"], **document["method"], **document["workload"]}
-    soft = any(
-        str(w.get("device", "")).startswith("soft") for w in report.outcome.windows
-    )
+    soft = any_software(report.outcome.windows)
     page = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8"><title>kvxfer bench</title>',
@@ -224,7 +248,7 @@ def write_page(report: Report, path: Path) -> None:
         f"<h1>kvxfer bench</h1><p>{html.escape(caption(report))}</p>",
         f"<p><strong>{SOFTWARE}</strong></p>" if soft else "",
         f'<img alt="bandwidth and latency" src="data:image/png;base64,{data}">',
-        *_tables(report),
+        *_tables(report, document),
         _table("How", ["", ""], [[key, str(value)] for key, value in facts.items()]),
         f"<p><code>{html.escape(' '.join(document['command']))}</code></p>",
         "</body></html>",

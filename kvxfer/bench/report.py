@@ -24,6 +24,7 @@ from rich.table import Table
 
 from kvxfer._version import __version__
 from kvxfer.bench.contenders import Contender
+from kvxfer.bench.labels import SOFTWARE, all_null, any_software, labelled, way_of
 from kvxfer.bench.runner import Event, Outcome, Settings
 from kvxfer.bench.workload import Case, Workload
 from kvxfer.errors import KVXferError
@@ -36,9 +37,6 @@ _CONFIDENCE = 0.95
 _MEDIANS = (
     *("gb_per_s", "blocks_per_s", "p50_us", "p99_us"),
     *("cpu_initiator_s_per_gb", "cpu_target_s_per_gb", "wrs_per_block"),
-)
-SOFTWARE = (
-    "soft0 is kvxfer's software device: these figures are memory copies, not a NIC's."
 )
 
 
@@ -112,7 +110,8 @@ def compare(windows: Sequence[Event], ours: str) -> list[dict[str, Any]]:
 
     Returns:
       For each of them and each case three intervals: ``rate_ratio`` of throughput,
-      ``p50_ratio`` and ``p50_difference_us`` of the time of a batch.
+      ``p50_ratio`` and ``p50_difference_us`` of the time of a batch; the last two are
+      None where one of the two has no such time.
     """
     places = {(w["contender"], case_of(w), w["round"]): w for w in windows}
     found: dict[tuple[str, Case], list[tuple[Event, Event]]] = {}
@@ -124,14 +123,22 @@ def compare(windows: Sequence[Event], ours: str) -> list[dict[str, Any]]:
     for (name, case), pairs in found.items():
         row = {"contender": ours, "against": name, **dataclasses.asdict(case)}
         row["pairs"] = len(pairs)
+        times = [
+            (a["p50_us"], b["p50_us"])
+            for a, b in pairs
+            if a["p50_us"] is not None and b["p50_us"] is not None
+        ]
         values = {
             "rate_ratio": [a["gb_per_s"] / b["gb_per_s"] for a, b in pairs],
-            "p50_ratio": [a["p50_us"] / b["p50_us"] for a, b in pairs],
-            "p50_difference_us": [a["p50_us"] - b["p50_us"] for a, b in pairs],
+            "p50_ratio": [a / b for a, b in times],
+            "p50_difference_us": [a - b for a, b in times],
         }
         rows.append(
             row
-            | {key: dataclasses.asdict(interval(each)) for key, each in values.items()}
+            | {
+                key: dataclasses.asdict(interval(each)) if each else None
+                for key, each in values.items()
+            }
         )
     return sorted(rows, key=lambda row: (row["against"], case_of(row)))
 
@@ -182,7 +189,7 @@ class Report:
 
     def document(self) -> dict[str, Any]:
         """Return what ``--json`` writes."""
-        windows = self.outcome.windows
+        windows = labelled(self.outcome.windows)
         workload = self.workload
         return {
             "schema": SCHEMA,
@@ -218,7 +225,7 @@ class Report:
                 for c in self.contenders
             ],
             "windows": windows,
-            "summary": summarize(windows),
+            "summary": labelled(summarize(windows)),
             "comparisons": compare(windows, self.ours),
             "failures": self.outcome.failures,
             "absent": dict(self.absent),
@@ -230,12 +237,13 @@ class Report:
 
     def write_csv(self, path: Path) -> None:
         """Write one line a window."""
-        columns = list(dict.fromkeys(key for w in self.outcome.windows for key in w))
+        windows = labelled(self.outcome.windows)
+        columns = list(dict.fromkeys(key for w in windows for key in w))
         try:
             with path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, columns, restval="")
                 writer.writeheader()
-                writer.writerows(self.outcome.windows)
+                writer.writerows(windows)
         except OSError as error:
             raise KVXferError(f"cannot write {path}: {error.strerror}") from error
 
@@ -253,7 +261,7 @@ class Report:
             unheeded = self.settings.unheeded(contender)
             if unheeded:
                 console.print(f"{contender.name} does without {', '.join(unheeded)}.")
-        if any(str(row["device"]).startswith("soft") for row in rows):
+        if any_software(rows):
             console.print(SOFTWARE)
         words = [w["word_ns"] for w in self.outcome.windows if w.get("word_ns")]
         if words:
@@ -303,22 +311,13 @@ def _checked(row: Mapping[str, Any]) -> str:
 
 def title_of(contender: Contender, row: Mapping[str, Any]) -> str:
     """Say who was measured and by what: a NIC, or copies of memory."""
-    device = row.get("device")
-    if not device:
-        return f"{contender.name}: {contender.what}"
-    way = f"{device} ({row['wire']})"
-    if str(device).startswith("soft"):
-        way += ", memory copies"
-        if row.get("page_bytes"):
-            way += f" on pages of {format_size(row['page_bytes'])}"
-    elif str(device).startswith("null"):
-        way += ", nothing moves"
-    return f"{contender.name}: {contender.what}; {way}"
+    way = way_of(row)
+    return f"{contender.name}: {contender.what}" + (f"; {way}" if way else "")
 
 
 def _table(contender: Contender, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title_of(contender, rows[-1]), title_justify="left")
-    null = str(rows[-1]["device"]).startswith("null")
+    null = all_null(rows)
     amounts = ("ns/block",) if null else ("GB/s", "low-high", "blocks/s")
     for name in (
         *("block", "batch", *amounts, "p50 us", "p99 us"),
@@ -352,7 +351,9 @@ def names_of(case: Case) -> tuple[str, str]:
     return format_size(case.block_bytes), f"{case.batch:,}"
 
 
-def _with_ends(of: Mapping[str, float]) -> str:
+def _with_ends(of: Mapping[str, float] | None) -> str:
+    if of is None:
+        return "-"
     return f"{figure(of['median'])} ({figure(of['low'])} to {figure(of['high'])})"
 
 

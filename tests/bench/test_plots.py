@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,62 @@ def test_batches_of_one_size_are_drawn_along_the_axis() -> None:
     of = dataclasses.replace(report(windows), workload=load)
     assert lines(of) == ({"kvxfer"}, ["10", "2,000"])
     assert plots.caption(of).startswith("10, 2,000 random blocks a batch")
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The rows of all tables of a page, and their captions."""
+    found = re.findall(r"<caption>.*?</caption>|<tr>.*?</tr>", page)
+    return [re.findall(r"<(?:td|th|caption)>(.*?)</", each) for each in found]
+
+
+@drawing
+def test_the_page_has_no_bandwidth_of_the_null_device(tmp_path: Path) -> None:
+    null = {"device": "null0", "wire": "null", "verified_blocks": None}
+    windows = [window("kvxfer", 0, 1.5, p50_us=50.0, **null)]
+    windows += [window("memcpy", 0, 3.0, **null)]
+    path = tmp_path / "out.html"
+    plots.write_page(report(windows, by_time=True), path)
+    rows = rows_of(path.read_text())
+    header = ["block", "batch", "ns/block", "p50 us", "p99 us", "WRs/block"]
+    assert rows[1] == [*header, "verified blocks", "wrong"]
+    assert rows[2] == ["1K", "10", "667", "50.0", "200", "1.00", "-", "0"]
+    assert not any("GB/s" in cell for row in rows for cell in row)
+
+
+@drawing
+def test_the_page_of_a_run_by_time_compares_times(tmp_path: Path) -> None:
+    windows = [window("kvxfer", i, 1.5, p50_us=90.0 + i) for i in range(3)]
+    windows += [window("memcpy", i, 3.0) for i in range(3)]
+    path = tmp_path / "out.html"
+    plots.write_page(report(windows, by_time=True), path)
+    rows = rows_of(path.read_text())
+    at = next(i for i, row in enumerate(rows) if row[0].startswith("p50 of a batch: "))
+    assert rows[at + 1] == [
+        *("against", "block", "batch", "median", "low", "high"),
+        *("us more median", "us more low", "us more high", "pairs"),
+    ]
+    assert rows[at + 2] == [
+        *("memcpy", "1K", "10", "0.910", "0.900", "0.920"),
+        *("-9.00", "-10.0", "-8.00", "3"),
+    ]
+    assert not any(row[0].startswith("GB/s") for row in rows)
+
+
+@drawing
+def test_who_has_no_time_of_a_batch_is_drawn_in_its_colour(tmp_path: Path) -> None:
+    """The legend is of the first drawing; a dash in the page, nothing in the second."""
+    windows = [window("kvxfer", 0, 1.5), window("memcpy", 0, 3.0, p50_us=None)]
+    of = report([windows[1], windows[0]])
+    by_rate, by_time = plots._figure(of).axes
+    colours = [
+        {line.get_label(): line.get_color() for line in axes.lines}
+        for axes in (by_rate, by_time)
+    ]
+    assert colours[0] == colours[1] and set(colours[0]) == {"kvxfer", "memcpy"}
+    path = tmp_path / "out.html"
+    plots.write_page(report(windows, by_time=True), path)
+    rows = rows_of(path.read_text())
+    assert ["memcpy", "1K", "10", *["-"] * 6, "1"] in rows
 
 
 def test_a_nic_is_not_called_a_memory_copy() -> None:

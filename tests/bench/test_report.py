@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from kvxfer.bench.contenders import WRITE_CACHE, Contender
-from kvxfer.bench.report import SOFTWARE, Report, compare, figure, interval, summarize
+from kvxfer.bench.labels import SOFTWARE, kind_of
+from kvxfer.bench.report import Report, compare, figure, interval, summarize
 from kvxfer.bench.runner import Outcome, Settings
 from kvxfer.bench.workload import Workload
 from kvxfer.errors import KVXferError
@@ -114,6 +115,32 @@ def test_comparisons_are_of_the_same_round() -> None:
     }
 
 
+def test_who_has_no_time_of_a_batch_is_compared_by_throughput_alone() -> None:
+    windows = [window("kvxfer", 0, 4.0), window("memcpy", 0, 2.0, p50_us=None)]
+    (row,) = compare(windows, "kvxfer")
+    assert row["rate_ratio"]["median"] == 2.0
+    assert row["p50_ratio"] is None and row["p50_difference_us"] is None
+    assert [r["p50_us"] for r in summarize(windows)] == [100.0, None]
+    (row,) = compare(windows, "memcpy")
+    assert row["rate_ratio"]["median"] == 0.5 and row["p50_ratio"] is None
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [
+        ("soft0", "memory copies"),
+        (None, "memory copies"),  # the limits of the machine
+        ("null0", "nothing moves"),
+        ("mlx5_0", "nic"),
+        ("mlx5_0:2", "nic"),
+        ("softroce0", "nic"),  # any name that is not ours
+    ],
+)
+def test_what_a_figure_is_of(device: str | None, kind: str) -> None:
+    assert kind_of({"device": device}) == kind
+    assert device is not None or kind_of({}) == kind
+
+
 # -- what people see ----------------------------------------------------------------
 
 
@@ -144,6 +171,13 @@ def test_the_null_device_has_no_bandwidth() -> None:
     assert "p50 of a batch" in text and "1.00 (1.00 to 1.00)" in text
 
 
+def test_who_has_no_time_of_a_batch_has_a_dash() -> None:
+    windows = [window("kvxfer", 0, 1.5), window("memcpy", 0, 3.0, p50_us=None)]
+    text = printed(report(windows, by_time=True))
+    line = text.splitlines()[-3]
+    assert [cell.strip() for cell in line.strip("│ ").split("│")][-2:] == ["-", "-"]
+
+
 def test_wrong_and_late_blocks_are_shown() -> None:
     assert "3 WRONG" in printed(report([window("kvxfer", 0, 1.0, wrong_blocks=3)]))
     assert "20, 4 late" in printed(report([window("kvxfer", 0, 1.0, unseen_blocks=4)]))
@@ -166,7 +200,8 @@ def test_json_holds_everything(tmp_path: Path) -> None:
         *("schema", "kvxfer", "command", "machine", "method", "workload"),
         *("contenders", "windows", "summary", "comparisons", "failures", "absent"),
     }
-    assert found["windows"] == windows
+    assert found["windows"] == [{**each, "kind": "memory copies"} for each in windows]
+    assert {row["kind"] for row in found["summary"]} == {"memory copies"}
     assert found["absent"] == {"nixl": "not installed"}
     assert found["comparisons"][0]["rate_ratio"]["median"] == 0.5
     assert {row["contender"] for row in found["summary"]} == {"kvxfer", "memcpy"}
@@ -182,6 +217,7 @@ def test_csv_holds_a_line_a_window(tmp_path: Path) -> None:
         lines = list(csv.DictReader(file))
     assert [line["gb_per_s"] for line in lines] == ["1.5", "2.5"]
     assert lines[0]["contender"] == "kvxfer"
+    assert [line["kind"] for line in lines] == ["memory copies"] * 2
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
