@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvxfer import command
 from kvxfer.bench import contenders as who
-from kvxfer.bench import flags, runner, scale
+from kvxfer.bench import flags, nics, runner, scale
 from kvxfer.bench.contenders import Contender
 from kvxfer.bench.flags import Outputs
 from kvxfer.bench.presets import PRESETS
@@ -214,14 +214,19 @@ def sweep(
 
     async def until_stopped(stop: asyncio.Event) -> int:
         outputs.check()
-        chosen = flags.choose(ours, against or (), target)
+        chosen, with_device = flags.choose(ours, against or (), target), asked
         flags.check(chosen[0], workload, asked)
+        if target is None:
+            chosen, with_device = await asyncio.to_thread(
+                nics.on_one_device, chosen, asked
+            )
         present, absent = await asyncio.to_thread(
             flags.find_peers, chosen, asked.peer_python
         )
         flags.require(chosen[0], absent)
         settings = dataclasses.replace(
-            asked, together=flags.fit_together(workload.pool_bytes, len(present))
+            with_device,
+            together=flags.fit_together(workload.pool_bytes, len(present)),
         )
         outcome = await measure(stop, present, workload, settings)
         if outcome is None:

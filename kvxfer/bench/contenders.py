@@ -29,6 +29,9 @@ class Contender:
       ignores: Options of the bench that it takes no notice of, and does one of.
       restless: It keeps a processor busy while it waits for its turn, and so is
         stopped meanwhile.
+      no_nic: Why it is never beside a NIC; empty if it can be, see ``nics``.
+      nic_what: ``what`` where it uses a NIC.
+      nic_environ: ``environ`` there, for ``{name}`` and ``{port}`` of the NIC.
     """
 
     name: str
@@ -42,6 +45,9 @@ class Contender:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     ignores: tuple[str, ...] = ()
     restless: bool = False
+    no_nic: str = ""
+    nic_what: str = ""
+    nic_environ: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_peer(self) -> bool:
@@ -56,6 +62,9 @@ REMOTE = Contender(OURS, "remote", "write_cache into a kvxfer serve elsewhere")
 
 _ALONE = ("--threads", "--depth")
 _ON_ONE_QP = (*_ALONE, "--qps")
+_COPIES = "copies memory, which is not put beside one"
+_BY_TCP = "goes by TCP on loopback, which is not put beside one"
+_NOT_TRIED = "has not been tried on one"
 _LOOPBACK = {"UCX_NET_DEVICES": "lo"}
 _MOONCAKE: dict[str, Any] = {
     "module": "mooncake.engine",
@@ -90,6 +99,7 @@ OTHERS: tuple[Contender, ...] = (
         "memcpy in one process, private memory",
         memory="ordinary",
         ignores=_ALONE,
+        no_nic=_COPIES,
     ),
     Contender(
         "shm-memcpy",
@@ -97,6 +107,7 @@ OTHERS: tuple[Contender, ...] = (
         "memcpy in one process, memory of KVCache.allocate",
         memory="shared",
         ignores=_ALONE,
+        no_nic=_COPIES,
     ),
     Contender(
         "pvm-readv",
@@ -104,6 +115,7 @@ OTHERS: tuple[Contender, ...] = (
         "process_vm_readv by the target, 1024 blocks a call",
         memory="ordinary",
         ignores=_ALONE,
+        no_nic=_COPIES,
     ),
     Contender(
         "tcp",
@@ -111,17 +123,24 @@ OTHERS: tuple[Contender, ...] = (
         "sendmsg and readv on loopback, 4 MiB buffers",
         memory="ordinary",
         ignores=_ALONE,
+        no_nic=_BY_TCP,
     ),
     Contender(
         "mooncake",
         "mooncake",
         "Mooncake, batch_transfer_sync_write over TCP, its defaults",
+        # Its engine takes any NIC that it finds, whichever protocol is asked for, and
+        # TCP where it finds none: one of the two has to be ruled out.
+        environ={"MC_FORCE_TCP": "1"},
+        nic_what="Mooncake, batch_transfer_sync_write over RDMA, its defaults",
+        nic_environ={"MC_FORCE_HCA": "1", "MC_IB_PORT": "{port}"},
         **_MOONCAKE,
     ),
     Contender(
         "mooncake-bench",
         "mooncake-bench",
         "Mooncake's transfer_engine_bench: its own, contiguous addresses, unchecked",
+        no_nic=_NOT_TRIED,
         **_MOONCAKE,
     ),
     Contender(
@@ -129,6 +148,9 @@ OTHERS: tuple[Contender, ...] = (
         "nixl",
         "NIXL over UCX's choice, handles made before, no progress thread",
         environ=_LOOPBACK,
+        nic_what="NIXL over UCX's RC, handles made before, no progress thread",
+        # By its choice UCX would copy memory from process to process.
+        nic_environ={"UCX_NET_DEVICES": "{name}:{port}", "UCX_TLS": "rc"},
         **_NIXL,
     ),
     Contender(
@@ -136,6 +158,7 @@ OTHERS: tuple[Contender, ...] = (
         "nixl",
         "NIXL over UCX's TCP, handles made before, no progress thread",
         environ={**_LOOPBACK, "UCX_TLS": "tcp"},
+        no_nic=_BY_TCP,
         **_NIXL,
     ),
 )

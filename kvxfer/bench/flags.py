@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from kvxfer import command
 from kvxfer.bench import contenders as who
-from kvxfer.bench import plots
+from kvxfer.bench import nics, plots
 from kvxfer.bench.contenders import Contender
 from kvxfer.bench.peers import find_mooncake_bench
 from kvxfer.bench.presets import PRESETS
@@ -253,7 +253,7 @@ def choose(ours: str, against: Iterable[str], target: str | None) -> list[Conten
         if twice:
             raise UsageError(f"{', '.join(twice)} is there twice")
         for contender in found:
-            if "device" in contender.options:
+            if nics.CHOOSE_DEVICE & set(contender.options):
                 # Copies of memory and a NIC do not belong into one table.
                 raise UsageError(
                     f"{contender.name}: a run has one device, see --device"

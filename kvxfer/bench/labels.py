@@ -21,6 +21,11 @@ SOFTWARE = (
 )
 
 
+def is_software(device: str) -> bool:
+    """Say whether an option or a window names a device of kvxfer's own, and no NIC."""
+    return device in ("soft", SOFTWARE_DEVICE, "null", NULL_DEVICE)
+
+
 def kind_of(window: Mapping[str, Any]) -> str:
     """Return what a window or a row of the summary is of.
 

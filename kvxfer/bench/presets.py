@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _INTERLEAVED: dict[str, Any] = {"rounds": 12, "window": 0.2}
+# Copies of memory, whatever NIC the machine has.
+_SOFTWARE: dict[str, Any] = {**_INTERLEAVED, "device": "soft"}
 # Nothing reads these pools, or one block at a time: 2 GiB of them, new in each window,
 # would take most of the minutes. 256 MiB is still eight times a large cache.
 _SMALL: dict[str, Any] = {**_INTERLEAVED, "pool": "256M"}
@@ -28,21 +30,21 @@ class Preset:
 PRESETS = {
     "shm": Preset(
         "same host, shared memory: beside a memcpy of the same table, and NIXL",
-        {**_INTERLEAVED, "wire": "shm", "against": "shm-memcpy,nixl"},
+        {**_SOFTWARE, "wire": "shm", "against": "shm-memcpy,nixl"},
     ),
     "ordinary": Preset(
         "same host, private memory: beside bare process_vm_readv and TCP",
-        {**_INTERLEAVED, "memory": "ordinary", "against": "pvm-readv,tcp"},
+        {**_SOFTWARE, "memory": "ordinary", "against": "pvm-readv,tcp"},
     ),
     "ordinary-small": Preset(
         "the same, of a cache whose blocks have 2 KiB at the most",
-        {**_INTERLEAVED, "memory": "ordinary", "sizes": "1K,2K"}
+        {**_SOFTWARE, "memory": "ordinary", "sizes": "1K,2K"}
         | {"against": "pvm-readv,tcp"},
     ),
     "tcp": Preset(
         "TCP on loopback: beside Mooncake, NIXL over TCP and bare sockets",
         {
-            **_INTERLEAVED,
+            **_SOFTWARE,
             "wire": "tcp",
             "memory": "ordinary",
             "against": "mooncake,mooncake-bench,nixl-tcp,tcp",

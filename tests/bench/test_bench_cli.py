@@ -344,8 +344,7 @@ async def test_nobody_at_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_device_that_is_not_there() -> None:
     code, _, err = await bench(*TINY, "--sizes", "1K", "--device", "mlx5_77")
     assert code == 1
-    assert err.startswith("kvxfer: kvxfer: ")
-    assert "mlx5_77" in err or "ibv_get_device_list" in err
+    assert err.startswith("kvxfer: no device 'mlx5_77'")
 
 
 # -- the end ------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Stands for Mooncake's wheel."""
