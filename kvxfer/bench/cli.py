@@ -67,7 +67,7 @@ async def measure(
     """Run the rounds; None if that was interrupted."""
     found: list[Outcome] = []
     seconds = runner.seconds_for(len(contenders), workload, settings)
-    if seconds > 60:
+    if seconds > 90:
         click.echo(f"kvxfer: this takes about {seconds / 60:.0f} minutes", err=True)
     total = settings.rounds * len(contenders) * len(workload.cases)
     with Steps(total) as steps:
