@@ -156,6 +156,11 @@ class Link:
         return self._qps[0]
 
     @property
+    def qps(self) -> list[QueuePair]:
+        """The QPs that are connected."""
+        return self._qps[: self._n_connected]
+
+    @property
     def n_qps(self) -> int:
         """How many QPs are connected."""
         return self._n_connected
@@ -333,9 +338,7 @@ class Link:
         if flush:
             place = await adapter.call(self._make_flush)
             target = (place.addr, place.mr.lkey)
-        self.slot = adapter.engine.add_initiator(
-            self._qps[: self._n_connected], rows, parameters, target
-        )
+        self.slot = adapter.engine.add_initiator(self.qps, rows, parameters, target)
 
     def _make_flush(self) -> RingMemory:
         # Host memory, whatever the cache lies in: some NICs put short READs there by

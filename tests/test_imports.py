@@ -156,7 +156,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench/workload": {"sizes"},
     "bench/_limits": {"_verbs"},
     # What the public API does not show: the path without asyncio.
-    "bench/direct": {"bench", "devices", "link"},
+    "bench/ends": {"bench", "devices", "link"},
+    "bench/direct": {"bench"},
     "kvbench": set(),
     # Loaded where a plan is measured on kvxfer itself, and nowhere else.
     "kvbench/transferengine": {"__init__", "kvbench", "pattern"},

@@ -33,16 +33,25 @@ def send_batch(
     source_set: int,
     target_set: int,
 ) -> None: ...
-def post_blocks(
-    qp: QueuePair,
-    local_base: int,
-    lkey: int,
-    remote_base: int,
-    rkey: int,
-    block_bytes: int,
-    local_ids: Ids,
-    remote_ids: Ids,
-    reading: bool = False,
-) -> None: ...
 def answer_words(words: NDArray[np.uint64]) -> None: ...
 def ask_words(words: NDArray[np.uint64], most_ns: int) -> float: ...
+
+class Poster:
+    def __init__(
+        self,
+        qps: list[QueuePair],
+        planes: list[tuple[int, int, int, int]],
+        *,
+        chain: int,
+        depth: int,
+        reading: bool = False,
+    ) -> None: ...
+    @property
+    def qps(self) -> list[QueuePair]: ...
+    @property
+    def n_batches(self) -> int: ...
+    @property
+    def n_wrs(self) -> int: ...
+    def use(self, block_bytes: int, source_ids: Ids, target_ids: Ids) -> None: ...
+    def begin(self, flight: int, source_set: int, target_set: int) -> None: ...
+    def wait(self) -> list[int]: ...

@@ -10,7 +10,7 @@ checked here.
 
 from libc.errno cimport EINTR, EPIPE, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 from posix.types cimport pid_t
 from posix.unistd cimport read, write
@@ -18,7 +18,7 @@ from posix.unistd cimport read, write
 from kvxfer._ibverbs cimport *
 from kvxfer._verbs cimport QueuePair
 
-from kvxfer.errors import completion_error, verbs_error
+from kvxfer.errors import UsageError, completion_error, verbs_error
 
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
@@ -37,9 +37,19 @@ cdef extern from "<sys/socket.h>" nogil:
         size_t msg_iovlen
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
 
+cdef extern from "sched.h" nogil:
+    int sched_yield()
+
+cdef extern from "fill.h" nogil:
+    enum:
+        KVX_MAX_CHAIN
+
 cdef enum:
     AT_ONCE = 1024    # iovecs a call takes, IOV_MAX
-    CHAIN = 64        # WRs posted with one doorbell
+    # wr_id of a chain's last: flight (32 bits) | queue (16) | WRs of the chain (16)
+    FLIGHT_SHIFT = 32
+    QUEUE_SHIFT = 16
+    FIELD_MASK = 0xffff
 
 
 cdef struct Request:
@@ -268,120 +278,288 @@ def send_batch(int fd, uintptr_t source_base, size_t block_bytes,
 # -- work requests --------------------------------------------------------------------
 
 
-cdef struct Table:
+cdef struct SendQueue:
+    ibv_qp *qp
+    Py_ssize_t credits       # free slots
+
+cdef struct Plane:
     uint64_t local_base
     uint64_t remote_base
+    ibv_send_wr *wrs         # a chain, filled in but for addresses and links; owned
+    ibv_sge *sges            # one for each of them; owned
+
+cdef struct Flight:          # a batch that is being moved
     const int64_t *local_ids
     const int64_t *remote_ids
-    Py_ssize_t n
-    uint32_t block_bytes
-    uint32_t lkey
-    uint32_t rkey
-    int opcode
+    Py_ssize_t left          # WRs that have not completed yet
 
 
-cdef int reap(
-    ibv_cq *cq, Py_ssize_t *retired, ibv_wc *bad
-) noexcept nogil:
-    """Poll once; ``wr_id`` of a WC is how many WRs it retires. Return 0, -1 or errno.
+cdef class Poster:
+    """Moves batches by a bare loop over the QPs of one thread.
 
-    -1 says that a WR failed; ``bad`` is its completion.
+    A WR a block, nothing merged, nobody told. The WRs of a batch go plane by plane, in
+    chains; the QPs take turns with the chains. The last WR of each chain is signaled.
+    Whoever waits polls the CQ, and only leaves the processor to others that want it.
+
+    Args:
+      qps: In RTS, all with the same CQ. Nobody else may use them or the CQ.
+      planes: A ``(local_base, lkey, remote_base, rkey)`` each.
+      chain: WRs posted with one doorbell, 1 to 64.
+      depth: Batches that may be in flight.
+      reading: By RDMA READ: the source is the remote side then, and the target ours.
+
+    Attributes:
+      n_batches: Batches begun since :meth:`use`.
+      n_wrs: WRs posted since then.
+    """
+
+    cdef:
+        readonly list qps
+        readonly Py_ssize_t n_batches
+        readonly Py_ssize_t n_wrs
+        bint _reading
+        const int64_t[:, ::1] _local_ids
+        const int64_t[:, ::1] _remote_ids
+        ibv_cq *cq
+        SendQueue *queues        # owned
+        Py_ssize_t n_queues
+        Py_ssize_t turn          # the queue that takes the next chain
+        Plane *planes            # owned
+        Py_ssize_t n_planes
+        Flight *flights          # owned
+        Py_ssize_t depth
+        Py_ssize_t n_flying
+        uint32_t *waiting        # owned; flights not wholly posted, a ring
+        Py_ssize_t first         # of them: where the one is that is being posted
+        Py_ssize_t n_waiting
+        Py_ssize_t plane         # what of it is next
+        Py_ssize_t at
+        uint32_t *ended          # owned; flights that are done
+        Py_ssize_t n_ended
+        Py_ssize_t chain
+        Py_ssize_t n_blocks
+        uint64_t block_bytes
+        ibv_wc bad
+
+    def __init__(self, list qps not None, list planes not None, *, Py_ssize_t chain,
+                 Py_ssize_t depth, bint reading=False):
+        if self.queues is not NULL:
+            raise UsageError("a Poster is made once")
+        if not 1 <= chain <= KVX_MAX_CHAIN:
+            raise UsageError(f"chain is {chain}, not 1 to {KVX_MAX_CHAIN}")
+        if depth < 1 or not qps or not planes:
+            raise UsageError("a Poster has a QP, a plane and a flight at least")
+        self.qps = qps
+        self.chain = chain
+        self.depth = depth
+        self._reading = reading
+        self.queues = <SendQueue *>calloc(len(qps), sizeof(SendQueue))
+        self.planes = <Plane *>calloc(len(planes), sizeof(Plane))
+        self.flights = <Flight *>calloc(depth, sizeof(Flight))
+        self.waiting = <uint32_t *>calloc(depth, sizeof(uint32_t))
+        self.ended = <uint32_t *>calloc(depth, sizeof(uint32_t))
+        if (self.queues is NULL or self.planes is NULL or self.flights is NULL
+                or self.waiting is NULL or self.ended is NULL):
+            raise MemoryError
+        self._take_qps()
+        for plane in planes:
+            self._add_plane(plane)
+
+    cdef int _take_qps(self) except -1:
+        cdef:
+            QueuePair qp
+            QueuePair first = self.qps[0]
+            # Each WR may be signaled, and the CQ must hold them all.
+            Py_ssize_t share = first.cq.depth // len(self.qps)
+        self.cq = first.cq.cq
+        for qp in self.qps:
+            qp._ensure_open()
+            if qp.cq is not first.cq:
+                raise UsageError("the QPs of a Poster have one CQ")
+            self.queues[self.n_queues] = SendQueue(qp.qp, min(qp.max_send_wr, share))
+            if self.queues[self.n_queues].credits < self.chain:
+                raise UsageError(
+                    f"a send queue of {self.queues[self.n_queues].credits} slots holds "
+                    f"no chain of {self.chain}: a shorter chain, or a larger sq_depth"
+                )
+            self.n_queues += 1
+        return 0
+
+    cdef int _add_plane(self, tuple keys) except -1:
+        cdef:
+            Plane *plane = &self.planes[self.n_planes]
+            Py_ssize_t i
+        self.n_planes += 1
+        plane.wrs = <ibv_send_wr *>calloc(self.chain, sizeof(ibv_send_wr))
+        plane.sges = <ibv_sge *>calloc(self.chain, sizeof(ibv_sge))
+        if plane.wrs is NULL or plane.sges is NULL:
+            raise MemoryError
+        plane.local_base, lkey, plane.remote_base, rkey = keys
+        for i in range(self.chain):
+            plane.sges[i].lkey = lkey
+            plane.wrs[i].sg_list = &plane.sges[i]
+            plane.wrs[i].num_sge = 1
+            plane.wrs[i].opcode = (
+                IBV_WR_RDMA_READ if self._reading else IBV_WR_RDMA_WRITE)
+            plane.wrs[i].wr.rdma.rkey = rkey
+        return 0
+
+    def __dealloc__(self):
+        cdef Py_ssize_t i
+        for i in range(self.n_planes):
+            free(self.planes[i].wrs)
+            free(self.planes[i].sges)
+        free(self.planes)
+        free(self.queues)
+        free(self.flights)
+        free(self.waiting)
+        free(self.ended)
+
+    def use(self, uint32_t block_bytes, source_ids not None, target_ids not None):
+        """Take the tables of the next batches; none may be in flight."""
+        cdef:
+            Py_ssize_t i
+            Py_ssize_t k
+        self._local_ids = target_ids if self._reading else source_ids
+        self._remote_ids = source_ids if self._reading else target_ids
+        self.n_blocks = self._local_ids.shape[1]
+        self.block_bytes = block_bytes
+        for i in range(self.n_planes):
+            for k in range(self.chain):
+                self.planes[i].sges[k].length = block_bytes
+        self.n_batches = 0
+        self.n_wrs = 0
+
+    def begin(self, uint32_t flight, Py_ssize_t source_set, Py_ssize_t target_set):
+        """Have :meth:`wait` move a batch as ``flight``, which must not be in flight."""
+        cdef:
+            Flight *begun = &self.flights[flight]
+            Py_ssize_t local_set = target_set if self._reading else source_set
+            Py_ssize_t remote_set = source_set if self._reading else target_set
+        begun.local_ids = &self._local_ids[local_set, 0]
+        begun.remote_ids = &self._remote_ids[remote_set, 0]
+        begun.left = self.n_blocks * self.n_planes
+        self.waiting[(self.first + self.n_waiting) % self.depth] = flight
+        self.n_waiting += 1
+        self.n_flying += 1
+        self.n_batches += 1
+
+    def wait(self):
+        """Post, and poll until a batch has ended; return which, none of none in flight.
+
+        Raises:
+          VerbsError: A WR was not taken. The QPs are of no further use.
+          CompletionError: A WR failed. Likewise.
+        """
+        cdef:
+            int err
+            list ended
+        if self.n_flying == 0:
+            return []
+        with nogil:
+            err = drive(self)
+        if err > 0:
+            raise verbs_error(err, "ibv_post_send or ibv_poll_cq")
+        if err < 0:
+            raise completion_error(
+                self.bad.status, wr_id=self.bad.wr_id, qp_num=self.bad.qp_num,
+                vendor_err=self.bad.vendor_err)
+        ended = [self.ended[i] for i in range(self.n_ended)]
+        self.n_flying -= self.n_ended
+        self.n_ended = 0
+        return ended
+
+
+cdef int drive(Poster self) noexcept nogil:
+    """Post what there is room for, and reap, until a batch has ended.
+
+    Returns 0, an errno, or -1: a WR failed.
     """
     cdef:
-        ibv_wc wcs[32]
-        int i
-        int n = ibv_poll_cq(cq, 32, wcs)
-    if n < 0:
-        return -n
-    for i in range(n):
-        if wcs[i].status != IBV_WC_SUCCESS:
-            bad[0] = wcs[i]
-            return -1
-        retired[0] += wcs[i].wr_id
-    return 0
-
-
-cdef int post_table(
-    ibv_qp *qp, ibv_cq *cq, Table *table, Py_ssize_t depth, ibv_wc *bad
-) noexcept nogil:
-    """Post a WR a block, the last of each chain signaled, and see all of them done."""
-    cdef:
-        ibv_send_wr wrs[CHAIN]
-        ibv_sge sges[CHAIN]
-        ibv_send_wr *refused = NULL
-        Py_ssize_t posted = 0
-        Py_ssize_t retired = 0
-        Py_ssize_t i
         Py_ssize_t n
         int err = 0
-    memset(wrs, 0, sizeof(wrs))
-    for i in range(CHAIN):
-        sges[i].length = table.block_bytes
-        sges[i].lkey = table.lkey
-        wrs[i].sg_list = &sges[i]
-        wrs[i].num_sge = 1
-        wrs[i].opcode = table.opcode
-        wrs[i].wr.rdma.rkey = table.rkey
-    while retired < table.n and not err:
-        n = min(<Py_ssize_t>CHAIN, table.n - posted, depth - (posted - retired))
-        if n and (n == CHAIN or posted + n == table.n):
-            for i in range(n):
-                sges[i].addr = (
-                    table.local_base
-                    + table.local_ids[posted + i] * table.block_bytes)
-                wrs[i].wr.rdma.remote_addr = (
-                    table.remote_base
-                    + table.remote_ids[posted + i] * table.block_bytes)
-                wrs[i].next = &wrs[i + 1]
-                wrs[i].send_flags = 0
-            wrs[n - 1].next = NULL
-            wrs[n - 1].send_flags = IBV_SEND_SIGNALED
-            wrs[n - 1].wr_id = n
-            err = ibv_post_send(qp, wrs, &refused)
-            posted += n
+    while self.n_ended == 0 and err == 0:
+        n = min(self.chain, self.n_blocks - self.at)
+        if self.n_waiting and self.queues[self.turn].credits >= n:
+            err = post_chain(self, n)
         else:
-            err = reap(cq, &retired, bad)
+            err = reap(self)
     return err
 
 
-def post_blocks(QueuePair qp not None, uintptr_t local_base,
-                uint32_t lkey, uint64_t remote_base, uint32_t rkey,
-                uint32_t block_bytes, const int64_t[::1] local_ids not None,
-                const int64_t[::1] remote_ids not None, bint reading=False):
-    """Write a batch into a peer's blocks, or read it from there, by a bare loop.
-
-    One WR a block, chains of 64, one signaled WR a chain, the CQ polled until the last
-    has completed. Nobody else may use the QP or its CQ meanwhile.
-
-    Raises:
-      VerbsError: A WR was not taken. The QP is of no further use.
-      CompletionError: A WR failed.
-    """
+cdef int post_chain(Poster self, Py_ssize_t n) noexcept nogil:
+    """Post the next ``n`` WRs, of one plane, where it is a chain's turn."""
     cdef:
-        Table table
-        ibv_wc bad
-        Py_ssize_t depth = qp.max_send_wr
+        SendQueue *queue = &self.queues[self.turn]
+        Plane *plane = &self.planes[self.plane]
+        uint64_t flight = self.waiting[self.first]
+        const int64_t *local_ids = self.flights[flight].local_ids + self.at
+        const int64_t *remote_ids = self.flights[flight].remote_ids + self.at
+        uint64_t local_base = plane.local_base
+        uint64_t remote_base = plane.remote_base
+        uint64_t block_bytes = self.block_bytes
+        ibv_send_wr *wrs = plane.wrs
+        ibv_sge *sges = plane.sges
+        ibv_send_wr *refused = NULL
+        Py_ssize_t i
         int err
-    if depth < CHAIN:
-        raise ValueError(f"a send queue of {depth} slots holds no chain of {CHAIN}")
-    qp._ensure_open()
-    table.local_base = local_base
-    table.remote_base = remote_base
-    table.local_ids = &local_ids[0]
-    table.remote_ids = &remote_ids[0]
-    table.n = local_ids.shape[0]
-    table.block_bytes = block_bytes
-    table.lkey = lkey
-    table.rkey = rkey
-    table.opcode = IBV_WR_RDMA_READ if reading else IBV_WR_RDMA_WRITE
-    memset(&bad, 0, sizeof(bad))
-    with nogil:
-        err = post_table(qp.qp, qp.cq.cq, &table, depth, &bad)
-    if err > 0:
-        raise verbs_error(err, "ibv_post_send or ibv_poll_cq")
-    if err < 0:
-        raise completion_error(
-            bad.status, wr_id=bad.wr_id, qp_num=bad.qp_num, vendor_err=bad.vendor_err)
+    for i in range(n):
+        sges[i].addr = local_base + local_ids[i] * block_bytes
+        wrs[i].wr.rdma.remote_addr = remote_base + remote_ids[i] * block_bytes
+        wrs[i].next = &wrs[i + 1]
+        wrs[i].send_flags = 0
+    wrs[n - 1].next = NULL
+    wrs[n - 1].send_flags = IBV_SEND_SIGNALED
+    wrs[n - 1].wr_id = (
+        flight << FLIGHT_SHIFT | <uint64_t>self.turn << QUEUE_SHIFT | <uint64_t>n)
+    err = ibv_post_send(queue.qp, wrs, &refused)
+    if err:
+        return err
+    self.n_wrs += n
+    queue.credits -= n
+    self.turn += 1
+    if self.turn == self.n_queues:
+        self.turn = 0
+    self.at += n
+    if self.at == self.n_blocks:
+        self.at = 0
+        self.plane += 1
+        if self.plane == self.n_planes:
+            self.plane = 0
+            self.n_waiting -= 1
+            self.first += 1
+            if self.first == self.depth:
+                self.first = 0
+    return 0
+
+
+cdef int reap(Poster self) noexcept nogil:
+    """Poll once; return 0, an errno, or -1: a WR failed, ``bad`` is its completion."""
+    cdef:
+        ibv_wc wcs[32]
+        int i
+        int n = ibv_poll_cq(self.cq, 32, wcs)
+        uint64_t wr_id
+        uint32_t flight
+        Py_ssize_t n_wrs
+    if n < 0:
+        return -n
+    if n == 0:
+        # With more threads than processors, those of a software device want one.
+        sched_yield()
+    for i in range(n):
+        if wcs[i].status != IBV_WC_SUCCESS:
+            self.bad = wcs[i]
+            return -1
+        wr_id = wcs[i].wr_id
+        n_wrs = wr_id & FIELD_MASK
+        flight = wr_id >> FLIGHT_SHIFT
+        self.queues[wr_id >> QUEUE_SHIFT & FIELD_MASK].credits += n_wrs
+        self.flights[flight].left -= n_wrs
+        if self.flights[flight].left == 0:
+            self.ended[self.n_ended] = flight
+            self.n_ended += 1
+    return 0
 
 
 # -- how near the processors are ------------------------------------------------------

@@ -61,7 +61,6 @@ WRITE_CACHE = Contender(
 REMOTE = Contender(OURS, "remote", "write_cache into a kvxfer serve elsewhere")
 
 _ALONE = ("--threads", "--depth")
-_ON_ONE_QP = (*_ALONE, "--qps")
 _COPIES = "copies memory, which is not put beside one"
 _BY_TCP = "goes by TCP on loopback, which is not put beside one"
 _NOT_TRIED = "has not been tried on one"
@@ -80,19 +79,9 @@ _NIXL: dict[str, Any] = {
 }
 
 OTHERS: tuple[Contender, ...] = (
-    Contender(
-        "no-asyncio",
-        "engine",
-        "kvxfer's engine, without asyncio",
-        ignores=_ON_ONE_QP,
-    ),
-    Contender(
-        "verbs",
-        "verbs",
-        "a bare C loop posts the table to the same device",
-        ignores=_ON_ONE_QP,
-    ),
-    Contender("read", "read", "the same with RDMA READ", ignores=_ON_ONE_QP),
+    Contender("no-asyncio", "engine", "kvxfer's engine, without asyncio"),
+    Contender("verbs", "verbs", "a bare C loop posts the table to the same device"),
+    Contender("read", "read", "the same with RDMA READ"),
     Contender(
         "memcpy",
         "memcpy",

@@ -278,9 +278,12 @@ def check(ours: Contender, workload: Workload, settings: Settings) -> None:
         raise UsageError(f"--planes {','.join(planes)}: a name is empty or there twice")
     unheeded = settings.unheeded(ours)
     if unheeded:
+        able = ", ".join(
+            c.name for c in (who.WRITE_CACHE, *who.OTHERS) if not c.ignores
+        )
         raise UsageError(
-            f"{ours.name} does one batch at a time, from one thread, on one QP: "
-            f"{unheeded[0]} is for --contender {who.OURS}"
+            f"{ours.name} does one batch at a time, from one thread: "
+            f"{unheeded[0]} is for --contender {able}"
         )
     remote = settings.extra.get("target") is not None
     workload.check()

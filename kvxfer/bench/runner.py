@@ -79,7 +79,6 @@ class Settings:
         asked = {
             "--threads": self.threads,
             "--depth": self.depth,
-            "--qps": self.options.get("qps_per_connection", 1),
         }
         return [
             f"{option} {asked[option]}"

@@ -128,6 +128,11 @@ class Control:
         self.send(command=command, **arguments)
         return _checked(self.receive())
 
+    def close(self) -> None:
+        """Close this end of both pipes. Twice is fine."""
+        self._reader.close()
+        self._writer.close()
+
 
 class TargetError(Exception):
     """The target failed; the text is its own."""
@@ -276,6 +281,7 @@ class Initiator:
         """Let the target go."""
         if self.control is not None:
             self.control.ask("quit")
+            self.control.close()
         if self.process is not None:
             self.process.wait()
 

@@ -248,18 +248,19 @@ async def test_other_engines_that_are_not_there(tmp_path: Path) -> None:
 async def test_who_does_one_at_a_time_says_so(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
     code, out, _ = await bench(
-        *(*TINY, "--sizes", "1K", "--threads", "2", "--against", "memcpy,no-asyncio"),
-        *("--qps", "2", "--json", str(path)),
+        *(*TINY, "--sizes", "1K", "--threads", "2", "--qps", "2", "--chain", "8"),
+        *("--against", ",".join(["memcpy", *OURS]), "--json", str(path)),
     )
     assert code == 0
     assert "memcpy does without --threads 2." in out
-    assert "no-asyncio does without --threads 2, --qps 2." in out
-    found = json.loads(path.read_text())["contenders"]
-    assert {c["name"]: c["unheeded"] for c in found} == {
+    assert out.count("does without") == 1
+    found = json.loads(path.read_text())
+    assert {c["name"]: c["unheeded"] for c in found["contenders"]} == {
         "kvxfer": [],
         "memcpy": ["--threads 2"],
-        "no-asyncio": ["--threads 2", "--qps 2"],
+        **{name: [] for name in OURS},
     }
+    assert all(w["wrong_blocks"] == 0 for w in found["windows"])
 
 
 def test_the_other_engines_python_needs_no_extension() -> None:
@@ -313,9 +314,11 @@ def test_presets_are_options_of_the_sweep(name: str) -> None:
         (["--contender", "writes:many"], ["writes:many", "writes:1000x4M"]),
         (["--against", "kvxfer:device=soft0"], ["one device", "--device"]),
         (["--against", "memcpy,memcpy"], ["memcpy", "twice"]),
-        (["--no-asyncio", "--threads", "2"], ["no-asyncio", "--threads 2"]),
         (["--contender", "memcpy", "--depth", "3"], ["memcpy", "--depth 3"]),
-        (["--op", "read", "--qps", "2"], ["read", "--qps 2", "--contender kvxfer"]),
+        (
+            ["--contender", "tcp", "--threads", "2"],
+            ["tcp", "--threads 2", "--contender kvxfer, no-asyncio, verbs, read"],
+        ),
         (
             ["--sizes", "1K", "--contender", "nixl", "--peer-python", "/usr/bin/false"],
             ["nixl cannot be measured", "/usr/bin/false -m pip install"],
