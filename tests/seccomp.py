@@ -9,8 +9,8 @@ import struct
 
 #: By machine: its AUDIT_ARCH, and the numbers of the calls that tests deny.
 _MACHINES: dict[str, tuple[int, dict[str, int]]] = {
-    "x86_64": (0xC000003E, {"process_vm_readv": 310}),
-    "aarch64": (0xC00000B7, {"process_vm_readv": 270}),
+    "x86_64": (0xC000003E, {"madvise": 28, "process_vm_readv": 310}),
+    "aarch64": (0xC00000B7, {"madvise": 233, "process_vm_readv": 270}),
 }
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
 _SECCOMP_MODE_FILTER = 2
