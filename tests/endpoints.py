@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 from collections.abc import (
     AsyncIterator,
@@ -29,6 +30,8 @@ from numpy.typing import NDArray
 from kvxfer import Arrival, Client, KVCache, Peer, Server
 from kvxfer.errors import KVXferError
 from kvxfer.layout import PlaneLayer
+from kvxfer.memory import address_range, map_memory
+from kvxfer.regions import Span
 from tests.patience import patient
 
 Bytes = NDArray[np.uint8]
@@ -53,6 +56,8 @@ class Arena:
 
     memory: Bytes
     cache: KVCache
+    shared: bool = False
+    """The memory is a file, which is open until its last view has gone."""
 
     @property
     def base(self) -> int:
@@ -74,6 +79,8 @@ class Arena:
 
     def __exit__(self, *exc_info: object) -> None:
         self.cache.close()
+        if self.shared:  # this may be kept by the traceback of what a test expects
+            self.memory = self.memory[:0].copy()
 
 
 def noise(length: int, seed: int) -> Bytes:
@@ -91,6 +98,7 @@ def arena(
     seed: int = 0,
     group: str = "main",
     path: Path | None = None,
+    shared: bool | None = None,
 ) -> Arena:
     """Make a cache of scattered planes, with red zones around every block.
 
@@ -101,6 +109,9 @@ def arena(
       seed: For contents, order of the planes and gaps.
       path: A file that holds the memory, shared by all who map it. Whoever makes
         it fills it.
+      shared: Whether the memory is one that peers on this host can map, as that of
+        ``KVCache.allocate``; None: where ``KVXFER_SOFT_WIRE`` is ``shm``, whose
+        bytes would all go through its ring otherwise.
     """
     held = range(layers) if isinstance(layers, int) else list(layers)
     sizes = {
@@ -116,7 +127,15 @@ def arena(
         at += 8 * rng.randrange(1, 40)
         offsets[name][layer] = at
         at += n_blocks * sizes[name][1]
-    memory = noise(at + 64, seed) if path is None else _mapped(path, at + 64, seed)
+    if shared is None:
+        shared = path is None and os.environ.get("KVXFER_SOFT_WIRE") == "shm"
+    span: Span | None = None
+    if shared:
+        memory, span = mappable(at + 64, seed)
+    elif path is not None:
+        memory = _mapped(path, at + 64, seed)
+    else:
+        memory = noise(at + 64, seed)
     base = int(memory.__array_interface__["data"][0])
     cache = KVCache.from_pointers(
         {
@@ -128,12 +147,30 @@ def arena(
         block_stride={name: stride for name, (_, stride) in sizes.items()},
         group=group,
     )
-    return Arena(memory, cache)
+    if span is not None:
+        spans = {(group, name, layer): span for name in sizes for layer in held}
+        cache = KVCache(cache.groups, _spans=spans)
+    return Arena(memory, cache, span is not None)
 
 
 def big(seed: int) -> Arena:
     """Make a cache that takes a while to be written: 32 MiB."""
     return arena(n_blocks=64, layers=8, planes={"k": (65536, 65536 + 64)}, seed=seed)
+
+
+def mappable(length: int, seed: int) -> tuple[Bytes, Span]:
+    """Return noise in memory that peers on this host can map, and its span.
+
+    It is unmapped with its last view.
+    """
+    span = map_memory(length)
+    owner = span.owner
+    assert span.fd >= 0 and span.allocation is not None
+    assert isinstance(owner, np.ndarray)
+    start = span.allocation[0] - address_range(owner)[0]
+    memory: Bytes = owner[start : start + length]
+    memory[:] = noise(length, seed)
+    return memory, span
 
 
 def _mapped(path: Path, length: int, seed: int) -> Bytes:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kvxfer._engine import Engine, Finished
 from kvxfer._verbs import Device, MemoryRegion, ProtectionDomain, QueuePair
 from kvxfer.verbs_types import Access, QPLimits, QPPath
-from tests.endpoints import SOON, Bytes, noise
+from tests.endpoints import SOON, Bytes, mappable, noise
 
 if TYPE_CHECKING:
     from kvxfer._engine import Pair, Row
@@ -31,24 +31,39 @@ class End:
     """One side: device, engine, QP, and memory that it may touch."""
 
     def __init__(
-        self, memory: Bytes, ring_bytes: int, limits: QPLimits, **engine: Any
+        self,
+        length: int,
+        seed: int,
+        ring_bytes: int,
+        limits: QPLimits,
+        *,
+        wire: str | None,
+        **engine: Any,
     ) -> None:
-        self.memory = memory
-        self.device = Device("soft0")
+        fd, ring_fd = -1, -1
+        if wire == "shm":
+            self.memory, span = mappable(length, seed)
+            self.ring, ring_span = mappable(ring_bytes, seed)
+            fd, ring_fd = span.fd, ring_span.fd
+        else:
+            self.memory, self.ring = noise(length, seed), noise(ring_bytes, seed)
+        self.ring[:] = 0
+        self.device = Device("soft0", wire=wire)
         self.pd = ProtectionDomain(self.device)
         self.engine = Engine(self.device, **{"cq_depth": 1024, **engine})
-        self.mr = self.register(memory)
-        self.ring: Bytes = np.zeros(ring_bytes, np.uint8)
+        self.mr = self.register(self.memory, fd=fd)
         self.ring_mr = self.register(
-            self.ring, Access.LOCAL_WRITE | Access.REMOTE_WRITE
+            self.ring, Access.LOCAL_WRITE | Access.REMOTE_WRITE, fd=ring_fd
         )
         self.qp = self.new_qp(limits)
         self.found: list[Any] = []
         self.failed: list[int] = []
 
-    def register(self, memory: Bytes, access: Access = WRITABLE) -> MemoryRegion:
+    def register(
+        self, memory: Bytes, access: Access = WRITABLE, *, fd: int = -1
+    ) -> MemoryRegion:
         """Register memory, for reading and writing if nothing else is said."""
-        return MemoryRegion(self.pd, memory.ctypes.data, memory.nbytes, access)
+        return MemoryRegion(self.pd, memory.ctypes.data, memory.nbytes, access, fd=fd)
 
     def new_qp(self, limits: QPLimits) -> QueuePair:
         """Make a QP in INIT."""
@@ -87,6 +102,8 @@ class End:
     def close(self) -> None:
         """Close the device and all that is on it."""
         self.device.close()
+        # Memory that is a file goes with its last view.
+        self.memory = self.ring = np.zeros(0, np.uint8)
 
 
 @dataclasses.dataclass
@@ -116,6 +133,7 @@ class Rig:
         lanes: int = 1,
         flush: bool = False,
         progress: str = "event",
+        wire: str | None = None,
         **engine: Any,
     ) -> None:
         self.shape = shape or Shape()
@@ -128,16 +146,20 @@ class Rig:
             max_send_wr=depth, max_recv_wr=max(1, receives), max_send_sge=max_sge
         )
         self.source = End(
-            noise(n_pairs * self.local_length, 1),
+            n_pairs * self.local_length,
+            1,
             ring_bytes,
             limits,
+            wire=wire,
             progress=progress,
             **engine,
         )
         self.target = End(
-            noise(n_pairs * self.remote_length, 2),
+            n_pairs * self.remote_length,
+            2,
             ring_bytes,
             limits,
+            wire=wire,
             progress=progress,
         )
         self.before = self.target.memory.copy()

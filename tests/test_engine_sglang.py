@@ -18,7 +18,7 @@ from tests.engines.sglang_interface import KVPoll
 CHUNK_TOKENS = 3 * BLOCK_TOKENS  # whole pages, but for the last one
 
 
-@pytest.fixture(params=["tcp", "cma"], autouse=True)
+@pytest.fixture(params=["tcp", "cma", "shm"], autouse=True)
 def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How bytes travel in this run of the test."""
     monkeypatch.setenv("KVXFER_SOFT_WIRE", request.param)

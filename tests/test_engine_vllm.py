@@ -17,7 +17,7 @@ from tests.engines.vllm_engine import Decode, Prefill
 CHUNK_TOKENS = 10  # not a multiple of a block's tokens
 
 
-@pytest.fixture(params=["tcp", "cma"], autouse=True)
+@pytest.fixture(params=["tcp", "cma", "shm"], autouse=True)
 def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How bytes travel in this run of the test."""
     monkeypatch.setenv("KVXFER_SOFT_WIRE", request.param)

@@ -41,6 +41,7 @@ def test_an_arrival_means_every_byte_on_every_qp(data: st.DataObject) -> None:
         lanes=lanes,
         stripe_bytes=data.draw(st.sampled_from([1, 300, 2000])),
         chain=data.draw(st.integers(1, 64)),
+        wire=data.draw(st.sampled_from(["tcp", "cma", "shm"])),
     ) as rig:
         rig.let_go()
         for i, n in enumerate(sizes):
@@ -152,7 +153,7 @@ def test_limits() -> None:
 LARGE = {"k": (65536, 65536), "v": (65536, 65536 + 64)}
 
 
-@pytest.mark.parametrize("wire", ["tcp", "cma"])
+@pytest.mark.parametrize("wire", ["tcp", "cma", "shm"])
 @pytest.mark.parametrize(("ours", "theirs"), [(2, 2), (4, 4), (4, 1), (1, 4), (3, 2)])
 async def test_writes_over_several_qps(
     ours: int, theirs: int, wire: str, monkeypatch: pytest.MonkeyPatch

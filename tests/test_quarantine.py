@@ -27,7 +27,7 @@ from tests.streaming import Streamed, streamed
 HELD = "act=delay,us=60000000"
 
 
-@pytest.fixture(params=["tcp", "cma"], autouse=True)
+@pytest.fixture(params=["tcp", "cma", "shm"], autouse=True)
 def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How bytes travel in this run of the test."""
     monkeypatch.setenv("KVXFER_SOFT_WIRE", request.param)

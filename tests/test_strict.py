@@ -24,12 +24,16 @@ from tests.engine_rig import Shape
 SHAPE = Shape(n_rows=3)
 
 
-@pytest.fixture(params=["tcp", "cma"])
+WIRES = ["tcp", "cma", "shm"]
+
+
+@pytest.fixture(params=WIRES)
 def rig(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Rig]:
     monkeypatch.setenv("KVXFER_SOFT_STRICT", "report")
-    with Rig(Target("soft0", "soft", wire=request.param)) as rig:
+    wire = request.param
+    with Rig(Target("soft0", "soft", wire=wire, shared=wire == "shm")) as rig:
         yield rig
     assert take_violations() == []
 
@@ -121,10 +125,11 @@ def test_abort() -> None:
 # -- what kvxfer itself does --------------------------------------------------------
 
 
+@pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("depth", [2, 3, 8, 64])
-def test_the_engine_has_nothing_to_hide(depth: int) -> None:
+def test_the_engine_has_nothing_to_hide(depth: int, wire: str) -> None:
     rng = np.random.default_rng(depth)
-    with strict(), EngineRig(SHAPE, depth=depth, notify=False) as rig:
+    with strict(), EngineRig(SHAPE, depth=depth, notify=False, wire=wire) as rig:
         rig.let_go()
         for _ in range(20):
             n = int(rng.integers(1, 40))
@@ -134,9 +139,10 @@ def test_the_engine_has_nothing_to_hide(depth: int) -> None:
             assert rig.finish(ops)[-1].status == SUCCESS
 
 
-async def test_client_and_server_have_nothing_to_hide() -> None:
+@pytest.mark.parametrize("wire", WIRES)
+async def test_client_and_server_have_nothing_to_hide(wire: str) -> None:
     with strict():
-        async with loopback(**QUICK, sq_depth=16) as pair:
+        async with loopback(**QUICK, sq_depth=16, soft_wire=wire) as pair:
             for i in range(20):
                 await pair.client.write_cache(pair.peer, [i % 16, 3], [5, i % 5])
 

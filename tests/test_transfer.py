@@ -109,6 +109,9 @@ async def test_result(wire: str) -> None:
         assert result.wrs == 2 * (2 * 7 + 2)
         assert result.bytes == 2 * 2 * 7 * 256
         assert result.layers == (2, 0)
+        # On shm it is fetched from where it lies.
+        for side in (pair.source, pair.target):
+            assert {r.fd >= 0 for r in side.cache.regions} == {wire == "shm"}
         (device,) = pair.server.devices
         assert (result.device, result.wire) == (device, wire)
         assert (pair.peer.device, pair.peer.wire) == (device, wire)
