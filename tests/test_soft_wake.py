@@ -29,9 +29,23 @@ THREADS = Path("/proc/self/task")
 TIMELESS = Spec(path=dataclasses.replace(PATH, timeout=0))
 
 
+# A plan of faults changes nothing of that for WRs that it does not strike.
+PLANS = {"no-plan": "", "plan": "nth=1000000,act=drop; nth=1000000,act=reorder_bytes"}
+
+
 @pytest.fixture(params=WIRES)
-def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
-    with Rig(request.param) as rig:
+def target(request: pytest.FixtureRequest) -> Target:
+    """One of the wires that have rings."""
+    found: Target = request.param
+    return found
+
+
+@pytest.fixture(params=PLANS.values(), ids=PLANS.keys())
+def rig(
+    target: Target, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Rig]:
+    monkeypatch.setenv("KVXFER_SOFT_FAULT", request.param)
+    with Rig(target) as rig:
         yield rig
 
 

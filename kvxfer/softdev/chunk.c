@@ -225,7 +225,7 @@ enum chunk_result soft_move_chunk(struct soft_conn *conn)
 	struct soft_landing *landing = NULL;
 	bool faulty = conn->rx->faults != NULL;
 
-	if (conn->wire == WIRE_SHM && !faulty && soft_shm_move(conn, &result))
+	if (conn->wire == WIRE_SHM && soft_shm_move(conn, &result))
 		return result;
 	if (conn->shm)
 		conn->shm->guarded = false;

@@ -6,14 +6,13 @@
  * threads that are busy already. So where sending means to describe and not to
  * copy, post_send does it at once, and poll_cq looks at what came back through
  * shared memory. Both only if the lock is free; else its holder, or the device
- * thread, does it. A fault plan is carried out by the device thread alone.
+ * thread, does it.
  */
 #define _GNU_SOURCE
 #include "connection.h"
 #include "context.h"
 #include "cq.h"
 #include "initiator.h"
-#include "inject.h"
 #include "list.h"
 #include "qp.h"
 #include "wire_shm.h"
@@ -42,7 +41,7 @@ bool soft_post_direct(struct soft_qp *qp)
 	int i;
 
 	if (!atomic_load_explicit(&qp->direct, memory_order_relaxed) ||
-	    soft_faulty(ctx) || !soft_trylock(ctx))
+	    !soft_trylock(ctx))
 		return false;
 	/* It may have gone down meanwhile. */
 	if (ctx->port_down || qp->dial != DIAL_UP || !qp->out->writable) {
@@ -83,7 +82,7 @@ void soft_poll_direct(struct soft_context *ctx)
 	struct soft_qp *qp;
 
 	if (!atomic_load_explicit(&ctx->n_rings, memory_order_relaxed) ||
-	    soft_faulty(ctx) || !soft_trylock(ctx))
+	    !soft_trylock(ctx))
 		return;
 	for (at = ctx->shms.next; at != &ctx->shms && !ctx->port_down;
 	     at = at->next) {

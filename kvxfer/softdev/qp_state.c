@@ -270,8 +270,7 @@ static void take_answers(struct soft_qp *qp)
 	unsigned int turns = SHM_RING_BYTES / FRAME_HEADER_BYTES;
 
 	ctx->now_ns = soft_now_ns();
-	while (turns-- && !soft_faulty(ctx) && qp->out && qp->out->shm &&
-	       soft_shm_answered(qp->out))
+	while (turns-- && qp->out && qp->out->shm && soft_shm_answered(qp->out))
 		soft_conn_service(qp->out);
 }
 

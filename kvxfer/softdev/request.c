@@ -283,11 +283,14 @@ static void put_mixed(struct builder *b, uint64_t seq)
 	}
 }
 
+enum plain { PLAIN_NOT, PLAIN_PUT, PLAIN_HELD };
+
 /*
  * shm: a WRITE of one range of memory that the peer knows, checks and all. Most
- * WRs are that, and of small ones there are many. False: it is not one.
+ * WRs are that, and of small ones there are many. PLAIN_NOT: it is not one;
+ * PLAIN_HELD: the fault plan does not let it leave.
  */
-static bool put_plain(struct builder *b, uint64_t seq)
+static enum plain put_plain(struct builder *b, uint64_t seq, bool faulty)
 {
 	struct soft_sq *sq = &b->qp->sq;
 	const struct soft_wqe *wqe = &sq->ring[seq & sq->mask];
@@ -295,7 +298,7 @@ static bool put_plain(struct builder *b, uint64_t seq)
 
 	if (wqe->opcode != IBV_WR_RDMA_WRITE || wqe->num_sge != 1 ||
 	    wqe->flags || !wqe->length || wqe->length > FRAME_MAX_MESSAGE)
-		return false;
+		return PLAIN_NOT;
 	sge = (const struct ibv_sge *)(sq->slots +
 				       (seq & sq->mask) * sq->slot_bytes);
 	if (!b->mr || sge->lkey != b->mr->ibv.lkey) {
@@ -305,7 +308,9 @@ static bool put_plain(struct builder *b, uint64_t seq)
 			b->mr = NULL;
 	}
 	if (!b->mr || !soft_mr_covers(b->mr, sge->addr, sge->length))
-		return false;
+		return PLAIN_NOT;
+	if (faulty && !soft_inject_start(b->qp, b->n_desc == 0))
+		return PLAIN_HELD;
 	frame_put_write(b->tx->head + FRAME_HEADER_BYTES +
 				(size_t)b->n_desc * FRAME_DESC_BYTES,
 			wqe->raddr,
@@ -315,7 +320,7 @@ static bool put_plain(struct builder *b, uint64_t seq)
 			wqe->signaled ? DESC_FETCH | DESC_SIGNALED :
 					DESC_FETCH);
 	b->n_desc++;
-	return true;
+	return PLAIN_PUT;
 }
 
 static void put_wr(struct builder *b, uint64_t seq)
@@ -388,8 +393,9 @@ bool soft_frame_requests(struct soft_qp *qp, struct soft_tx *tx)
 	struct soft_sq *sq = &qp->sq;
 	uint64_t head = atomic_load_explicit(&sq->head, memory_order_acquire);
 	uint64_t first = sq->next;
-	bool plain = qp->wire_out == WIRE_SHM && !qp->local.status &&
-		     !soft_faulty(qp_context(qp));
+	bool plain = qp->wire_out == WIRE_SHM && !qp->local.status;
+	bool faulty = soft_faulty(qp_context(qp));
+	enum plain what;
 
 	tx->n_iov = tx->at_iov = 0;
 	tx->first_seq = sq->next;
@@ -398,7 +404,12 @@ bool soft_frame_requests(struct soft_qp *qp, struct soft_tx *tx)
 		return true;
 	while (sq->next != head && b.n_desc < FRAME_MAX_DESC &&
 	       b.payload < FRAME_MAX_PAYLOAD && !b.full) {
-		if (plain && sq->next_offset == 0 && put_plain(&b, sq->next)) {
+		what = plain && sq->next_offset == 0 ?
+			       put_plain(&b, sq->next, faulty) :
+			       PLAIN_NOT;
+		if (what == PLAIN_HELD)
+			break;
+		if (what == PLAIN_PUT) {
 			sq->next++;
 			continue;
 		}

@@ -209,6 +209,9 @@ static int pair_up(struct soft_conn *conn)
 	struct iovec *asked = conn->ctx->more_local_iov;
 	const struct frame_desc *desc = &conn->rx->desc[conn->rx->at];
 	const struct frame_desc *end = &conn->rx->desc[conn->rx->bad];
+	const struct fault *faults = conn->rx->faults ?
+					     &conn->rx->faults[conn->rx->at] :
+					     NULL;
 	struct soft_map *map = NULL;
 	struct soft_mr *mr = NULL;
 	uint64_t slot = UINT64_MAX, offset;
@@ -216,7 +219,8 @@ static int pair_up(struct soft_conn *conn)
 	int n = 0;
 
 	for (; desc < end && is_plain(desc) && n < MAX_IOV; desc++, n++) {
-		if (desc->len > CHUNK_BYTES - bytes)
+		if (desc->len > CHUNK_BYTES - bytes ||
+		    (faults && faults[n].act != FAULT_NONE))
 			break;
 		if (!mr || mr->ibv.rkey != desc->rkey) {
 			mr = soft_find_rkey(conn->ctx, desc->rkey);

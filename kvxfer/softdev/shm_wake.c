@@ -3,7 +3,6 @@
 #include "connection.h"
 #include "context.h"
 #include "cq.h"
-#include "inject.h"
 #include "list.h"
 #include "qp.h"
 #include "wire_shm.h"
@@ -55,8 +54,7 @@ static enum shm_wish wish(const struct soft_conn *conn)
 	if (!conn->outgoing || !qp || soft_unsent(qp))
 		return SHM_ANYTHING;
 	cq = to_cq(qp->ibv.send_cq);
-	if (soft_faulty(conn->ctx) || soft_cq_is_armed(cq) ||
-	    soft_cq_can_overrun(cq))
+	if (soft_cq_is_armed(cq) || soft_cq_can_overrun(cq))
 		return SHM_AWAITED;
 	return SHM_NEWS;
 }
