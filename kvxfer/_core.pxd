@@ -310,6 +310,8 @@ cdef struct Core:               # all that an engine has but its Python objects
     uint64_t window_bytes       # most of that for one queue
     uint64_t device_window_bytes    # and for all
     uint64_t stripe_bytes
+    uint64_t spin_ns            # that the thread looks on after the last completion
+    bint may_linger             # something can end while who submits looks for it
     pthread_t thread
     bint threaded               # it runs
     bint thread_drives          # it sees to completions; else Python does

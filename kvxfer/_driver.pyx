@@ -69,9 +69,6 @@ MODES = {"event": EVENT, "adaptive": ADAPTIVE, "spin": SPIN}
 
 # On so few processors a device's own threads need those that we would spin on.
 _FEW = 2
-cdef uint64_t _spin_ns = SPIN_NS if len(os.sched_getaffinity(0)) > _FEW else 0
-# On one, nothing can end while we look.
-cdef bint _may_linger = len(os.sched_getaffinity(0)) > 1
 
 
 cdef bint _sleep(Core *core, bint listening) noexcept nogil:
@@ -113,7 +110,7 @@ cdef void _drive(Core *core) noexcept nogil:
         more = drain(core, BUDGET)
         if not more and not wants_thread(core):
             return
-        if not more and before == core.n_polled and now_ns() - last >= _spin_ns:
+        if not more and before == core.n_polled and now_ns() - last >= core.spin_ns:
             more = listen(core, BUDGET)
             if not more and before == core.n_polled:
                 _sleep(core, True)
@@ -143,7 +140,7 @@ cdef void linger(Core *core, Batch *batch) noexcept nogil:
     processor is left to whoever wants it.
     """
     cdef uint64_t deadline
-    if core.mode == EVENT or not _may_linger:
+    if core.mode == EVENT or not core.may_linger:
         return
     deadline = now_ns() + LINGER_NS
     pump(core)
@@ -190,8 +187,9 @@ cdef class Driver(Handle):
     object goes.
     """
 
-    def __init__(self, CompletionQueue cq not None, str progress not None):
+    def __init__(self, CompletionQueue cq not None, str progress not None, spin_ns):
         cdef int err
+        n_cpus = len(os.sched_getaffinity(0))
         if self.core is not NULL:
             raise UsageError("a Driver is made once")
         if progress not in MODES:
@@ -205,6 +203,11 @@ cdef class Driver(Handle):
         self.core.table = cq.device.table
         self.core.unacked = &cq.unacked
         self.core.mode = MODES[progress]
+        if spin_ns is None:
+            spin_ns = SPIN_NS if n_cpus > _FEW else 0
+        self.core.spin_ns = spin_ns
+        # On one, nothing can end while we look.
+        self.core.may_linger = n_cpus > 1
         err = core_init(self.core)
         if err:
             raise verbs_error(err, "eventfd, epoll_create1 or timerfd_create")

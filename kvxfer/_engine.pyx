@@ -64,12 +64,15 @@ cdef class Engine:
       stripe_bytes: Data that goes over one QP of a queue before the next has its
         turn.
       progress: ``event``, ``adaptive`` or ``spin``: who drives it, and when.
+      spin_ns: Nanoseconds that the thread of ``adaptive`` looks on after the last
+        completion before it sleeps; None: 20,000 where this process may run on more
+        than two processors, else none.
     """
 
     def __init__(self, Device device not None, *, cq_depth, chain=64, max_sge=8,
                  merge_bytes=1 << 20, max_wr_bytes=1 << 30,
                  window_bytes=32 << 20, device_window_bytes=128 << 20,
-                 stripe_bytes=256 << 10, str progress="event"):
+                 stripe_bytes=256 << 10, str progress="event", spin_ns=None):
         if self.cq is not None:
             raise UsageError("an Engine is made once")
         if not 1 <= chain <= KVX_MAX_CHAIN:
@@ -85,7 +88,7 @@ cdef class Engine:
         self._watched = {}
         self.cq = CompletionQueue(device, cq_depth)
         try:
-            self._driver = Driver(self.cq, progress)
+            self._driver = Driver(self.cq, progress, spin_ns)
         except BaseException:
             self.cq.close()
             raise
@@ -111,6 +114,11 @@ cdef class Engine:
         """Readable when :meth:`progress` should be called."""
         self._ensure_open()
         return self.core.loop_fd
+
+    @property
+    def spin_ns(self):
+        """Nanoseconds that the thread looks on after the last completion."""
+        return 0 if self.core is NULL else self.core.spin_ns
 
     @property
     def in_flight(self):

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,6 +186,67 @@ def test_an_engine_that_is_forgotten_ends_its_thread(progress: str) -> None:
         del engine
         gc.collect()
         assert n_threads() == before
+
+
+def engine_threads() -> list[Path]:
+    """Where /proc tells of each thread of an engine in this process."""
+    return [
+        task
+        for task in TASK_DIR.iterdir()
+        if (task / "comm").read_text() == f"{THREAD}\n"
+    ]
+
+
+def is_asleep(thread: Path) -> bool:
+    """Whether a thread sleeps at one of some looks."""
+    for _ in range(50):
+        # The third field, behind a name in parentheses: R for running or waiting to.
+        if (thread / "stat").read_text().rpartition(")")[2].split()[0] != "R":
+            return True
+    return False
+
+
+def times_slept(thread: Path) -> int:
+    """How often a thread went to sleep by itself."""
+    lines = (thread / "status").read_text().splitlines()
+    return int(next(s for s in lines if s.startswith("voluntary")).split()[1])
+
+
+@pytest.mark.parametrize(("n_cpus", "spins"), [(1, 0), (2, 0), (3, 20_000)])
+def test_the_thread_looks_on_where_there_are_processors_for_it(
+    n_cpus: int, spins: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(n_cpus)))
+    with Device("soft0") as device:
+        engine = Engine(device, cq_depth=16, progress="adaptive")
+        assert engine.spin_ns == spins
+        engine.close()
+
+
+def test_a_completion_is_found_by_a_thread_that_looks_on() -> None:
+    """It has not gone to sleep before, so nobody has to wake it."""
+    spin_ns = round(10 * SOON * 1e9)
+    with Rig(depth=16, notify=False, progress="adaptive", spin_ns=spin_ns) as rig:
+        rig.source.wait(lambda: True)
+        ids = rig.submit(range(64), range(64))  # some of it has to wait for room
+        (thread,) = [each for each in engine_threads() if not is_asleep(each)]
+        before = times_slept(thread)
+        rig.let_go()
+        assert select.select([rig.source.engine.fd], [], [], SOON)[0]
+        # Once, when there was nothing more to do.
+        assert times_slept(thread) - before <= 1
+        assert rig.finish(ids)[0].status == SUCCESS
+
+
+def test_a_thread_that_does_not_look_on_sleeps() -> None:
+    """The counterpart of the test above."""
+    with Rig(depth=16, notify=False, progress="adaptive", spin_ns=0) as rig:
+        ids = rig.submit(range(64), range(64))
+        deadline = time.monotonic() + SOON
+        while not all(is_asleep(each) for each in engine_threads()):
+            assert time.monotonic() < deadline
+        rig.let_go()
+        assert rig.finish(ids)[0].status == SUCCESS
 
 
 def test_a_mode_that_is_none() -> None:
