@@ -175,6 +175,7 @@ cdef struct Cursor:             # what is to be posted next
     uint32_t lanes              # bit mask: lanes that carried data
     uint32_t due                # of those, the ones that still get an immediate
     uint32_t reads              # lanes that still get a READ
+    bint gap                    # data may go between its READ and its record
     uint64_t n_bytes            # posted so far
 
 cdef struct Op:                 # one layer of a submission

@@ -14,6 +14,9 @@ may be waiting goes behind them: a large one delays small ones by that much.
 What is in flight is bounded in WRs by the send queues and the CQ, and in bytes by a
 window for each queue and one for all: what is urgent waits for no more than that.
 
+Where a READ flushes what an operation wrote, its record waits for the answer, and all
+that is behind the record. So some data of the next operation goes first.
+
 A queue with several lanes, which are QPs, changes the lane every ``stripe_bytes``.
 Records are always written on the first lane, in order; behind the record goes an
 immediate, and one on each further lane that carried data of the operation.
@@ -36,6 +39,7 @@ cdef enum:
     TURN_BYTES = 4 << 20
     TURN_WRS = 4096
     FLUSH_BYTES = 8
+    GAP_BYTES = 128 << 10      # 5 us at 25 GB/s: about as long as a READ takes
 
 cdef uint64_t RECEIVE_BIT = <uint64_t>1 << 37
 cdef uint64_t SEQUENCE_MASK = (<uint64_t>1 << 37) - 1
@@ -145,7 +149,7 @@ cdef void pump(Core *core) noexcept nogil:
         queue = <Queue *>kvx_heap_top(&core.runnable)
         if queue.failed:
             more = False
-        elif may_close(queue):
+        elif may_close(queue) and not has_gap(core, queue):
             more = post_closing(core, queue)
         else:
             more = post_data(core, queue)
@@ -163,6 +167,7 @@ cdef bint post_closing(Core *core, Queue *queue) noexcept nogil:
         Op *op = queue.first_closing
         uint32_t lane = closing_lane(op)
         bint more
+    op.cursor.gap = False    # or there would be data for it
     if op.cursor.stage != FLUSH and not op.reserved:
         reserve_record(queue, op)
     more = post_chunk(core, queue, lane, op, 2, 0)
@@ -180,6 +185,8 @@ cdef bint post_data(Core *core, Queue *queue) noexcept nogil:
         Batch *batch = <Batch *>kvx_heap_top(&queue.ready)
         int lane = data_lane(core, queue)
         Op *op
+        Op *closing = queue.first_closing
+        uint64_t max_bytes = CHUNK_BYTES
         uint64_t before
         uint64_t n_wrs
         uint64_t n_bytes
@@ -188,13 +195,17 @@ cdef bint post_data(Core *core, Queue *queue) noexcept nogil:
     if batch is NULL or lane < 0:
         return False
     op = &batch.ops[batch.at]
+    if queue.n_lanes > 1:
+        max_bytes = min(max_bytes, queue.stripe)
+    if closing is not NULL and closing.cursor.gap:
+        closing.cursor.gap = False
+        max_bytes = min(max_bytes, GAP_BYTES)
     before = op.cursor.n_bytes
     n_wrs = op.n_wrs
     idle = queue.lanes[lane].posted == queue.lanes[lane].retired
     more = post_chunk(
         core, queue, lane, op,
-        min(core.chain, FIRST_CHAIN) if idle else core.chain,
-        CHUNK_BYTES if queue.n_lanes == 1 else min(CHUNK_BYTES, queue.stripe))
+        min(core.chain, FIRST_CHAIN) if idle else core.chain, max_bytes)
     n_bytes = op.cursor.n_bytes - before
     if queue.n_lanes > 1:
         queue.stripe -= min(queue.stripe, n_bytes)
@@ -206,6 +217,21 @@ cdef bint post_data(Core *core, Queue *queue) noexcept nogil:
     batch.turn_wrs += op.n_wrs - n_wrs
     settle_batch(core, batch)
     return more
+
+
+cdef bint has_gap(Core *core, Queue *queue) noexcept nogil:
+    """Whether data can go between the READ that was posted last and its record."""
+    return (queue.first_closing.cursor.gap and queue.ready.n
+            and data_lane(core, queue) >= 0)
+
+
+cdef bint has_data_behind(Queue *queue, Op *op) noexcept nogil:
+    """Whether other operations of the queue have data to post."""
+    cdef Batch *batch
+    if queue.ready.n != 1:
+        return queue.ready.n > 1
+    batch = <Batch *>queue.ready.items[0].value
+    return op is not &batch.ops[batch.n_ops - 1]
 
 
 cdef void append_closing(Queue *queue, Op *op) noexcept nogil:
@@ -350,8 +376,12 @@ cdef uint32_t build(
             cursor.reads &= ~(<uint32_t>1 << lane)
             if cursor.reads == 0:
                 cursor.stage = after_flush(queue)
+                cursor.gap = (
+                    cursor.stage == RECORD
+                    and (queue.first_closing is NULL or queue.first_closing is op)
+                    and has_data_behind(queue, op))
         elif cursor.stage == RECORD:
-            if lane or not (op.reserved or (
+            if lane or cursor.gap or not (op.reserved or (
                     queue.first_closing is NULL and has_credit(queue, op))):
                 break
             if not op.reserved:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 
 from kvxfer import Client, Options, cuda
@@ -110,6 +111,41 @@ def test_nothing_is_announced_before_the_read_is_answered(lane: int) -> None:
         (end,) = rig.finish(rig.submit(OURS, THEIRS))
         assert end.status != 0
         assert arrivals(rig) == []
+
+
+def test_the_next_layer_does_not_wait_for_the_answer() -> None:
+    """Its data leaves between the READ and the record, which waits for the READ."""
+    with Rig(flush=True, depth=64) as rig:
+        rig.let_go()
+        # The READ behind the first layer's 8 WRs is executed, and never answered.
+        rig.source.device.set_faults("act=ack_lost,nth=9")
+        ends = rig.finish(rig.submit(OURS, THEIRS, rows=(0, 1)))
+        assert all(end.status for end in ends)
+        assert (rig.target.memory == rig.expected(OURS, THEIRS, (0, 1))).all()
+        assert arrivals(rig) == []
+
+
+def test_no_more_than_a_little_goes_before_the_record() -> None:
+    """128 KiB: an announcement waits for the READ, and for no other layer."""
+    kib = 1 << 10
+    size = 32 * kib
+    shape = Shape(
+        n_local=16,
+        n_remote=16,
+        block_bytes=size,
+        local_stride=size,
+        remote_stride=size,
+        n_planes=1,
+    )
+    apart = [0, 2, 4, 6, 8, 10, 12, 14]
+    with Rig(shape, flush=True, depth=64) as rig:
+        rig.let_go()
+        rig.source.device.set_faults("act=ack_lost,nth=9")
+        rig.finish(rig.submit(apart, apart, rows=(0, 1)))
+        wanted = rig.expected(apart, apart, (0,))
+        partly = rig.expected(apart[:4], apart[:4], (0, 1))
+        done = np.where(wanted != rig.before, wanted, partly)
+        assert (rig.target.memory == done).all()
 
 
 def test_blocks_of_fewer_bytes_than_a_flush_reads() -> None:
