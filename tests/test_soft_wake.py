@@ -40,7 +40,7 @@ def target(request: pytest.FixtureRequest) -> Target:
     return found
 
 
-@pytest.fixture(params=PLANS.values(), ids=PLANS.keys())
+@pytest.fixture(params=PLANS.values(), ids=list(PLANS))
 def rig(
     target: Target, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Rig]:
