@@ -31,6 +31,8 @@ from tests.nics import Network
 from tests.patience import patient
 
 pytestmark = pytest.mark.usefixtures("commands")
+#: Each runs the whole command; two of them go through all of it in the quick run too.
+slow = pytest.mark.slow
 
 STUBS = Path(__file__).parent / "stubs"
 BENCH = "transfer_engine_bench"
@@ -121,6 +123,7 @@ async def test_all_are_measured_and_checked(engines: Engines) -> None:
         assert f"/ {name}" in out
 
 
+@slow
 async def test_none_of_them_uses_a_nic_that_nobody_measures(engines: Engines) -> None:
     """Mooncake would take any that it finds, and UCX as well."""
     code, _, err, _ = await engines.bench(
@@ -140,6 +143,7 @@ async def test_none_of_them_uses_a_nic_that_nobody_measures(engines: Engines) ->
         assert said["protocol"] == "tcp"
 
 
+@slow
 async def test_mooncakes_own_program_is_given_free_ports(engines: Engines) -> None:
     """Two at a time, as on any machine that more than one person uses."""
     other = Engines(engines.directory / "other", dict(engines.environ))
@@ -204,6 +208,7 @@ BINDS = "does not come up as a target: F0000 bind: Address already in use"
         ),
     ],
 )
+@slow
 async def test_one_that_fails_is_left_out(
     behaves: str, words: dict[str, str], engines: Engines
 ) -> None:
@@ -249,6 +254,7 @@ async def test_wrong_bytes_are_found(engines: Engines) -> None:
 
 
 @pytest.mark.parametrize("name", ["mooncake", "mooncake-bench", "nixl"])
+@slow
 async def test_one_that_hangs_is_ended(
     name: str, engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +299,7 @@ def beside(engines: Engines, network: Network) -> Engines:
 
 
 @pytest.mark.parametrize("device", ["auto", "mlx5_0", "mlx5_0:1"])
+@slow
 async def test_who_can_use_the_nic_is_told_to(device: str, beside: Engines) -> None:
     code, out, err, found = await beside.bench(
         *("--device", device, "--sizes", "1K", "--against", "verbs,mooncake,nixl")
@@ -316,6 +323,7 @@ async def test_who_can_use_the_nic_is_told_to(device: str, beside: Engines) -> N
 
 
 @pytest.mark.parametrize("name", ["mooncake", "nixl"])
+@slow
 async def test_who_goes_another_way_has_no_figure_beside_a_nic(
     name: str, beside: Engines
 ) -> None:
@@ -327,6 +335,7 @@ async def test_who_goes_another_way_has_no_figure_beside_a_nic(
     assert {w["contender"] for w in found["windows"]} == {"kvxfer"}
 
 
+@slow
 async def test_what_a_user_has_set_does_not_lead_mooncake_aside(
     beside: Engines,
 ) -> None:
@@ -340,6 +349,7 @@ async def test_what_a_user_has_set_does_not_lead_mooncake_aside(
 @pytest.mark.parametrize(
     "name", ["memcpy", "shm-memcpy", "pvm-readv", "tcp", "nixl-tcp", "mooncake-bench"]
 )
+@slow
 async def test_who_cannot_use_the_nic_is_not_beside_it(
     name: str, beside: Engines
 ) -> None:
@@ -355,6 +365,7 @@ async def test_who_cannot_use_the_nic_is_not_beside_it(
         assert f"is a NIC: {name} " in err and "--device soft" in err
 
 
+@slow
 async def test_on_the_software_device_all_stand_together(beside: Engines) -> None:
     """The machine has a NIC, and the run is of copies of memory all the same."""
     code, _, err, found = await beside.bench(
@@ -374,6 +385,7 @@ def test_presets_of_memory_copies_name_their_device(name: str) -> None:
     assert (defaults.get("device") == "soft") == (copies or "wire" in defaults)
 
 
+@slow
 async def test_options_that_choose_another_device_have_no_contender(
     beside: Engines,
 ) -> None:
