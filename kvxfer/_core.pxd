@@ -138,6 +138,7 @@ cdef extern from "notify.h" nogil:
 
 cdef enum:
     MAX_LANES = 4          # QPs of one connection
+    MAX_ROADS = 2          # sets of them that rows are restricted to
     CANCELLED = -1000      # status of an operation that was cancelled
     # wr_id: queue (12 bits) | lane (2) | generation (12) | receive (1) | sequence (37)
     SLOT_SHIFT = 52
@@ -166,6 +167,7 @@ cdef struct Row:                # one layer of one group
     uint64_t n_remote           # blocks that every remote plane has
     uint32_t layer
     uint32_t group
+    uint32_t road               # by which of the queue's its data goes
 
 cdef struct Cursor:             # what is to be posted next
     Stage stage
@@ -208,6 +210,7 @@ cdef struct Batch:              # one submission; its operations go one by one
     uint32_t n_ids
     uint32_t n_ops
     uint32_t at                 # operation whose data is posted next
+    uint32_t road               # of that operation: whose heap this is in
     uint64_t generation         # these three: what the record says of it
     uint64_t total
     uint64_t digest
@@ -246,13 +249,19 @@ cdef struct Lane:               # one QP of a queue
     bint flushing               # an error CQE was seen: no success comes after it
     bint tail_unsignaled        # the last accepted WR will not speak for itself
 
+cdef struct Road:               # lanes that data of some rows may go by
+    uint32_t lanes              # bit mask
+    uint32_t lane               # where data goes
+    uint64_t stripe             # bytes until the next lane has its turn
+    kvx_heap ready              # of Batch: whose next data to post goes by it
+
 cdef struct Queue:              # one connection
     uint32_t slot
     uint32_t generation
     uint32_t n_lanes
     Lane lanes[MAX_LANES]
-    uint32_t lane               # where data goes
-    uint64_t stripe             # bytes until the next lane has its turn
+    uint32_t n_roads
+    Road roads[MAX_ROADS]
     uint64_t flying_bytes       # posted and not retired
     kvx_limits limits
     bint failed
@@ -261,7 +270,6 @@ cdef struct Queue:              # one connection
     uint32_t vendor_err
     uint64_t failed_wr_id
     uint32_t failed_qp_num
-    kvx_heap ready              # of Batch: operations with data to post
     Op *first_closing           # all data is posted, the notification is not
     Op *last_closing
     Op *first_posted            # nothing left to post; by the last WR of each

@@ -65,6 +65,7 @@ cdef void free_queue(Queue *queue) noexcept nogil:
     cdef:
         uint32_t i
         Arrival *arrival
+        kvx_heap *ready
     for i in range(queue.n_lanes):
         free(queue.lanes[i].chains)
     while queue.first_partial is not NULL:
@@ -72,10 +73,12 @@ cdef void free_queue(Queue *queue) noexcept nogil:
         queue.first_partial = arrival.next
         free(arrival.record)
         free(arrival)
-    while queue.ready.n:
-        release_batch(<Batch *>kvx_heap_top(&queue.ready))
-        kvx_heap_pop(&queue.ready)
-    kvx_heap_free(&queue.ready)
+    for i in range(queue.n_roads):
+        ready = &queue.roads[i].ready
+        while ready.n:
+            release_batch(<Batch *>kvx_heap_top(ready))
+            kvx_heap_pop(ready)
+        kvx_heap_free(ready)
     free(queue.rows)
     free(queue.planes)
     free(queue.keys)
@@ -181,11 +184,17 @@ cdef bint reserve(Core *core, Queue *queue, uint32_t n) noexcept nogil:
     cdef:
         uint32_t room
         uint32_t i
+        size_t n_ready = 1
         Op **ops
         uint32_t *generation
         uint32_t *stack
-    if kvx_heap_reserve(&queue.ready, 1):
-        return True
+    # A submission may move from any heap to any other.
+    for i in range(queue.n_roads):
+        n_ready += queue.roads[i].ready.n
+    for i in range(queue.n_roads):
+        if kvx_heap_reserve(
+                &queue.roads[i].ready, n_ready - queue.roads[i].ready.n):
+            return True
     if core.n_op_free >= n:
         return False
     room = core.n_op_slots * 2 + n + 16
@@ -238,7 +247,9 @@ cdef void admit(Core *core, Batch *batch) noexcept nogil:
         op.batch = batch
     batch.queue.n_ops += batch.n_ops
     core.n_ops += batch.n_ops
-    kvx_heap_push(&batch.queue.ready, batch.key, batch.order, batch)
+    batch.road = batch.ops[0].row.road
+    kvx_heap_push(
+        &batch.queue.roads[batch.road].ready, batch.key, batch.order, batch)
     core.n_ready += 1
 
 
@@ -346,7 +357,7 @@ cdef void end_if_drained(Core *core, Queue *queue) noexcept nogil:
     """Once a failed queue has nothing in flight, end all its operations."""
     cdef:
         Op *op
-        Batch *batch
+        uint32_t i
     if not queue.failed or not is_drained(queue):
         return
     while queue.first_posted is not NULL:
@@ -359,9 +370,18 @@ cdef void end_if_drained(Core *core, Queue *queue) noexcept nogil:
         queue.first_closing = op.next
         finish(core, op, queue.status)
     queue.last_closing = NULL
-    while queue.ready.n:
-        batch = <Batch *>kvx_heap_top(&queue.ready)
-        kvx_heap_pop(&queue.ready)
+    for i in range(queue.n_roads):
+        end_ready(core, queue, &queue.roads[i].ready)
+
+
+cdef void end_ready(Core *core, Queue *queue, kvx_heap *ready) noexcept nogil:
+    """End the operations of a failed queue that still have data to post."""
+    cdef:
+        Op *op
+        Batch *batch
+    while ready.n:
+        batch = <Batch *>kvx_heap_top(ready)
+        kvx_heap_pop(ready)
         core.n_ready -= 1
         while batch.at < batch.n_ops:
             op = &batch.ops[batch.at]

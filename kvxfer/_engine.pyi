@@ -79,6 +79,7 @@ class Engine:
         rows: Sequence[Row],
         ring: Ring | None = None,
         flush_to: tuple[int, int] | None = None,
+        lanes: Sequence[int] | None = None,
     ) -> int: ...
     def add_target(
         self,

@@ -159,7 +159,7 @@ cdef class Engine:
             raise ClosedResourceError(f"there is no queue {slot}")
         return self.core.queues[slot]
 
-    def add_initiator(self, qps not None, rows, ring=None, flush_to=None):
+    def add_initiator(self, qps not None, rows, ring=None, flush_to=None, lanes=None):
         """Add the QPs to a peer whose memory this side writes; return the slot.
 
         Args:
@@ -175,10 +175,12 @@ cdef class Engine:
             the last WR of each submission some bytes of the last block are read into
             them, which the peer's device answers when all of it is in place. None:
             no such READ. The peer's QP and memory must permit it.
+          lanes: For each row the QPs that its data may go by, as a bit mask of their
+            positions; two different masks at most. None: all of them.
         """
         cdef Queue *queue = self._new_queue(qps, 0)
         try:
-            fill_route(queue, rows, ring, flush_to)
+            fill_route(queue, rows, ring, flush_to, lanes)
         except BaseException:
             self._drop_queue(queue)
             raise

@@ -204,6 +204,7 @@ cdef extern from "verbs_table.h" nogil:
         char address[64]
         uint8_t local_token[32]
         uint8_t remote_token[32]
+        char wire[16]
 
     struct kvx_verbs_table:
         const char *name

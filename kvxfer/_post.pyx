@@ -4,10 +4,10 @@
 Nothing of Python in here; all functions run without the GIL, with the core's lock
 held.
 
-Two heaps decide what is next. Each queue has one of its submissions that still have
-data to post, and the core has one of the queues that could post something, by the
-first of their submissions; so peers compete as submissions do. Both order by key,
-smallest first, then by age. One *chunk* is posted at a time, up to a chain of WRs or
+Heaps decide what is next. Each queue has one of its submissions that still have data
+to post, or two: see below. The core has one of the queues that could post something,
+by the first of their submissions; so peers compete as submissions do. All order by
+key, smallest first, then by age. One *chunk* is posted at a time, up to a chain of WRs or
 a megabyte. A submission that has had 4 MiB or 4096 WRs while others of the same key
 may be waiting goes behind them: a large one delays small ones by that much.
 
@@ -18,6 +18,9 @@ Where a READ flushes what an operation wrote, its record waits for the answer, a
 that is behind the record. So some data of the next operation goes first.
 
 A queue with several lanes, which are QPs, changes the lane every ``stripe_bytes``.
+Rows may be restricted to some of the lanes: these are a *road*, which has its own heap,
+so that what waits for room on one does not keep back what goes by the other. A
+submission is on the road of the operation that is next.
 Records are always written on the first lane, in order; behind the record goes an
 immediate, and one on each further lane that carried data of the operation.
 """
@@ -90,18 +93,52 @@ cdef bint may_close(Queue *queue) noexcept nogil:
             and (op.cursor.stage == FLUSH or op.reserved or has_credit(queue, op)))
 
 
-cdef int data_lane(Core *core, Queue *queue) noexcept nogil:
-    """The lane that data goes to now; -1: none has room, or the window is full."""
-    cdef uint32_t i
-    if queue.flying_bytes >= core.window_bytes:
-        return -1
-    if queue.stripe == 0:
-        queue.stripe = core.stripe_bytes
-        queue.lane = (queue.lane + 1) % queue.n_lanes
+cdef int data_lane(Core *core, Queue *queue, Road *road) noexcept nogil:
+    """The lane that data of a road goes to now; -1: none of its lanes has room."""
+    cdef:
+        uint32_t i
+        uint32_t lane
+    if road.stripe == 0:
+        road.stripe = core.stripe_bytes
+        road.lane = (road.lane + 1) % queue.n_lanes
+        while not road.lanes >> road.lane & 1:
+            road.lane = (road.lane + 1) % queue.n_lanes
     for i in range(queue.n_lanes):
-        if room_of(&queue.lanes[(queue.lane + i) % queue.n_lanes]):
-            return (queue.lane + i) % queue.n_lanes
+        lane = (road.lane + i) % queue.n_lanes
+        if road.lanes >> lane & 1 and room_of(&queue.lanes[lane]):
+            return lane
     return -1
+
+
+cdef Road *next_road(Core *core, Queue *queue, int *lane) noexcept nogil:
+    """The road of the first submission that has room, and the lane there.
+
+    NULL: there is no data, no room for any, or the window is full.
+    """
+    cdef:
+        Road *found = NULL
+        Road *road
+        uint32_t i
+        int free_lane
+    if queue.flying_bytes >= core.window_bytes:
+        return NULL
+    for i in range(queue.n_roads):
+        road = &queue.roads[i]
+        if road.ready.n == 0 or (found is not NULL and not is_before(
+                road.ready.items[0].key, road.ready.items[0].order,
+                found.ready.items[0].key, found.ready.items[0].order)):
+            continue
+        free_lane = data_lane(core, queue, road)
+        if free_lane >= 0:
+            found = road
+            lane[0] = free_lane
+    return found
+
+
+cdef bint is_before(
+    uint64_t key, uint64_t order, uint64_t other_key, uint64_t other_order
+) noexcept nogil:
+    return key < other_key or (key == other_key and order < other_order)
 
 
 cdef void relist(Core *core, Queue *queue) noexcept nogil:
@@ -115,15 +152,17 @@ cdef void relist(Core *core, Queue *queue) noexcept nogil:
         uint64_t key = 0
         uint64_t order = 0
         Batch *batch
+        Road *road
+        int lane
     if not queue.failed:
-        if queue.ready.n and data_lane(core, queue) >= 0:
+        road = next_road(core, queue, &lane)
+        if road is not NULL:
             wanted = True
-            key = queue.ready.items[0].key
-            order = queue.ready.items[0].order
+            key = road.ready.items[0].key
+            order = road.ready.items[0].order
         if may_close(queue):
             batch = queue.first_closing.batch
-            if (not wanted or batch.key < key
-                    or (batch.key == key and batch.order < order)):
+            if not wanted or is_before(batch.key, batch.order, key, order):
                 key = batch.key
                 order = batch.order
             wanted = True
@@ -182,8 +221,9 @@ cdef bint post_closing(Core *core, Queue *queue) noexcept nogil:
 cdef bint post_data(Core *core, Queue *queue) noexcept nogil:
     """Post the next chunk of the queue's first submission."""
     cdef:
-        Batch *batch = <Batch *>kvx_heap_top(&queue.ready)
-        int lane = data_lane(core, queue)
+        int lane
+        Road *road = next_road(core, queue, &lane)
+        Batch *batch
         Op *op
         Op *closing = queue.first_closing
         uint64_t max_bytes = CHUNK_BYTES
@@ -192,11 +232,14 @@ cdef bint post_data(Core *core, Queue *queue) noexcept nogil:
         uint64_t n_bytes
         bint more
         bint idle
-    if batch is NULL or lane < 0:
+        bint striped
+    if road is NULL:
         return False
+    batch = <Batch *>kvx_heap_top(&road.ready)
     op = &batch.ops[batch.at]
-    if queue.n_lanes > 1:
-        max_bytes = min(max_bytes, queue.stripe)
+    striped = (road.lanes & (road.lanes - 1)) != 0
+    if striped:
+        max_bytes = min(max_bytes, road.stripe)
     if closing is not NULL and closing.cursor.gap:
         closing.cursor.gap = False
         max_bytes = min(max_bytes, GAP_BYTES)
@@ -207,8 +250,8 @@ cdef bint post_data(Core *core, Queue *queue) noexcept nogil:
         core, queue, lane, op,
         min(core.chain, FIRST_CHAIN) if idle else core.chain, max_bytes)
     n_bytes = op.cursor.n_bytes - before
-    if queue.n_lanes > 1:
-        queue.stripe -= min(queue.stripe, n_bytes)
+    if striped:
+        road.stripe -= min(road.stripe, n_bytes)
     if op.cursor.stage == POSTED:
         append_posted(core, op)
     elif op.cursor.stage != DATA:
@@ -221,16 +264,23 @@ cdef bint post_data(Core *core, Queue *queue) noexcept nogil:
 
 cdef bint has_gap(Core *core, Queue *queue) noexcept nogil:
     """Whether data can go between the READ that was posted last and its record."""
-    return (queue.first_closing.cursor.gap and queue.ready.n
-            and data_lane(core, queue) >= 0)
+    cdef int lane
+    return (queue.first_closing.cursor.gap
+            and next_road(core, queue, &lane) is not NULL)
 
 
 cdef bint has_data_behind(Queue *queue, Op *op) noexcept nogil:
     """Whether other operations of the queue have data to post."""
-    cdef Batch *batch
-    if queue.ready.n != 1:
-        return queue.ready.n > 1
-    batch = <Batch *>queue.ready.items[0].value
+    cdef:
+        Batch *batch = NULL
+        size_t n_ready = 0
+        uint32_t i
+    for i in range(queue.n_roads):
+        if queue.roads[i].ready.n:
+            batch = <Batch *>kvx_heap_top(&queue.roads[i].ready)
+            n_ready += queue.roads[i].ready.n
+    if n_ready != 1:
+        return n_ready > 1
     return op is not &batch.ops[batch.n_ops - 1]
 
 
@@ -245,19 +295,27 @@ cdef void append_closing(Queue *queue, Op *op) noexcept nogil:
 
 cdef void settle_batch(Core *core, Batch *batch) noexcept nogil:
     """Go on to the submission's next operation, or let another have its turn."""
-    cdef kvx_heap *ready = &batch.queue.ready
+    cdef:
+        Queue *queue = batch.queue
+        kvx_heap *ready = &queue.roads[batch.road].ready
+        uint32_t road
     while batch.at < batch.n_ops and batch.ops[batch.at].cursor.stage != DATA:
         batch.at += 1
     if batch.at == batch.n_ops:
         kvx_heap_remove(ready, batch)
         core.n_ready -= 1
         release_batch(batch)
-    elif batch.turn_bytes >= TURN_BYTES or batch.turn_wrs >= TURN_WRS:
+        return
+    road = batch.ops[batch.at].row.road
+    if batch.turn_bytes >= TURN_BYTES or batch.turn_wrs >= TURN_WRS:
         batch.turn_bytes = batch.turn_wrs = 0
         core.order += 1
         batch.order = core.order
-        kvx_heap_remove(ready, batch)
-        kvx_heap_push(ready, batch.key, batch.order, batch)
+    elif road == batch.road:
+        return
+    kvx_heap_remove(ready, batch)
+    batch.road = road
+    kvx_heap_push(&queue.roads[road].ready, batch.key, batch.order, batch)
 
 
 cdef bint post_chunk(

@@ -50,7 +50,8 @@ cdef Queue *new_queue(
         queue.lanes[queue.n_lanes].depth = qp.max_send_wr
         queue.n_lanes += 1
         queue.limits.max_sge = min(queue.limits.max_sge, qp.max_send_sge)
-    queue.lane = queue.n_lanes - 1    # the first is next
+    queue.n_roads = 1
+    _open_road(queue, &queue.roads[0], (<uint32_t>1 << queue.n_lanes) - 1)
     pthread_mutex_lock(&core.lock)
     if not _make_slot(core, slot):
         let_go(core)
@@ -62,6 +63,11 @@ cdef Queue *new_queue(
         wake_thread(core)
     let_go(core)
     return queue
+
+
+cdef void _open_road(Queue *queue, Road *road, uint32_t lanes) noexcept:
+    road.lanes = lanes
+    road.lane = queue.n_lanes - 1    # the first of them is next
 
 
 cdef int _check_qps(
@@ -104,7 +110,9 @@ cdef bint _make_slot(Core *core, uint32_t slot) noexcept:
 
 cdef void drop_queue(Core *core, Queue *queue) noexcept:
     """Take a queue out of its slot and free it, whatever it still has."""
-    cdef uint32_t lane
+    cdef:
+        uint32_t lane
+        uint32_t road
     pthread_mutex_lock(&core.lock)
     for lane in range(queue.n_lanes):
         core.outstanding -= (
@@ -112,7 +120,8 @@ cdef void drop_queue(Core *core, Queue *queue) noexcept:
             + queue.lanes[lane].receives)
         core.n_chains -= (
             queue.lanes[lane].next_chain - queue.lanes[lane].first_chain)
-    core.n_ready -= queue.ready.n
+    for road in range(queue.n_roads):
+        core.n_ready -= queue.roads[road].ready.n
     core.n_queues -= 1
     core.flying_bytes -= queue.flying_bytes
     queue.failed = True
@@ -123,7 +132,7 @@ cdef void drop_queue(Core *core, Queue *queue) noexcept:
     free_queue(queue)
 
 
-cdef int fill_route(Queue *queue, rows, ring, flush_to) except -1:
+cdef int fill_route(Queue *queue, rows, ring, flush_to, lanes) except -1:
     """Fill in whose blocks are written, the peer's notify ring and where READs go.
 
     The arguments are those of ``Engine.add_initiator``. After an error the queue is
@@ -137,12 +146,14 @@ cdef int fill_route(Queue *queue, rows, ring, flush_to) except -1:
     for i, (layer, group, n_local, n_remote, pairs) in enumerate(rows):
         queue.rows[i] = Row(
             at, len(pairs), min(n_local, 1 << 32), min(n_remote, 1 << 32),
-            layer, group)
+            layer, group, 0)
         for pair in pairs:
             at_key += _fill_plane(
                 &queue.planes[at], pair, &queue.keys[at_key], n_local, n_remote)
             at += 1
     queue.n_rows = n_rows
+    if lanes is not None:
+        _fill_roads(queue, lanes)
     if ring is not None:
         address, lkey, remote, rkey, length, max_records = ring
         queue.ring = <char *><uintptr_t>address
@@ -153,6 +164,25 @@ cdef int fill_route(Queue *queue, rows, ring, flush_to) except -1:
         queue.max_records = max_records
     if flush_to is not None:
         queue.flush_addr, queue.flush_lkey = flush_to
+    return 0
+
+
+cdef int _fill_roads(Queue *queue, lanes) except -1:
+    """Restrict each row to the lanes of its bit mask."""
+    cdef uint32_t all_lanes = (<uint32_t>1 << queue.n_lanes) - 1
+    masks = sorted(set(lanes), key=list(lanes).index)
+    if len(lanes) != queue.n_rows:
+        raise UsageError(f"lanes for {len(lanes)} rows, not {queue.n_rows}")
+    if len(masks) > MAX_ROADS:
+        raise UsageError(f"{len(masks)} sets of QPs, not 1 to {MAX_ROADS}")
+    for mask in masks:
+        if not 0 < mask <= all_lanes:
+            raise UsageError(f"lanes {mask:#x} are not some of {all_lanes:#x}")
+    for i, mask in enumerate(masks):
+        _open_road(queue, &queue.roads[<uint32_t>i], mask)
+    queue.n_roads = max(1, len(masks))
+    for i, mask in enumerate(lanes):
+        queue.rows[<uint32_t>i].road = masks.index(mask)
     return 0
 
 

@@ -27,8 +27,9 @@ class QuickWrites:
         turns: Turns,
         result: Callable[..., Any],
         device: str,
-        wire: str,
+        wires: tuple[str, ...],
     ) -> None: ...
+    def knows(self, wires: int) -> bool: ...
     # The result; or a Transfer; or None.
     def write(
         self,

@@ -77,13 +77,13 @@ cdef class QuickWrites:
       engine: Of the device that reaches it.
       slot: Its queue there.
       key: By which the engine orders these writes.
-      plans: What was written before: ``(rows, layers)`` by group and layer as the
-        caller gave them.
+      plans: What was written before: ``(rows, layers, wires)`` by group and layer as
+        the caller gave them.
       traffic: Counts what has ended.
       turns: Of the device.
       result: Makes the result of bytes, WRs, seconds, device, wire and layers.
       device: Name of the device.
-      wire: How bytes travel.
+      wires: How bytes travel, by the plan's bit mask; empty where it is not known yet.
     """
 
     cdef:
@@ -96,13 +96,14 @@ cdef class QuickWrites:
         Turns _turns
         object _result
         object _device
-        object _wire
+        tuple _wires
         object _loop
         int _pid
 
     def __init__(
         self, Engine engine not None, uint32_t slot, uint64_t key, dict plans not None,
-        Traffic traffic not None, Turns turns not None, result, str device, str wire,
+        Traffic traffic not None, Turns turns not None, result, str device,
+        tuple wires not None,
     ):
         self._generation = engine._queue(slot).generation
         self._engine = engine
@@ -113,9 +114,13 @@ cdef class QuickWrites:
         self._turns = turns
         self._result = result
         self._device = device
-        self._wire = wire
+        self._wires = wires
         self._loop = _running_loop()
         self._pid = getpid()
+
+    def knows(self, uint32_t wires):
+        """Say whether it is known how bytes travel that go by these."""
+        return wires < len(self._wires) and bool(self._wires[wires])
 
     def write(self, local_ids, remote_ids, layer, group, request_id):
         """Write if nothing is unusual.
@@ -137,7 +142,7 @@ cdef class QuickWrites:
             return None
         plan = self._plans.get((group, layer))
         queue = self._queue()
-        if plan is None or queue is NULL:
+        if plan is None or queue is NULL or not self._wires[plan[2]]:
             return None
         try:
             if request_id is not None:
@@ -153,7 +158,7 @@ cdef class QuickWrites:
             return None
         if batch is NULL:
             return None
-        return self._begin(batch, plan[1])
+        return self._begin(batch, plan[1], plan[2])
 
     cdef Queue *_queue(self) noexcept:
         """Find the queue; NULL if it is not ours any more."""
@@ -167,7 +172,7 @@ cdef class QuickWrites:
             return NULL
         return queue
 
-    cdef object _begin(self, Batch *batch, object layers):
+    cdef object _begin(self, Batch *batch, object layers, uint32_t wires):
         cdef:
             Core *core = self._engine.core
             uint64_t n_bytes
@@ -176,7 +181,7 @@ cdef class QuickWrites:
             bint done = start(core, batch, False)
         try:
             if not done:
-                return self._expect(batch, layers)
+                return self._expect(batch, layers, wires)
             n_bytes, n_wrs, seconds = summary(batch)
             self._traffic.wrote(
                 n_bytes, <uint64_t>batch.n_ids * batch.n_ops, n_wrs, seconds)
@@ -184,13 +189,14 @@ cdef class QuickWrites:
             release(core, batch)
         self._turns.note(seconds)
         return self._result(
-            n_bytes, n_wrs, seconds, self._device, self._wire, layers)
+            n_bytes, n_wrs, seconds, self._device, self._wires[wires], layers)
 
-    cdef Transfer _expect(self, Batch *batch, tuple layers):
+    cdef Transfer _expect(self, Batch *batch, tuple layers, uint32_t wires):
         cdef:
             list op_ids = [batch.ops[i].id for i in range(batch.n_ops)]
             Transfer transfer = Transfer(self._slot, layers, op_ids)
         transfer.n_blocks = <uint64_t>batch.n_ids * batch.n_ops
+        transfer.wires = wires
         self._engine.watch(transfer, op_ids)
         return transfer
 

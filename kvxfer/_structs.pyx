@@ -93,15 +93,19 @@ cdef int fill_hint(kvx_peer_hint *c_hint, hint) except -1:
         bytes address = hint.address.encode()
         bytes local = hint.local_token
         bytes remote = hint.remote_token
+        bytes wire = hint.wire.encode()
     if len(address) >= KVX_ADDRESS_BYTES:
         raise UsageError(f"address {hint.address!r} is too long to be numeric")
     for token in (local, remote):
         if len(token) not in (0, KVX_TOKEN_BYTES):
             raise UsageError(f"a token has {KVX_TOKEN_BYTES} bytes, or none")
+    if len(wire) >= KVX_WIRE_NAME_BYTES:
+        raise UsageError(f"{hint.wire!r} is no wire")
     memset(c_hint, 0, sizeof(c_hint[0]))
     memcpy(c_hint.address, PyBytes_AS_STRING(address), len(address))
     memcpy(c_hint.local_token, PyBytes_AS_STRING(local), len(local))
     memcpy(c_hint.remote_token, PyBytes_AS_STRING(remote), len(remote))
+    memcpy(c_hint.wire, PyBytes_AS_STRING(wire), len(wire))
     return 0
 
 

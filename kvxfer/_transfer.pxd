@@ -1,6 +1,6 @@
 """The operations of one call, for what is compiled and begins or ends them."""
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from kvxfer._submission cimport Watch
 from kvxfer._waiter cimport Waiter
@@ -13,6 +13,7 @@ cdef class Transfer(Watch):
         readonly uint64_t n_bytes
         readonly uint64_t n_wrs
         public uint64_t n_blocks
+        public uint32_t wires
         public bint expired
         public bint abandoned
         public double due

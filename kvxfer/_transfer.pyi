@@ -17,6 +17,7 @@ class Transfer(Watch):
     n_bytes: int
     n_wrs: int
     n_blocks: int
+    wires: int
     expired: bool
     abandoned: bool
     due: float

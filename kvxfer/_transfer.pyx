@@ -34,6 +34,7 @@ cdef class Transfer(Watch):
       failures: Layer and record of the operations that failed.
       n_bytes: Written by the operations that ended well, and ``n_wrs`` by all.
       n_blocks: What it is to move, all layers together.
+      wires: By which wires of the link it goes: bit mask.
       request: The request id.
       timeout: Seconds that it gets; ``due`` says when they are over, on the clock of
         ``time.monotonic``; 0: never.

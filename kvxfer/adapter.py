@@ -60,6 +60,8 @@ _OF_THE_PORT = (
     EventType.CLIENT_REREGISTER,
     EventType.GID_CHANGE,
 )
+#: QPs of one connection at most.
+MAX_QPS = 4
 # WCs of writes that one engine may have in flight, beside the receives.
 _CQ_DEPTH = 65535
 
@@ -142,7 +144,7 @@ class Adapter:
         options = self.options
         wire = options.soft_wire
         if not access & Access.REMOTE_WRITE:  # who is written to takes any wire
-            wire = suited(wire, cache)
+            wire = suited(wire, cache)[0]
         device = Device(
             self.spec.name,
             provider=self.spec.provider,
@@ -175,7 +177,7 @@ class Adapter:
                 " and ".join(sorted(self.ways)),
                 cache.page_bytes,
             )
-        n_qps = options.max_connections * options.qps_per_connection
+        n_qps = options.max_connections * self.n_qps(options.qps_per_connection, True)
         self._engine = Engine(
             device,
             cq_depth=min(
@@ -327,6 +329,15 @@ class Adapter:
     def is_software(self) -> bool:
         """Whether no NIC is behind it."""
         return self.spec.provider != "libibverbs"
+
+    def n_qps(self, n: int, by_wires: bool) -> int:
+        """Return how many QPs make a connection of ``n``.
+
+        Args:
+          by_wires: There are as many for each of two wires, on the software device.
+        """
+        several = by_wires and self.is_software and not self.is_null
+        return min(2 * n, MAX_QPS) if several else n
 
     @property
     def is_null(self) -> bool:

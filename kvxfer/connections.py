@@ -202,7 +202,10 @@ class Connections:
             receives=options.notify_receives,
             gid=agreed.our_gid.gid,
             gid_type=agreed.our_gid.gid_type,
-            n_qps=min(hello.n_qps, options.qps_per_connection),
+            n_qps=adapter.n_qps(
+                min(hello.n_qps, options.qps_per_connection),
+                bool(hello.features & host.features & wire.FEATURE_WIRES),
+            ),
         )
         try:
             ring = await link.start_target(

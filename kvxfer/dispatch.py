@@ -140,7 +140,8 @@ class Dispatcher:
         request.transfers.pop(transfer, None)
         self._policy.done(chunk)
         request._n_wrs += transfer.n_wrs
-        request._way = (peer.device, peer.wire)
+        request._wires |= transfer.wires
+        request._way = (peer.device, peer.link.wire_of(request._wires))
         if transfer.abandoned:
             request.abandoned = True
         ok = not transfer.abandoned and transfer.outcome is Outcome.DONE
@@ -163,7 +164,7 @@ class Dispatcher:
         if peer is None or offer is None:
             request._core.flushed(chunk, ok=False)
             return
-        if peer.link.n_qps > 1:
+        if peer.n_qps(*chunk.key) > 1:
             # A record would speak for one QP, and the chunk was on several. The end
             # of the connection speaks for all; the rest is repeated on the next one.
             peer.break_("a write was stopped on several QPs")

@@ -22,6 +22,7 @@ from kvxfer.errors import (
 from kvxfer.options import Options
 from kvxfer.reach import INSTEAD
 from kvxfer.route import geometry_to_wire
+from kvxfer.soft_wire import accepted, suited
 from kvxfer.verbs_types import Access
 
 _log = logging.getLogger("kvxfer.host")
@@ -75,6 +76,12 @@ class Host:
         self.adapters: list[Adapter] = []
         self.counters = Counters()
         self._access = access
+        self.wires = (
+            accepted(options.soft_wire)
+            if access & Access.REMOTE_WRITE
+            else suited(options.soft_wire, cache)
+        )
+        """What a peer's QPs are to travel by on the software device: one, or both."""
         self._retired: list[Adapter] = []
         """Lost devices, until the links on them are closed."""
         self._replacing: set[asyncio.Task[None]] = set()
@@ -179,8 +186,17 @@ class Host:
 
     @property
     def features(self) -> int:
-        """What is offered to those who dial: READs only where they flush something."""
-        return wire.FEATURES if self.flushes else wire.FEATURES & ~wire.FEATURE_FLUSH
+        """What is offered to peers, as far as it is of use here.
+
+        READs only where they flush something, QPs of two wires only where both are
+        wanted.
+        """
+        found = wire.FEATURES
+        if not self.flushes:
+            found &= ~wire.FEATURE_FLUSH
+        if len(self.wires) == 1:
+            found &= ~wire.FEATURE_WIRES
+        return found
 
     def flushes_arrivals(self, features: int) -> bool:
         """Whether what a writer with these features writes is to be read back here.

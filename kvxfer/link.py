@@ -27,6 +27,7 @@ from kvxfer.gids import GID
 from kvxfer.logs import bind
 from kvxfer.memory import map_memory
 from kvxfer.regions import Span
+from kvxfer.soft_wire import which
 from kvxfer.verbs_types import Access, PeerHint, QPLimits, QPPath
 from kvxfer.wire import NotifyRing, QPInfo
 
@@ -37,6 +38,8 @@ _TOKEN_BYTES = 32
 # names, and no peer may make it pin more.
 _MIN_RING_BYTES = 1 << 12
 _MAX_RING_BYTES = 1 << 26
+# A bit for each that there can be.
+_ALL_WIRES = 3
 # A page for the few bytes that a flush reads.
 _FLUSH_BYTES = 4096
 
@@ -82,7 +85,9 @@ class Link:
         self._address = address
         self._qps: list[QueuePair] = []
         self._n_connected = 0
-        self._last_wire = "none"
+        self._asked: tuple[str, ...] = ("",)
+        self._last_wires = ["none"]
+        self._row_wires: list[int] = []
         self._ring: RingMemory | None = None
         self._flush: RingMemory | None = None
         self._psns: list[int] = []
@@ -100,6 +105,7 @@ class Link:
         gid: bytes = b"",
         gid_type: str = "",
         n_qps: int = 1,
+        wires: tuple[str, ...] = ("",),
         cq: CompletionQueue | None = None,
     ) -> Link:
         """Make QPs in INIT.
@@ -112,6 +118,8 @@ class Link:
           gid: The GID that packets leave from; empty: the adapter's choice.
           gid_type: Its type; empty: any that the address is there by.
           n_qps: How many.
+          wires: What of the software device's they travel by, one or two: the first
+            of them by the first, as many by the second; empty: what it may.
           cq: Where they complete; None: the engine's, which drives them then.
 
         Raises:
@@ -119,6 +127,8 @@ class Link:
           VerbsError: The device has no QP left.
         """
         self = cls(adapter, address, adapter.gid_of(gid, gid_type))
+        self._asked = wires
+        self._last_wires = ["none"] * len(wires)
         limits = QPLimits(
             max_send_wr=min(adapter.options.sq_depth, adapter.max_qp_wr),
             max_recv_wr=max(1, receives),
@@ -189,14 +199,61 @@ class Link:
     @property
     def wire(self) -> str:
         """How bytes travel, as the device reports it, or did while there was a QP."""
+        return self.wire_of(_ALL_WIRES)
+
+    def wire_of(self, wires: int) -> str:
+        """How bytes travel by one of its wires or both: ``cma+tcp``, say."""
+        if len(self._asked) == 1:
+            return self._wire(0)
+        found = [self._wire(i) for i in range(len(self._asked)) if wires >> i & 1]
+        return "+".join(dict.fromkeys(w for w in found if w != "none")) or "none"
+
+    def wire_names(self) -> tuple[str, ...]:
+        """List what :meth:`wire_of` says for each mask, empty while it is not known."""
+        n = len(self._asked)
+        known = sum(1 << i for i in range(n) if self._wire(i) != "none")
+        return tuple(
+            self.wire_of(wires) if wires and not wires & ~known else ""
+            for wires in range(1 << n)
+        )
+
+    def _wire(self, index: int) -> str:
         # Once it is known it is for life.
-        if self._last_wire == "none" and self.state is not LinkState.CLOSED:
-            self._last_wire = self.qp.wire
-            if self._last_wire != "none" and self._cma_error:
+        lasts = self._last_wires
+        if lasts[index] == "none" and self.state is not LinkState.CLOSED:
+            self._look_at_wire(index)
+            if index == 0 and lasts[0] != "none" and self._cma_error:
                 bind(_log, **self.facts).warning(
-                    "%s: bytes travel by %s", self._cma_error, self._last_wire
+                    "%s: bytes travel by %s", self._cma_error, lasts[0]
                 )
-        return self._last_wire
+        return lasts[index]
+
+    def _look_at_wire(self, index: int) -> None:
+        for i, qp in enumerate(self._qps):
+            if self._wire_of_qp(i) == index:
+                self._last_wires[index] = qp.wire
+                return
+
+    def _wire_of_qp(self, index: int) -> int:
+        """Say which of the wires a QP is for."""
+        return index * len(self._asked) // len(self._qps)
+
+    def n_qps_of(self, wires: int) -> int:
+        """Return how many connected QPs there are of some of the wires."""
+        return self._lanes(wires).bit_count()
+
+    def wires_of_rows(self, rows: Sequence[int]) -> int:
+        """Return the wires that rows of :meth:`start_initiator` go by: bit mask."""
+        found = 0
+        for row in rows:
+            found |= self._row_wires[row]
+        return found
+
+    def _lanes(self, wires: int) -> int:
+        """Return the connected QPs of some of the wires, as the engine counts them."""
+        return sum(
+            1 << i for i in range(self._n_connected) if wires >> self._wire_of_qp(i) & 1
+        )
 
     @property
     def _cma_error(self) -> str:
@@ -290,6 +347,7 @@ class Link:
             address=remote.address or _numeric(control_address),
             local_token=self._tokens[index],
             remote_token=remote.token,
+            wire=self._asked[self._wire_of_qp(index)],
         )
 
         def modify() -> None:
@@ -338,7 +396,22 @@ class Link:
         if flush:
             place = await adapter.call(self._make_flush)
             target = (place.addr, place.mr.lkey)
-        self.slot = adapter.engine.add_initiator(self.qps, rows, parameters, target)
+        self.slot = adapter.engine.add_initiator(
+            self.qps, rows, parameters, target, self._choose(rows)
+        )
+
+    def _choose(self, rows: Sequence[_engine.Row]) -> list[int] | None:
+        """Choose a wire for each row, by its largest block; return the lanes.
+
+        None where there is no choice: one wire, or a peer with a single QP.
+        """
+        self._row_wires = [1] * len(rows)
+        if len(self._asked) == 1 or self._n_connected == 1:
+            return None
+        self._row_wires = [
+            1 << which(max(pair[4] for pair in pairs)) for *_, pairs in rows
+        ]
+        return [self._lanes(wires) for wires in self._row_wires]
 
     def _make_flush(self) -> RingMemory:
         # Host memory, whatever the cache lies in: some NICs put short READs there by
@@ -467,7 +540,8 @@ class Link:
         """
         adapter = self.adapter
         if self._qps and not self.qp.closed:
-            self._last_wire = self.qp.wire
+            for i in range(len(self._asked)):
+                self._look_at_wire(i)
         self.state = LinkState.CLOSED
         try:
             for qp in self._qps:

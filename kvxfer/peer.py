@@ -69,7 +69,8 @@ class WriteResult(msgspec.Struct, frozen=True):
       seconds: From the call to the acknowledgement of the last byte.
       device: Name of the device that moved them.
       wire: How they travelled: ``rdma``; of the software device ``tcp``, or ``shm``
-        or ``cma`` on the same host. ``null`` of the null device: they did not.
+        or ``cma`` on the same host, or ``cma+tcp`` if some layers have large blocks and
+        others small ones. ``null`` of the null device: they did not.
       layers: The layers written.
     """
 
@@ -140,7 +141,10 @@ class Peer:
 
     @property
     def wire(self) -> str:
-        """How bytes travel to this peer, ``none`` before the first of them."""
+        """How bytes travel to this peer, ``none`` before the first of them.
+
+        Two wires have a plus sign between them, once both have been used.
+        """
         return self.link.wire
 
     @property
@@ -227,13 +231,18 @@ class Peer:
             offer.endpoint.windows,
             self.shards,
         )
+        by_wires = bool(offer.features & messages.FEATURE_WIRES)
         link = await Link.open(
             adapter,
             Access(0),
             receives=0,
             gid=offer.dialer_gid,
             gid_type=offer.dialer_gid_type,
-            n_qps=min(len(offer.endpoint.qps), host.options.qps_per_connection),
+            n_qps=min(
+                len(offer.endpoint.qps),
+                adapter.n_qps(host.options.qps_per_connection, by_wires),
+            ),
+            wires=host.wires if by_wires else ("",),
         )
         try:
             await link.connect(offer.endpoint.qps, self._control.peer_address)
@@ -260,7 +269,14 @@ class Peer:
         found = self._route.find(
             group, self._route.layers(group) if layers is None else layers
         )
-        return Plan(tuple(row for row, _ in found), tuple(layer for _, layer in found))
+        rows = tuple(row for row, _ in found)
+        return Plan(
+            rows, tuple(layer for _, layer in found), self.link.wires_of_rows(rows)
+        )
+
+    def n_qps(self, group: str, layer: int) -> int:
+        """Return how many QPs the data of a layer may go by."""
+        return self.link.n_qps_of(self.plan(group, [layer]).wires)
 
     def begin(
         self, plan: Plan, local_ids: AnyIds, remote_ids: AnyIds, request: bytes
@@ -289,7 +305,7 @@ class Peer:
         if isinstance(ended, Transfer):
             ended.n_blocks = n_blocks
             return ended
-        return self._result(plan.layers, n_blocks, *ended)
+        return self._result(plan.layers, plan.wires, n_blocks, *ended)
 
     def await_(self, transfer: Transfer, request: bytes, timeout: float) -> None:
         """A write has to be waited for: whoever calls this awaits it.
@@ -309,6 +325,7 @@ class Peer:
     def _result_of(self, transfer: Transfer) -> WriteResult:
         return self._result(
             transfer.layers,
+            transfer.wires,
             transfer.n_blocks,
             transfer.n_bytes,
             transfer.n_wrs,
@@ -325,7 +342,8 @@ class Peer:
 
     def _be_quick(self, link: Link) -> None:
         """From the first bytes on it is known how they travel."""
-        if link.wire == "none" or not self.connected or self.draining:
+        names = link.wire_names()
+        if not any(names) or not self.connected or self.draining:
             return
         self.quick = QuickWrites(
             link.adapter.engine,
@@ -336,12 +354,13 @@ class Peer:
             self.scheduler.turns,
             WriteResult,
             link.adapter.name,
-            link.wire,
+            names,
         )
 
     def _result(
         self,
         layers: tuple[int, ...],
+        wires: int,
         n_blocks: int,
         n_bytes: int,
         n_wrs: int,
@@ -350,10 +369,10 @@ class Peer:
         link = self._link
         assert link is not None
         self.host.counters.wrote(n_bytes, n_blocks, n_wrs, seconds)
-        if self.quick is None:
+        if self.quick is None or not self.quick.knows(wires):
             self._be_quick(link)
         return WriteResult(
-            n_bytes, n_wrs, seconds, link.adapter.name, link.wire, layers
+            n_bytes, n_wrs, seconds, link.adapter.name, link.wire_of(wires), layers
         )
 
     async def finish(

@@ -108,6 +108,7 @@ class Request:
         self._over = Waiters()
         self._n_wrs = 0
         self._way = ("", "")
+        self._wires = 0
 
     def __repr__(self) -> str:
         return f"<Request {self.request_id!r}, {self.state.value}>"

@@ -63,6 +63,8 @@ class Plan(NamedTuple):
     """As the engine knows them."""
     layers: tuple[int, ...]
     """The layer of each."""
+    wires: int = 1
+    """By which wires of the link they go: bit mask."""
 
 
 class Scheduler:
@@ -136,6 +138,7 @@ class Scheduler:
     def expect(self, slot: int, plan: Plan, op_ids: list[int]) -> Transfer:
         """Take operations that the engine has just been given as one transfer."""
         transfer = Transfer(slot, plan.layers, op_ids)
+        transfer.wires = plan.wires
         self._engine.watch(transfer, op_ids)
         return transfer
 

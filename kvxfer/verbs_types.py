@@ -187,13 +187,15 @@ class QPPath:
 class PeerHint:
     """What the control plane knows of a peer's QP and verbs have no word for.
 
-    Only the software device uses it: the address it is reached at, and the
-    tokens (32 bytes each, or empty) that connections must present.
+    Only the software device uses it: the address it is reached at, the tokens (32
+    bytes each, or empty) that connections must present, and the wire that this side's
+    QP takes, of those that the device was opened for; empty: any.
     """
 
     address: str = ""
     local_token: bytes = b""
     remote_token: bytes = b""
+    wire: str = ""
 
 
 class SGE(NamedTuple):

@@ -70,6 +70,7 @@ __all__ = [
     "FEATURE_REQUESTS",
     "FEATURE_SHARDS",
     "FEATURE_SLICES",
+    "FEATURE_WIRES",
     "HANDSHAKE_VERSION",
     "MAGIC",
     "MAX_AUX_BYTES",
@@ -136,9 +137,16 @@ FEATURE_DRAIN = 1 << 2
 FEATURE_FLUSH = 1 << 3
 #: Feature bit: the dialer knows windows that have several keys.
 FEATURE_SLICES = 1 << 4
+#: Feature bit: on the software device there are twice as many QPs, for two wires.
+FEATURE_WIRES = 1 << 5
 #: Feature bits that this release knows.
 FEATURES = (
-    FEATURE_SHARDS | FEATURE_REQUESTS | FEATURE_DRAIN | FEATURE_FLUSH | FEATURE_SLICES
+    FEATURE_SHARDS
+    | FEATURE_REQUESTS
+    | FEATURE_DRAIN
+    | FEATURE_FLUSH
+    | FEATURE_SLICES
+    | FEATURE_WIRES
 )
 
 MAX_MESSAGE_BYTES = 4 << 20
@@ -174,7 +182,8 @@ class Hello(Part, frozen=True, kw_only=True, tag="hello"):
       nonce: Random for each connection; the offer returns it.
       shards: The parts of blocks that will be written; none: whole blocks.
       invite: What the listener's Invite said, or nothing for who comes unasked.
-      n_qps: QPs that the dialer would have; the listener offers so many or fewer.
+      n_qps: QPs that the dialer would have; the listener offers so many or fewer, of
+        each of two wires under FEATURE_WIRES.
     """
 
     incarnation: Incarnation

@@ -131,6 +131,7 @@ class Rig:
         receives: int = 8,
         notify: bool = True,
         lanes: int = 1,
+        row_lanes: Sequence[int] | None = None,
         flush: bool = False,
         progress: str = "event",
         wire: str | None = None,
@@ -187,6 +188,7 @@ class Rig:
             self.rows(),
             ring if notify else None,
             self.flush_target() if flush else None,
+            row_lanes,
         )
 
     def pair(self, index: int, **changes: int) -> Pair:

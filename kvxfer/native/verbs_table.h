@@ -36,6 +36,9 @@ struct kvx_peer_hint {
 	uint8_t local_token[KVX_TOKEN_BYTES];
 	/* What we present to the peer's QP (0..0: nothing). */
 	uint8_t remote_token[KVX_TOKEN_BYTES];
+	/* What our QP's bytes may travel by, NUL terminated, of what the device
+	 * was opened for. Empty: all of that. */
+	char wire[KVX_WIRE_NAME_BYTES];
 };
 
 struct kvx_verbs_table {

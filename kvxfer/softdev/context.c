@@ -173,7 +173,7 @@ static void watch_forks(void)
 	pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 }
 
-static uint32_t allowed_wires(const char *wire)
+uint32_t soft_allowed_wires(const char *wire)
 {
 	if (!wire)
 		wire = getenv("KVXFER_SOFT_WIRE");
@@ -338,7 +338,7 @@ static int configure(struct soft_context *ctx, const char *address,
 	size_t at;
 	int err;
 
-	ctx->wires = allowed_wires(wire);
+	ctx->wires = soft_allowed_wires(wire);
 	ctx->pid_ns = soft_pid_namespace();
 	ctx->socket_buffer = allowed_socket_buffer();
 

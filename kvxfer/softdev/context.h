@@ -166,6 +166,10 @@ int soft_parse_address(const char *text, struct sockaddr_storage *address);
 socklen_t soft_address_len(const struct sockaddr_storage *address);
 void soft_make_gid(const struct sockaddr_storage *bound, union ibv_gid *gid);
 bool soft_gid_is_ours(const union ibv_gid *gid);
+/* The wires that a name stands for, as a bit mask; 0: none has that name. NULL:
+ * what the environment says. */
+uint32_t soft_allowed_wires(const char *wire);
+
 /* Where the adapter with this GID listens, as seen from ctx. hint: its address
  * if known, or "". Returns 0 or EHOSTUNREACH. */
 int soft_resolve(const struct soft_context *ctx, const union ibv_gid *gid,

@@ -20,7 +20,7 @@ static const struct soft_failure refused = { IBV_WC_RETRY_EXC_ERR,
 
 static uint32_t offered_wires(const struct soft_qp *qp)
 {
-	uint32_t wires = qp_context(qp)->wires;
+	uint32_t wires = qp_wires(qp);
 
 	if (qp->no_cma)
 		wires &= ~(1u << WIRE_CMA);
@@ -127,7 +127,7 @@ static struct frame_header choose_wire(struct soft_conn *conn,
 	struct soft_context *ctx = conn->ctx;
 	struct frame_header answer = { .type = FRAME_WELCOME,
 				       .arg = ANSWER_OK };
-	uint32_t wires = wires_of(conn, hello->wires & ctx->wires);
+	uint32_t wires = wires_of(conn, hello->wires & qp_wires(qp));
 	int err = EOPNOTSUPP;
 
 	if (qp->wire_in != WIRE_NONE)

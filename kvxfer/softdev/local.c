@@ -94,7 +94,7 @@ bool soft_can_be_mapped(const struct soft_qp *qp)
 bool soft_local_first(const struct soft_qp *qp)
 {
 	const uint32_t shm = 1u << WIRE_SHM, cma = 1u << WIRE_CMA;
-	uint32_t wires = qp_context(qp)->wires;
+	uint32_t wires = qp_wires(qp);
 
 	if (qp->wire_out != WIRE_NONE)
 		wires = 1u << qp->wire_out;
@@ -106,8 +106,7 @@ bool soft_local_first(const struct soft_qp *qp)
 
 bool soft_only_local(const struct soft_qp *qp)
 {
-	return qp->wire_out == WIRE_SHM ||
-	       qp_context(qp)->wires == 1u << WIRE_SHM;
+	return qp->wire_out == WIRE_SHM || qp_wires(qp) == 1u << WIRE_SHM;
 }
 
 static bool is_of_our_user(int fd)

@@ -286,12 +286,19 @@ int soft_bind_peer(struct ibv_qp *ibqp, const struct kvx_peer_hint *hint)
 	struct soft_context *ctx = to_context(ibqp->context);
 	struct soft_qp *qp = to_qp(ibqp);
 	struct sockaddr_storage address;
+	uint32_t wires = 0;
 	int state, err = 0;
 
 	if (soft_orphaned(ibqp->context))
 		return ENODEV;
-	if (memchr(hint->address, '\0', sizeof(hint->address)) == NULL)
+	if (memchr(hint->address, '\0', sizeof(hint->address)) == NULL ||
+	    memchr(hint->wire, '\0', sizeof(hint->wire)) == NULL)
 		return EINVAL;
+	if (*hint->wire) {
+		wires = soft_allowed_wires(hint->wire) & ctx->wires;
+		if (!wires)
+			return EINVAL;
+	}
 	if (*hint->address)
 		err = soft_parse_address(hint->address, &address);
 	if (err)
@@ -302,6 +309,8 @@ int soft_bind_peer(struct ibv_qp *ibqp, const struct kvx_peer_hint *hint)
 		qp->hint = *hint;
 	else
 		err = EINVAL;
+	if (!err)
+		qp->wires = wires;
 	soft_unlock(ctx);
 	return err;
 }

@@ -140,6 +140,7 @@ struct soft_qp {
 	struct ibv_qp_attr attr;   /* as modified so far */
 	union ibv_gid peer_gid;	   /* of the adapter that has the peer's QP */
 	struct kvx_peer_hint hint; /* zero: nothing is known */
+	uint32_t wires; /* that are allowed, bit mask; 0: the context's */
 	/* Each direction is probed by itself, and then kept for life. */
 	enum frame_wire wire_out, wire_in;
 
@@ -187,6 +188,11 @@ static inline struct soft_qp *to_qp(struct ibv_qp *qp)
 static inline struct soft_context *qp_context(const struct soft_qp *qp)
 {
 	return to_context(qp->ibv.context);
+}
+
+static inline uint32_t qp_wires(const struct soft_qp *qp)
+{
+	return qp->wires ? qp->wires : qp_context(qp)->wires;
 }
 
 /* Has it WRs that have not left yet? */

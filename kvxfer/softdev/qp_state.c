@@ -253,6 +253,7 @@ static void reset(struct soft_qp *qp)
 	memset(&qp->attr, 0, sizeof(qp->attr));
 	memset(&qp->peer_gid, 0, sizeof(qp->peer_gid));
 	memset(&qp->hint, 0, sizeof(qp->hint));
+	qp->wires = 0;
 	qp->wire_out = qp->wire_in = WIRE_NONE;
 	qp->was_up = qp->trace_allowed = qp->active = false;
 	qp->no_cma = qp->no_shm = false;
