@@ -7,8 +7,8 @@ held.
 Heaps decide what is next. Each queue has one of its submissions that still have data
 to post, or two: see below. The core has one of the queues that could post something,
 by the first of their submissions; so peers compete as submissions do. All order by
-key, smallest first, then by age. One *chunk* is posted at a time, up to a chain of WRs or
-a megabyte. A submission that has had 4 MiB or 4096 WRs while others of the same key
+key, smallest first, then by age. One *chunk* is posted at a time, up to a chain of WRs
+or a megabyte. A submission that has had 4 MiB or 4096 WRs while others of the same key
 may be waiting goes behind them: a large one delays small ones by that much.
 
 What is in flight is bounded in WRs by the send queues and the CQ, and in bytes by a

@@ -68,6 +68,9 @@ class Host:
 
     needs_flush: bool
     """Whether the cache's memory shows what has landed with a READ only; once open."""
+    wires: tuple[str, ...]
+    """What a peer's QPs are to travel by on the software device: one, or both; once
+    open."""
 
     def __init__(self, cache: KVCache, access: Access, options: Options) -> None:
         self.cache = cache
@@ -76,12 +79,6 @@ class Host:
         self.adapters: list[Adapter] = []
         self.counters = Counters()
         self._access = access
-        self.wires = (
-            accepted(options.soft_wire)
-            if access & Access.REMOTE_WRITE
-            else suited(options.soft_wire, cache)
-        )
-        """What a peer's QPs are to travel by on the software device: one, or both."""
         self._retired: list[Adapter] = []
         """Lost devices, until the links on them are closed."""
         self._replacing: set[asyncio.Task[None]] = set()
@@ -117,6 +114,11 @@ class Host:
         self._on_broken = on_broken
         self._opening = asyncio.Lock()
         self.prepare()
+        self.wires = (
+            accepted(self.options.soft_wire)
+            if self._access & Access.REMOTE_WRITE
+            else suited(self.options.soft_wire, self.cache)
+        )
         self.cache._pin()
         try:
             verdicts = devices.survey(self.options)
