@@ -67,10 +67,11 @@ class Host:
     """
 
     needs_flush: bool
-    """Whether the cache's memory shows what has landed with a READ only; once open."""
+    """Whether the cache's memory shows what has landed with a READ only; once
+    prepared."""
     wires: tuple[str, ...]
     """What a peer's QPs are to travel by on the software device: one, or both; once
-    open."""
+    prepared."""
 
     def __init__(self, cache: KVCache, access: Access, options: Options) -> None:
         self.cache = cache
@@ -89,6 +90,8 @@ class Host:
         """Look at what the cache lies in; :meth:`open` does so, too."""
         self.needs_flush = self.options.flush == "auto" and _needs_flush(self.cache)
         writable = bool(self._access & Access.REMOTE_WRITE)
+        wire = self.options.soft_wire
+        self.wires = accepted(wire) if writable else suited(wire, self.cache)
         if writable and (self.flushes or self.options.flush == "target_read"):
             # What is read is read to flush: here, or by the QPs of writers that say so.
             self._access |= Access.REMOTE_READ
@@ -114,11 +117,6 @@ class Host:
         self._on_broken = on_broken
         self._opening = asyncio.Lock()
         self.prepare()
-        self.wires = (
-            accepted(self.options.soft_wire)
-            if self._access & Access.REMOTE_WRITE
-            else suited(self.options.soft_wire, self.cache)
-        )
         self.cache._pin()
         try:
             verdicts = devices.survey(self.options)
