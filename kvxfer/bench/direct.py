@@ -127,9 +127,10 @@ class Direct(Initiator):
         while True:
             while idle and window.more():
                 flight = idle.pop()
-                began[flight] = clock()
                 lane = first + flight
-                mover.begin(flight, *tables.pick(lane, window.next(lane)))
+                sets = tables.pick(lane, window.next(lane))
+                began[flight] = clock()
+                mover.begin(flight, *sets)
             ended = mover.wait()
             if not ended:
                 return

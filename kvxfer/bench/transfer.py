@@ -27,7 +27,7 @@ from kvxfer.bench.side import (
     map_pool,
     workload_of,
 )
-from kvxfer.bench.workload import Tables, contents
+from kvxfer.bench.workload import Ids, Tables, contents
 from kvxfer.errors import UsageError
 from kvxfer.sizes import format_size
 
@@ -166,14 +166,14 @@ class Transfer(Initiator):
         self.group = str(tables.block_bytes)
         self.layer = 0
 
-    async def _write(self, lane: Lane, tables: Tables, flight: int, n: int) -> None:
+    def pick(self, tables: Tables, flight: int, n: int) -> tuple[Ids, Ids]:
+        """Return the blocks of the ``n``-th batch of those that fly one by one."""
         source, target = tables.pick(flight, n)
+        return tables.source[source], tables.target[target]
+
+    async def _write(self, lane: Lane, source: Ids, target: Ids) -> None:
         lane.last = await lane.client.write_cache(
-            lane.peer,
-            tables.source[source],
-            tables.target[target],
-            self.layer,
-            group=self.group,
+            lane.peer, source, target, self.layer, group=self.group
         )
 
     async def _keep_writing(
@@ -182,9 +182,9 @@ class Transfer(Initiator):
         """Keep one batch in flight until the window is over."""
         clock = time.perf_counter
         while window.more():
-            n = window.next(flight)
+            source, target = self.pick(tables, flight, window.next(flight))
             start = clock()
-            await self._write(lane, tables, flight, n)
+            await self._write(lane, source, target)
             window.note(clock() - start)
 
     async def _lane(self, lane: Lane, tables: Tables, window: Window) -> None:
@@ -252,14 +252,13 @@ class Writes(Transfer):
         """How many blocks all pieces have."""
         return sum(map(len, self._pieces)) * self.workload.planes
 
-    async def _write(self, lane: Lane, tables: Tables, flight: int, n: int) -> None:
-        source, target = tables.pick(flight, n)
+    async def _write(self, lane: Lane, source: Ids, target: Ids) -> None:
         results = await asyncio.gather(
             *(
                 lane.client.write_cache(
                     lane.peer,
-                    tables.source[source][piece],
-                    tables.target[target][piece],
+                    source[piece],
+                    target[piece],
                     0,
                     group=self.group,
                 )
@@ -327,16 +326,11 @@ class Remote(Transfer):
             for ours, theirs in zip(tables.source, tables.target, strict=True):
                 pattern.fill(view, ours, theirs, number, self.layer)
 
-    async def _write(self, lane: Lane, tables: Tables, flight: int, n: int) -> None:
+    def pick(self, tables: Tables, flight: int, n: int) -> tuple[Ids, Ids]:
+        """Return blocks of the same set: the contents belong to the pair of ids."""
         mine = tables.sets_of_a_lane
-        at = flight * mine + n % mine  # the contents belong to the pair of ids
-        lane.last = await lane.client.write_cache(
-            lane.peer,
-            tables.source[at],
-            tables.target[at],
-            self.layer,
-            group=self.group,
-        )
+        at = flight * mine + n % mine
+        return tables.source[at], tables.target[at]
 
     def verify(self, sets: list[tuple[int, int]]) -> int | None:
         """Leave it to the target."""
