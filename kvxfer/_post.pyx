@@ -15,11 +15,13 @@ What is in flight is bounded in WRs by the send queues and the CQ, and in bytes 
 window for each queue and one for all: what is urgent waits for no more than that.
 
 Where a READ flushes what an operation wrote, its record waits for the answer, and all
-that is behind the record. So some data of the next operation goes first.
+that is behind the record. So some data of the next operation goes first: a chain of it,
+even if another queue has something more urgent.
 
 A queue with several lanes, which are QPs, changes the lane every ``stripe_bytes``.
 Rows may be restricted to some of the lanes: these are a *road*, which has its own heap,
-so that what waits for room on one does not keep back what goes by the other. A
+so that what waits for a place in the send queues of one does not keep back what goes by
+the other; the window of bytes is of both. A
 submission is on the road of the operation that is next.
 Records are always written on the first lane, in order; behind the record goes an
 immediate, and one on each further lane that carried data of the operation.

@@ -336,8 +336,12 @@ class Adapter:
         Args:
           by_wires: There are as many for each of two wires, on the software device.
         """
-        several = by_wires and self.is_software and not self.is_null
-        return min(2 * n, MAX_QPS) if several else n
+        return min(2 * n, MAX_QPS) if by_wires and self.has_wires else n
+
+    @property
+    def has_wires(self) -> bool:
+        """Whether bytes travel by one of several wires: on the software device."""
+        return self.is_software and not self.is_null
 
     @property
     def is_null(self) -> bool:

@@ -54,8 +54,9 @@ class CacheShape:
     16 tokens a block, 8 KV heads of 128, bfloat16: 32 KiB a plane.
 
     Attributes:
-      sizes: Instead of ``block_bytes``: a group of blocks of each of these sizes, all
-        of as many bytes as ``blocks`` of the largest; named by :func:`format_size`.
+      sizes: Instead of ``block_bytes``: blocks of each of these sizes. Several are a
+        group each, named by :func:`format_size`, all of as many bytes as ``blocks`` of
+        the largest.
     """
 
     layers: int = 32
@@ -68,8 +69,9 @@ class CacheShape:
     @property
     def groups(self) -> dict[str, tuple[int, int]]:
         """Bytes of a block and number of blocks of each group, by its name."""
-        if not self.sizes:
-            return {"main": (self.block_bytes, self.blocks)}
+        if len(self.sizes) < 2:
+            (size,) = self.sizes or (self.block_bytes,)
+            return {"main": (size, self.blocks)}
         each = self.blocks * max(self.sizes)
         return {format_size(size): (size, each // size) for size in self.sizes}
 

@@ -356,7 +356,7 @@ class Options:
     qps_per_connection: int = _option(
         1,
         "QPs to each peer, over which large writes are spread; both sides must allow "
-        "it.",
+        "it. Of each wire, where a peer has two of the software device's, four in all.",
         unit="QPs",
         low=1,
         high=4,

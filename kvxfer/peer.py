@@ -231,7 +231,7 @@ class Peer:
             offer.endpoint.windows,
             self.shards,
         )
-        by_wires = bool(offer.features & messages.FEATURE_WIRES)
+        by_wires = bool(offer.features & messages.FEATURE_WIRES) and adapter.has_wires
         link = await Link.open(
             adapter,
             Access(0),

@@ -66,6 +66,17 @@ def ids(n: int, seed: int) -> tuple[list[int], list[int]]:
     return scattered(N, n, seed), scattered(N, n, seed + 1000)
 
 
+@pytest.mark.parametrize("qps", [1, 2])
+async def test_a_device_without_wires_has_as_many_qps_as_ever(qps: int) -> None:
+    arenas = mixed(1), mixed(2)
+    async with connected(*arenas, device="null0", qps_per_connection=qps) as pair:
+        assert pair.peer.link.n_qps == qps
+        for group in GROUPS:
+            result = await pair.client.write_cache(pair.peer, [1], [2], 2, group=group)
+            assert (result.device, result.wire) == ("null0", "null")
+            assert pair.peer.n_qps(group, 2) == qps
+
+
 @pytest.mark.parametrize("qps", [1, 2, 3, 4])
 async def test_each_group_goes_by_the_wire_that_suits_it(qps: int) -> None:
     async with connected(mixed(1), mixed(2), qps_per_connection=qps) as pair:

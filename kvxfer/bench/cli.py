@@ -226,7 +226,7 @@ def sweep(
         flags.require(chosen[0], absent)
         settings = dataclasses.replace(
             with_device,
-            together=flags.fit_together(workload.pool_bytes, len(present)),
+            together=flags.can_live_together(present, workload, with_device),
         )
         outcome = await measure(stop, present, workload, settings)
         if outcome is None:

@@ -50,6 +50,11 @@ class Contender:
     nic_environ: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def is_ours(self) -> bool:
+        """Whether kvxfer's engine moves the blocks."""
+        return self.kind in ("write_cache", "writes", "remote", "engine")
+
+    @property
     def is_peer(self) -> bool:
         """Whether it is another engine, in a Python of its own."""
         return bool(self.packages)

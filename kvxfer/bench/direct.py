@@ -139,13 +139,18 @@ class Direct(Initiator):
                 window.note(now - began[flight])
             idle += ended
 
+    @property
+    def wire(self) -> str:
+        """How the blocks of the case at hand travel."""
+        return self.ends[0].links[0].wire
+
     def facts(self) -> dict[str, Any]:
         """Say which device moved the blocks, by which wire, in how many WRs."""
         n_batches = sum(mover.n_batches for mover in self.movers)
         n_wrs = sum(mover.n_wrs for mover in self.movers)
         return {
             "device": self.ends[0].adapter.name,
-            "wire": self.ends[0].links[0].wire,
+            "wire": self.wire,
             "page_bytes": min(self.pool.cache.page_bytes, self.hello["page_bytes"]),
             "wrs_per_block": n_wrs / (n_batches * self.blocks_of_batch),
         }
@@ -272,6 +277,13 @@ class ByEngine(Direct):
             ]
             rows.append((0, 0, n_blocks, n_blocks, pairs))
         return rows
+
+    @property
+    def wire(self) -> str:
+        """How the blocks of the case at hand travel; small ones may by another way."""
+        link = self.ends[0].links[0]
+        row = self.workload.sizes.index(self.tables.block_bytes)
+        return link.wire_of(link.wires_of_rows([row]))
 
     def _credit_of(self, thread: int) -> Callable[[], list[int]]:
         """Return what asks for a thread's credit, of any thread."""

@@ -21,6 +21,7 @@ from kvxfer.bench.side import Control, Job, Target
 from kvxfer.bench.transfer import Pool, options_of
 from kvxfer.errors import InternalError
 from kvxfer.link import Link
+from kvxfer.soft_wire import suited
 from kvxfer.verbs_types import Access
 from kvxfer.wire import QPInfo
 
@@ -47,6 +48,7 @@ class Ends:
     """
 
     def __init__(self, job: Job, pool: Pool, access: Access, n_links: int = 1) -> None:
+        self._by_engine = job["kind"] == "engine"
         self.options = dataclasses.replace(options_of(job), region_bytes=0)
         self.pool = pool
         self.access = access
@@ -69,13 +71,19 @@ class Ends:
             on_broken=self._broken,
         )
         remote = self.access & (Access.REMOTE_WRITE | Access.REMOTE_READ)
+        wires: tuple[str, ...] = ("",)
+        if self._by_engine and self.adapter.has_wires:
+            wires = suited(self.options.soft_wire, self.pool.cache)
         for _ in range(self.n_links):
             self.links.append(
                 await Link.open(
                     self.adapter,
                     remote,
                     _RECEIVES,
-                    n_qps=self.options.qps_per_connection,
+                    n_qps=self.adapter.n_qps(
+                        self.options.qps_per_connection, len(wires) > 1
+                    ),
+                    wires=wires,
                 )
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from kvxfer.bench.report import Report
 from kvxfer.bench.runner import Settings
 from kvxfer.bench.workload import Workload, parse_batches
 from kvxfer.errors import UsageError
+from kvxfer.options import Options
 from kvxfer.sizes import format_size, parse_size, parse_sizes
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -307,9 +308,21 @@ def check_memory(pool_bytes: int, sides: int) -> None:
         )
 
 
-def fit_together(pool_bytes: int, pairs: int) -> bool:
-    """Say whether this machine has memory for so many pairs at the same time."""
-    return 2 * pairs * pool_bytes + _MARGIN_BYTES <= command.available_bytes()
+def can_live_together(
+    contenders: Sequence[Contender], workload: Workload, settings: Settings
+) -> bool:
+    """Say whether all pairs can live at the same time and each wait for its turn.
+
+    The machine must have memory for them, and none may spin while it waits. Another
+    engine that does is stopped meanwhile; kvxfer would take its peer for dead.
+    """
+    need = 2 * len(contenders) * workload.pool_bytes + _MARGIN_BYTES
+    spins = any(
+        Options.load(**{**settings.options, **each.options}).progress == "spin"
+        for each in contenders
+        if each.is_ours
+    )
+    return not spins and need <= command.available_bytes()
 
 
 def quick(given: dict[str, Any], n_planes: int) -> None:

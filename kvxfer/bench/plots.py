@@ -200,7 +200,7 @@ def _cases(contender: Contender, rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [figure(row[key]) for key in columns]
         lines.append([*names_of(case_of(row)), *each, *cells])
     header = ["block", "batch", *(["ns/block"] if null else []), *columns.values()]
-    return _table(title_of(contender, rows[-1]), header, lines)
+    return _table(title_of(contender, rows), header, lines)
 
 
 def _comparisons(report: Report, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -309,14 +309,15 @@ def _checked(row: Mapping[str, Any]) -> str:
     return f"{row['verified_blocks']:,}" + (f", {unseen} late" if unseen else "")
 
 
-def title_of(contender: Contender, row: Mapping[str, Any]) -> str:
+def title_of(contender: Contender, rows: Sequence[Mapping[str, Any]]) -> str:
     """Say who was measured and by what: a NIC, or copies of memory."""
-    way = way_of(row)
+    wires = dict.fromkeys(str(row["wire"]) for row in rows)
+    way = way_of({**rows[-1], "wire": ", ".join(wires)})
     return f"{contender.name}: {contender.what}" + (f"; {way}" if way else "")
 
 
 def _table(contender: Contender, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title_of(contender, rows[-1]), title_justify="left")
+    table = Table(title=title_of(contender, rows), title_justify="left")
     null = all_null(rows)
     amounts = ("ns/block",) if null else ("GB/s", "low-high", "blocks/s")
     for name in (

@@ -408,6 +408,49 @@ async def test_a_target_with_blocks_of_several_sizes(tmp_path: Path) -> None:
         assert code == 0, out
 
 
+async def test_a_target_with_one_size_that_both_sides_name() -> None:
+    size = ("--sizes", "4K")
+    async with serving(*size, "--verify", "--blocks", "64") as (serve, endpoint):
+        code, _, err = await bench(
+            *("--target", endpoint, *size, "--window", "0.001", "--planes", "k,v"),
+            *("--batch", "8", "--pool", "512K"),
+        )
+        assert (code, err) == (0, "")
+        assert (await serve.event())["verified"]
+
+
+async def test_ways_around_asyncio_by_the_same_wires(tmp_path: Path) -> None:
+    """The engine chooses for each size, as it does for a client."""
+    found = await document(
+        tmp_path,
+        *("--sizes", "1K,4K", "--memory", "ordinary", "--against", "no-asyncio"),
+        *("--pool", "128M"),  # more than the ring, which other processes can map
+    )
+    for name in ("kvxfer", "no-asyncio"):
+        own = [w for w in found["windows"] if w["contender"] == name]
+        assert [(w["block_bytes"], w["wire"]) for w in own] == [
+            (1024, "tcp"),
+            (4096, "cma"),
+        ]
+        assert all(w["wrong_blocks"] == 0 for w in own)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "together"),
+    [
+        (("--against", "memcpy"), True),
+        (("--against", "memcpy", "--progress", "spin"), False),
+        (("--against", "kvxfer:progress=spin"), False),
+        (("--contender", "memcpy", "--against", "shm-memcpy"), True),
+    ],
+)
+async def test_who_spins_lives_alone(
+    arguments: tuple[str, ...], together: bool, tmp_path: Path
+) -> None:
+    found = await document(tmp_path, "--sizes", "1K", *arguments)
+    assert found["method"]["together"] is together
+
+
 async def test_a_target_that_somebody_else_runs(tmp_path: Path) -> None:
     async with serving("--verify") as (serve, endpoint):
         path = tmp_path / "out.json"

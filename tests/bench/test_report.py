@@ -162,6 +162,14 @@ def test_a_nic_is_not_called_a_memory_copy() -> None:
     assert "memory cop" not in text and "soft0" not in text
 
 
+def test_a_table_names_all_wires() -> None:
+    windows = [
+        window("kvxfer", 0, 1.5, wire="tcp"),
+        window("kvxfer", 0, 1.5, wire="cma", block_bytes=4096),
+    ]
+    assert "soft0 (tcp, cma), memory copies" in printed(report(windows))
+
+
 def test_the_null_device_has_no_bandwidth() -> None:
     null = {"device": "null0", "wire": "null", "verified_blocks": None}
     windows = [window("kvxfer", 0, 1.5, **null), window("memcpy", 0, 3.0, **null)]
